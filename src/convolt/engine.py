@@ -1,0 +1,158 @@
+"""The seam between describing a network and computing it.
+
+An ``Engine`` is an immutable description, such as ``Im2col(threads=2)``; it makes an ``Executor``: one model made
+ready, with its parameters, gradients, plan and reused buffers. The training loop knows nothing but the executor, so a
+new engine is one new file or folder under ``engines/`` and no change anywhere else.
+
+Gradients are *added* into ``grads``: accumulation over micro-batches, weight sharing and residual branches cost
+nothing extra. Losses are *sums* and ``scale`` is 1/(global batch): exact for uneven shards, for micro-batches and for
+a last batch that is smaller.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convolt.errors import ConfigError, EngineError
+from convolt.losses import Loss
+from convolt.machine import allowed_cores
+from convolt.model import Model
+from convolt.optimizers import Optimizer
+from convolt.params import Params
+from convolt.precision import precision
+from convolt.rng import SampleRng
+
+Array = NDArray[Any]
+OnReady = Callable[[slice], None]
+
+
+class StepResult(NamedTuple):
+    """What a step tells the loop: the summed loss and the logits (N, classes)."""
+
+    loss: float
+    logits: Array
+
+
+class Executor(ABC):
+    """One model made ready on one engine.
+
+    params: the master weights, on the host. grads: the same names and shapes; backward adds into it.
+    dropout: whether Dropout acts in training; the recipe may leave it off for the first epochs.
+    """
+
+    params: Params
+    grads: Params
+    dropout: bool = True
+
+    @abstractmethod
+    def predict(self, x: Array) -> Array:
+        """Logits (N, classes) of images (N, C, H, W); uint8 images are scaled to [0, 1]."""
+
+    @abstractmethod
+    def loss_and_grads(
+        self,
+        x: Array,
+        y: Any,
+        loss: Loss,
+        scale: float,
+        rng: SampleRng | None = None,
+        on_ready: OnReady | None = None,
+    ) -> StepResult:
+        """Forward and backward of one batch; ``scale`` times the gradient of the summed loss is added to ``grads``.
+
+        rng: the identity of the samples, which dropout needs. on_ready: called with each slice of ``grads.flat`` as
+        soon as it is final, so that its allreduce can start while backward goes on.
+        """
+
+    @abstractmethod
+    def update(self, optimizer: Optimizer) -> None:
+        """One optimizer step on ``params`` with ``grads``; the schedule has already set the optimizer's lr."""
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Array]:
+        """The optimizer's flat arrays and its ``step``, for a checkpoint."""
+
+    @abstractmethod
+    def load_optimizer_state(self, state: dict[str, Array]) -> None:
+        """Go on from a checkpoint's optimizer state."""
+
+    def weights_changed(self) -> None:
+        """Tell the executor that ``params`` was written to from outside (a checkpoint, an average)."""
+        return
+
+    def zero_grads(self) -> None:
+        """Forget the gradients before a new step."""
+        self.grads.flat[...] = 0
+
+    def grad_norm(self) -> float:
+        """Euclidean norm of the whole gradient; not finite as soon as one element is not."""
+        return math.sqrt(float(np.dot(self.grads.flat, self.grads.flat)))
+
+    def train_step(
+        self, x: Array, y: Any, loss: Loss, scale: float, optimizer: Optimizer, rng: SampleRng | None = None
+    ) -> StepResult:
+        """A whole step when nothing stands between gradient and update; an engine may fuse it.
+
+        The weights stay untouched when loss or gradient is not finite; the result then holds a loss that is not.
+        """
+        self.zero_grads()
+        result = self.loss_and_grads(x, y, loss, scale, rng)
+        if not math.isfinite(result.loss + self.grad_norm()):
+            return StepResult(math.nan, result.logits)
+        self.update(optimizer)
+        return result
+
+    def close(self) -> None:
+        """Give back threads and device memory; an executor that holds none does nothing."""
+        return
+
+
+def resolve_threads(threads: int) -> int:
+    """The number of threads to use: 0 means every core that affinity and control group allow. Raises ConfigError."""
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
+        raise ConfigError(f"threads must be an integer >= 1, or 0 for every allowed core; got {threads!r}")
+    return threads or allowed_cores()
+
+
+class EngineRecipe(Protocol):
+    """What an engine reads of a recipe."""
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the first weights."""
+
+
+class Engine(ABC):
+    """How operations are computed: a frozen dataclass with at least ``threads``.
+
+    NAME: the word of the command line. PRECISIONS: what it can compute in. DESCRIPTION: one line for ``doctor``.
+    """
+
+    NAME: ClassVar[str]
+    PRECISIONS: ClassVar[tuple[str, ...]]
+    threads: int
+
+    @abstractmethod
+    def executor(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Executor:
+        """Make ``model`` ready; without ``params`` the weights start from the recipe's seed. Raises EngineError."""
+
+    def initial_params(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Params:
+        """Master weights of their own: a copy of ``params``, or the first weights of the recipe's seed."""
+        wanted = precision(recipe.precision)
+        if wanted.name not in self.PRECISIONS:
+            raise EngineError(
+                f"engine {self.NAME}: precision must be one of {', '.join(self.PRECISIONS)}; got {wanted.name!r}"
+            )
+        if params is None:
+            return Params.init(model, recipe.seed, wanted.master)
+        own = Params(model, wanted.master)
+        own.load_state_dict(params.state_dict())
+        return own

@@ -1,0 +1,56 @@
+"""Engines: how operations are computed. A folder means "pick one of these".
+
+==========  =========================================================================================
+``loops``   the living definition: NumPy and Python loops over positions, one thread, never optimised
+``im2col``  vectorised NumPy over BLAS, batch innermost, every buffer reused
+``torch``   PyTorch on CPU or CUDA: the oracle of the tests and the peer of the benchmarks
+==========  =========================================================================================
+
+A new engine is one new file or folder here and one line in ``_MODULES``; nothing else names it. Modules are imported
+when an engine is asked for, so that ``import convolt`` and ``--help`` stay fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from convolt.engine import Engine
+from convolt.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from convolt.engines.im2col import Im2col
+    from convolt.engines.loops import Loops
+    from convolt.engines.torch import Torch
+
+# name on the command line -> (module, class)
+_MODULES = {
+    "loops": ("convolt.engines.loops", "Loops"),
+    "im2col": ("convolt.engines.im2col", "Im2col"),
+    "torch": ("convolt.engines.torch", "Torch"),
+}
+__all__ = ["Im2col", "Loops", "Torch", "default_engine", "engine_class", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all engines, as the command line takes them."""
+    return tuple(_MODULES)
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The engine's class; importing it may need an optional library. Raises ConfigError, MissingDependency."""
+    if name not in _MODULES:
+        raise ConfigError(f"engine: unknown name {name!r}; {nearest(name, _MODULES)}")
+    module, attribute = _MODULES[name]
+    found: type[Engine] = getattr(import_module(module), attribute)
+    return found
+
+
+def default_engine() -> Engine:
+    """The engine of ``convolt train`` when none is named: the fastest, on every core that is allowed."""
+    return engine_class("im2col")()
+
+
+def __getattr__(attribute: str) -> type[Engine]:
+    for name, (_, class_name) in _MODULES.items():
+        if class_name == attribute:
+            return engine_class(name)
+    raise AttributeError(f"module 'convolt.engines' has no engine {attribute!r}")

@@ -1,0 +1,81 @@
+"""Training batches as a pure function of the step.
+
+The data set lies in memory, so a batch is an indexed copy into a buffer that is used again; there is no loader
+process and no state. The order of an epoch is a permutation by (seed, epoch), augmentation and dropout are draws by
+(seed, epoch, sample index): any step of a run can be made again from two integers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convolt.comm import Communicator, shard
+from convolt.data import Split
+from convolt.losses import DistillationTargets
+from convolt.recipe import Recipe
+from convolt.rng import SampleRng, permutation
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch.
+
+    images (n, C, H, W), valid until the next batch is made; targets for the loss; labels (n,) for the accuracy;
+    rng: the identity of the samples; size: of the global batch.
+    """
+
+    images: Array
+    targets: Any
+    labels: NDArray[np.int64]
+    rng: SampleRng
+    size: int
+
+    def pieces(self, most: int | None) -> Iterator["Batch"]:
+        """Micro-batches of at most ``most`` images, the whole without a limit."""
+        step = most or max(1, len(self.labels))
+        for start in range(0, len(self.labels), step):
+            part = slice(start, start + step)
+            yield Batch(self.images[part], self.targets[part], self.labels[part], self.rng[part], self.size)
+
+
+class Loader:
+    """The batches of a training split under a recipe."""
+
+    def __init__(self, split: Split, recipe: Recipe, num_classes: int, comm: Communicator) -> None:
+        self.steps_per_epoch = -(-len(split) // recipe.batch_size)
+        self._split, self._recipe, self._classes, self._comm = split, recipe, num_classes, comm
+        self._images = np.empty((min(recipe.batch_size, len(split)), *split.images.shape[1:]), split.images.dtype)
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the global batch of that step; the last batch of an epoch may be smaller."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, permutation(self._recipe.seed, epoch, len(self._split))
+        size = self._recipe.batch_size
+        indices = self._order[1][position * size : (position + 1) * size]
+        mine = shard(len(indices), self._comm)
+        if all(augment.per_sample for augment in self._recipe.augment):
+            return self._augmented(indices[mine], len(indices))
+        whole = self._augmented(indices, len(indices))
+        return Batch(whole.images[mine], whole.targets[mine], whole.labels[mine], whole.rng[mine], whole.size)
+
+    def _augmented(self, indices: NDArray[np.int64], size: int) -> Batch:
+        images = self._images[: len(indices)]
+        np.take(self._split.images, indices, axis=0, out=images, mode="clip")  # "clip" writes without a second buffer
+        labels = self._split.labels[indices]
+        rng = SampleRng(self._recipe.seed, epoch=self._order[0], indices=indices)
+        targets: Array = labels
+        for augment in self._recipe.augment:
+            images, targets = augment(images, targets, rng, self._classes)
+        return Batch(images, targets, labels, rng, size)
+
+
+def with_teacher(batch: Batch, logits: Array) -> Batch:
+    """The same batch with a teacher's logits beside the targets."""
+    return Batch(batch.images, DistillationTargets(batch.targets, logits), batch.labels, batch.rng, batch.size)
