@@ -24,12 +24,12 @@ CHECKED = ("src", "tests", "examples", "benchmarks")
 # `machine` stands at the top because engines choose their kernels by it, `plots` with runs, which draw their curves.
 LAYERS = """
 errors checks config duration durable machine rng
-layers model params zoo
+layers model params zoo convert
 losses optimizers schedules metrics augment precision
 data datasets
 engine chain workers engines
 comm comms
-recipe train callbacks early_stopping signals run directory environment checkpoint history lock plots
+recipe loader evaluation train callbacks early_stopping signals run directory environment checkpoint history plots
 compress export ensemble
 profile bench ladder scaling
 stats search study studies report

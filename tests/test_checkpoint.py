@@ -34,9 +34,11 @@ def save(folder: Path, *steps: int, best: int | None = None, keep_last: int = 2)
 
 
 def flip(path: Path, bit: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0] ^ 1 << bit % 8
+        file.seek(bit // 8)
+        file.write(bytes([byte]))
 
 
 def test_layout(tmp_path: Path) -> None:
@@ -257,10 +259,11 @@ def test_every_bit_of_the_best_mark_counts(tmp_path: Path) -> None:
     assert checkpointer.best_step == 4
 
 
-def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])  # 5: another bit in every byte
+def test_every_bit_of_the_manifest_counts(tmp_path: Path, stride: int) -> None:
     save(tmp_path, 10)
     path = tmp_path / "step-000010" / "MANIFEST.json"
-    for bit in range(path.stat().st_size * 8):
+    for bit in range(0, path.stat().st_size * 8, stride):
         flip(path, bit)
         with pytest.raises(CheckpointError):
             verify(path.parent)

@@ -68,11 +68,12 @@ def in_child(action: Callable[[], object]) -> int:
     child = os.fork()
     if child == 0:
         signal.alarm(30)
+        code = 1
         try:
             action()
-        except BaseException:  # nothing may leave the child but its status
-            os._exit(1)
-        os._exit(0)
+            code = 0
+        finally:
+            os._exit(code)  # nothing leaves the child but its status
     return os.waitpid(child, 0)[1]
 
 
@@ -125,6 +126,8 @@ def check_usable(folder: Path, kind: str, saved: bool) -> None:
             np.testing.assert_array_equal(latest.model["0.weight"], arrays(latest.step)["0.weight"])
             assert checkpointer.load("best").warnings == ()
     assert not [path.name for path in folder.parent.rglob("*") if path.name.startswith(".")]
+    for step in checkpointer.steps:
+        checkpointer.load(step)  # nothing half deleted looks like a checkpoint
     save(folder, 5)
     assert checkpointer.load("last").step == 5
 

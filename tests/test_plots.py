@@ -14,7 +14,7 @@ from convolt import plots
 from convolt.errors import RunError
 from convolt.history import Epoch
 
-HOSTILE = ["<script>alert(1)</script>", r"$\frac", "a&b", "$x$"]
+HOSTILE = ["<script>alert(1)</script>", r"$\frac$", "a&b", "$x$"]
 
 
 def history(epochs: int, valid: bool = True) -> list[Epoch]:

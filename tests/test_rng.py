@@ -127,7 +127,14 @@ def test_permutation_of_fewer_samples_is_the_same_order_without_the_others():
 
 @pytest.mark.parametrize(
     ("seed", "epoch", "index", "word"),
-    [(-1, 0, 0, "seed"), (2**64, 0, 0, "seed"), (0, -1, 0, "epoch"), (0, 0, -1, "indices"), (0, 0, 2**32, "indices")],
+    [
+        (-1, 0, 0, "seed"),
+        (2**64, 0, 0, "seed"),
+        (0, -1, 0, "epoch"),
+        (0, 2**32, 0, "epoch"),
+        (0, 0, -1, "indices"),
+        (0, 0, 2**32, "indices"),
+    ],
 )
 def test_what_does_not_fit_the_counter_is_refused(seed, epoch, index, word):
     with pytest.raises(ConfigError, match=f"SampleRng: {word} must"):

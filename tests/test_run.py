@@ -3,9 +3,6 @@
 import json
 import math
 import os
-import re
-import signal
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import convolt.run
-from convolt.errors import CheckpointError, ConfigError, ConvoltError, RunError
+from convolt.engines.im2col import Im2col
+from convolt.errors import CheckpointError, ConfigError, ConvoltError, RunError, ShapeError
 from convolt.history import Epoch
+from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, ReLU
+from convolt.model import Model
+from convolt.params import Params
+from convolt.recipe import Recipe, plain
 from convolt.run import Run
 
 CONFIG = {"model": {"type": "lenet5"}, "recipe": {"batch_size": 128, "optimizer": {"lr": 1e-3, "betas": (0.9, 0.999)}}}
-SECONDS = 60
 
 
 def epoch(number: int, **changes: float | None) -> Epoch:
@@ -46,13 +46,6 @@ def interrupted(folder: Path, *epochs: int, best: int | None = None) -> Path:
 # ------------------------------------------------------------------------------------------------------------ create
 
 
-def test_default_name_tells_model_data_and_time(tmp_path: Path) -> None:
-    with Run.create(CONFIG, "mnist-cnn-../data/träin.zip", root=tmp_path / "runs") as run:
-        assert re.fullmatch(r"mnist-cnn-..-data-tr-in\.zip-\d{8}T\d{6}Z-[0-9a-f]{6}", run.folder.name)
-        assert run.folder.parent == tmp_path / "runs"
-        assert sorted(os.listdir(run.folder)) == ["metrics.jsonl", "run.json", "run.lock"]
-
-
 def test_record_tells_what_replays_the_run(tmp_path: Path) -> None:
     with Run.create(CONFIG, out=tmp_path / "a", threads=2):
         record = json.loads((tmp_path / "a" / "run.json").read_text())
@@ -62,140 +55,6 @@ def test_record_tells_what_replays_the_run(tmp_path: Path) -> None:
     assert record["environment"]["packages"]["numpy"] == np.__version__
     assert record["environment"]["threads"] == 2
     assert record["environment"]["cpu"].keys() == {"model", "features"}
-
-
-def test_empty_folder_is_taken(tmp_path: Path) -> None:
-    with Run.create(CONFIG, out=tmp_path) as run:
-        assert run.folder == tmp_path
-
-
-def test_folder_of_a_run_that_never_began_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "run.lock").touch()
-    (tmp_path / ".tmp-1-abcd-run.json").touch()
-    Run.create(CONFIG, out=tmp_path).close()
-
-
-def test_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(RunError, match=r"is not empty and not a run \(it holds thesis.tex\)"):
-        Run.create(CONFIG, out=tmp_path)
-    assert os.listdir(tmp_path) == ["thesis.tex"]
-    with pytest.raises(RunError, match="is not a folder"):
-        Run.create(CONFIG, out=tmp_path / "thesis.tex")
-    with pytest.raises(RunError, match="is not a folder"):
-        Run.create(CONFIG, out=tmp_path / "thesis.tex" / "run")
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_folder_of_another_run_is_refused_with_the_way_on(tmp_path: Path, finished: bool) -> None:
-    with Run.create(CONFIG, out=tmp_path) as run:
-        if finished:
-            run.finish({})
-    kind = "a finished run" if finished else "an unfinished run"
-    with pytest.raises(RunError, match=f"holds {kind}; go on with it by --resume"):
-        Run.create(CONFIG, out=tmp_path)
-
-
-def test_failed_create_gives_the_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RunError("no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(convolt.run, "MetricsLog", fail)
-        with pytest.raises(RunError, match="no"):
-            Run.create(CONFIG, out=tmp_path)
-    run, checkpoint = Run.resume(tmp_path)
-    assert checkpoint is None
-    run.close()
-
-
-# -------------------------------------------------------------------------------------------------- several processes
-
-
-def start(code: str, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-c", f"import sys\nfrom convolt.run import Run\n{code}", *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def release(processes: list[subprocess.Popen]) -> None:
-    """Let processes that wait for a line go on together, when all of them are there."""
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-
-
-HOLD = """
-run = Run.create({}, out=sys.argv[1])
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_second_process_is_refused_with_the_first_ones_pid(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with start(HOLD, folder) as holder:
-        try:
-            assert holder.stdout.readline() == "ready\n"
-            for attempt in (lambda: Run.resume(folder), lambda: Run.create(CONFIG, out=folder)):
-                with pytest.raises(RunError, match=rf"is in use by process {holder.pid} on "):
-                    attempt()
-            assert Run.load(folder).config == {}  # looking is free
-        finally:
-            holder.send_signal(signal.SIGKILL)
-            holder.communicate(timeout=SECONDS)
-    run, _ = Run.resume(folder)  # the lock ended with its holder
-    run.close()
-
-
-def test_same_process_is_refused_too(tmp_path: Path) -> None:
-    with Run.create(CONFIG, out=tmp_path), pytest.raises(RunError, match=f"in use by process {os.getpid()}"):
-        Run.resume(tmp_path)
-
-
-START_TOGETHER = """
-print("ready", flush=True)
-sys.stdin.readline()
-run = Run.create({"name": sys.argv[2]}, "cnn-mnist", root=sys.argv[1])
-run.log("mine", {"name": sys.argv[2]})
-print(run.folder)
-"""
-
-
-def test_sixteen_processes_started_at_once_get_sixteen_folders(tmp_path: Path) -> None:
-    processes = [start(START_TOGETHER, tmp_path / "runs", number) for number in range(16)]
-    release(processes)
-    outputs = [process.communicate(timeout=SECONDS) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 16, outputs
-    folders = [Path(output.strip()) for output, _ in outputs]
-    assert len(set(folders)) == 16
-    for number, folder in enumerate(folders):
-        assert Run.load(folder).config == {"name": str(number)}
-        assert json.loads((folder / "metrics.jsonl").read_text()) == {"event": "mine", "name": str(number)}
-
-
-RESUME_TOGETHER = """
-from convolt.errors import RunError
-print("ready", flush=True)
-sys.stdin.readline()
-try:
-    run, _ = Run.resume(sys.argv[1])
-    print("won", flush=True)
-except RunError as error:
-    print("refused", error, flush=True)
-sys.stdin.read()
-"""
-
-
-def test_of_two_that_resume_one_wins(tmp_path: Path) -> None:
-    folder = interrupted(tmp_path, 1)
-    processes = [start(RESUME_TOGETHER, folder) for _ in range(2)]
-    release(processes)
-    said = sorted(process.stdout.readline().split()[0] for process in processes)
-    for process in processes:
-        process.communicate(timeout=SECONDS)
-    assert said == ["refused", "won"]
 
 
 # ----------------------------------------------------------------------------------------------- history and metrics
@@ -308,12 +167,15 @@ def test_resume_from_a_damaged_checkpoint_takes_back_its_epoch_and_says_so(tmp_p
 
 def test_resume_with_lost_metrics_says_so(tmp_path: Path) -> None:
     folder = interrupted(tmp_path, 1, 2)
-    os.truncate(folder / "metrics.jsonl", 0)
-    run, checkpoint = Run.resume(folder)
-    with run:
-        assert checkpoint is not None
-        assert "some epochs are missing" in checkpoint.warnings[0]
-        assert run.history == ()
+    path = folder / "metrics.jsonl"
+    for lost, left in ((20, (epoch(1),)), (path.stat().st_size, ())):
+        os.truncate(path, max(path.stat().st_size - lost, 0))
+        run, checkpoint = Run.resume(folder)
+        with run:
+            assert checkpoint is not None
+            assert "some epochs are missing" in checkpoint.warnings[0]
+            run.log_epoch(epoch(3))  # begins on a line of its own
+        assert Run.load(folder).history == (*left, epoch(3))
 
 
 def test_resume_sweeps_what_a_kill_left(tmp_path: Path) -> None:
@@ -376,6 +238,78 @@ def test_finished_run_that_goes_on_is_unfinished(tmp_path: Path) -> None:
         run.log_epoch(epoch(2))
         assert not run.finished
     assert Run.load(tmp_path).result is None
+
+
+def test_rewind_forgets_what_the_checkpoint_does_not_cover(tmp_path: Path) -> None:
+    with Run.create(CONFIG, out=tmp_path) as run:
+        train(run, 1, 2)
+        run.log_epoch(epoch(3))
+        run.rewind(run.checkpoints.load(10))
+        assert run.history == (epoch(1),)
+        run.log("non_finite", {"step": 30})
+        train(run, 2, 3)
+    assert run.history == Run.load(tmp_path).history == (epoch(1), epoch(2), epoch(3))
+
+
+# ----------------------------------------------------------------------------------------------------- using a model
+
+MODEL = Model((2, 4, 4), (Conv2d(2, 3, 3), BatchNorm2d(3), ReLU(), Flatten(), Dense(12, 5)))
+IMAGES = np.random.default_rng(0).integers(0, 256, (300, 2, 4, 4), dtype=np.uint8)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Run:
+    """A run with two checkpoints, of seeds 1 (the best) and 2 (the last)."""
+    config = {"model": plain(MODEL), "recipe": plain(Recipe(precision="fp64")), "engine": plain(Im2col(threads=1))}
+    with Run.create(config, out=tmp_path / "trained") as run:
+        for seed in (1, 2):
+            run.save_checkpoint(seed, weights(seed).state_dict(), {}, {}, best=seed == 1)
+        return run
+
+
+def weights(seed: int) -> Params:
+    return Params.init(MODEL, seed, np.float64)
+
+
+def test_model_recipe_and_weights_come_back(trained: Run) -> None:
+    loaded = Run.load(trained.folder)
+    assert loaded.model == MODEL
+    assert loaded.recipe == Recipe(precision="fp64")
+    assert loaded.params.dtype == np.float64
+    np.testing.assert_array_equal(loaded.params.flat, weights(1).flat)
+
+
+@pytest.mark.parametrize(("kept", "seed"), [("best", 1), ("last", 2)])
+def test_weights_are_those_that_the_result_is_of(trained: Run, kept: str, seed: int) -> None:
+    run, _ = Run.resume(trained.folder)
+    with run:
+        run.finish({"weights": kept})
+    np.testing.assert_array_equal(Run.load(trained.folder).params.flat, weights(seed).flat)
+
+
+def test_weights_of_another_checkpoint_are_not_taken_in_silence(trained: Run) -> None:
+    os.truncate(trained.folder / "checkpoints" / "step-000001" / "model.safetensors", 9)
+    with pytest.warns(UserWarning, match="fell back to step-000002"):
+        taken = Run.load(trained.folder).params
+    np.testing.assert_array_equal(taken.flat, weights(2).flat)
+
+
+def test_predict_gives_probabilities(trained: Run) -> None:
+    torch = pytest.importorskip("torch")
+    logits = Im2col(threads=1).executor(MODEL, weights(1), Recipe(precision="fp64")).predict(IMAGES)
+    expected = torch.softmax(torch.from_numpy(np.ascontiguousarray(logits)), dim=1).numpy()
+    probabilities = Run.load(trained.folder).predict(IMAGES)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-6)
+    np.testing.assert_allclose(trained.predict(IMAGES / 255, engine=Im2col(threads=1)), expected, rtol=1e-6)
+    assert trained.predict(IMAGES[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (1, 1, 4, 4), (3, 32), ()])
+def test_predict_refuses_other_shapes(trained: Run, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=r"images must be \(N, 2, 4, 4\); got") as caught:
+        trained.predict(np.zeros(shape, np.uint8))
+    assert ("images[None]" in str(caught.value)) == (shape == (2, 4, 4))
 
 
 # ------------------------------------------------------------------------------------------------------ load, result

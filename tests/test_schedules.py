@@ -1,6 +1,7 @@
 """Schedules against torch.optim.lr_scheduler stepped each batch, over their whole length."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 
@@ -283,6 +284,25 @@ def test_a_field_that_cannot_be_is_refused(build, message):
 def test_points_out_of_order_are_refused_when_time_tells():
     with pytest.raises(ConfigError, match="Piecewise: points must be in order of time"):
         Piecewise((("2ep", 1.0), ("5ba", 0.1)))(BASE, start_of_run())
+
+
+def test_defaults_are_those_of_pytorch():
+    """Of the options that both have; the docstring of schedules.py lists what differs on purpose."""
+    pairs = {
+        Step: (peer.StepLR, {"gamma"}),
+        MultiStep: (peer.MultiStepLR, {"gamma"}),
+        Cosine: (peer.CosineAnnealingLR, {"eta_min"}),
+        CosineCyclic: (peer.CosineAnnealingLR, {"eta_min"}),
+        WarmRestarts: (peer.CosineAnnealingWarmRestarts, {"T_mult", "eta_min"}),
+        OneCycle: (peer.OneCycleLR, {"pct_start", "div_factor", "final_div_factor"}),
+        Triangular: (peer.CyclicLR, {"step_size_down", "mode", "gamma"}),
+        Plateau: (peer.ReduceLROnPlateau, {"factor", "patience", "threshold", "cooldown", "min_lr"}),
+        Warmup: (peer.LinearLR, {"start_factor"}),
+    }
+    for ours, (theirs, names) in pairs.items():
+        defaults = inspect.signature(theirs).parameters
+        for name in names:
+            assert getattr(ours(), name) == defaults[name].default, (ours.__name__, name)
 
 
 def test_schedules_are_plain_data():

@@ -62,8 +62,8 @@ if TYPE_CHECKING:
         Plateau,
         Step,
         Triangular,
-        Warmup,
         WarmRestarts,
+        Warmup,
     )
     from convolt.train import fit
 

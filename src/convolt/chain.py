@@ -8,8 +8,8 @@ matching run wins. ``Chain`` is a model cut into such stages; ``TableExecutor`` 
 between stages have the engine's layout, either NCHW or CHWN (batch innermost); a table must not mix the two.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -276,14 +276,21 @@ class TableExecutor(Executor):
     def load_optimizer_state(self, state: dict[str, Array]) -> None:
         """Go on from a checkpoint's optimizer state."""
         self._step = int(state["step"])
-        self._state = {name: array.astype(self.params.dtype) for name, array in state.items() if name != "step"}
+        self._state = {
+            name: array.astype(self.params.dtype)
+            for name, array in state.items()
+            if array.shape == self.params.flat.shape
+        }
 
     def close(self) -> None:
         """End the worker threads."""
         self._phase.workers.close()
 
-    def _limited(self) -> AbstractContextManager[Any]:
-        return self._blas.limit(limits=self._blas_threads)  # type: ignore[no-any-return]  # threadpoolctl is untyped
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """BLAS keeps to its threads; a number that overflows is the loop's business, which checks, and no warning."""
+        with self._blas.limit(limits=self._blas_threads), np.errstate(over="ignore", invalid="ignore"):
+            yield
 
     def _unpack(self, x: Array) -> Array:
         """Images as the kernels take them: the compute format, the engine's layout, uint8 scaled to [0, 1]."""

@@ -230,17 +230,15 @@ class Checkpointer:
             durable.sync_folder(self.folder.parent)
 
     def _install(self, temporary: Path, target: Path) -> None:
-        """Give the finished folder its name; a step saved before (a resumed run repeats it) is set aside until then."""
+        """Give the finished folder its name; a step saved before (a resumed run repeats it) is set aside until then.
+
+        If this ends in between, the one set aside is still found.
+        """
         aside = target.with_name(_OLD + target.name)
         if target.exists():
             durable.remove(aside)
             os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if aside.exists():
-                os.rename(aside, target)
-            raise
+        os.rename(temporary, target)
         durable.sync_folder(self.folder)
         durable.remove(aside)
 

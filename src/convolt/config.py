@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -80,6 +80,10 @@ def _convert(annotation: Any, value: Any, where: str, families: Families) -> Any
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: must be a mapping of names; got {value!r}")
             return {key: _member(members, item, f"{where}.{key}", families) for key, item in value.items()}
+    if get_origin(annotation) is Literal and value not in get_args(annotation):
+        raise ConfigError(f"{where}: unknown word {value!r}; {nearest(str(value), get_args(annotation))}")
+    if str in options:
+        return value  # a length, a name: the class itself says best what it must be
     try:
         return msgspec.convert(value, annotation, strict=False)
     except msgspec.ValidationError as error:

@@ -84,6 +84,14 @@ class Executor(ABC):
         """Tell the executor that ``params`` was written to from outside (a checkpoint, an average)."""
         return
 
+    def statistics(self) -> dict[str, Array]:
+        """A copy of the buffers (BatchNorm's statistics), to undo a step with."""
+        return self.params.statistics()
+
+    def restore_statistics(self, statistics: dict[str, Array]) -> None:
+        """Put back what ``statistics`` gave."""
+        self.params.restore_statistics(statistics)
+
     def zero_grads(self) -> None:
         """Forget the gradients before a new step."""
         self.grads.flat[...] = 0

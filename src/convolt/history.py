@@ -47,7 +47,8 @@ class Epoch:
     def from_json(cls, record: Mapping[str, Any]) -> "Epoch":
         """The record of one line; ``null`` in a number that must be there stands for one that was not finite."""
         optional = ("valid_loss", "valid_accuracy")
-        values: dict[str, Any] = {field.name: record[field.name] for field in fields(cls)}
+        absent = dict.fromkeys(optional)
+        values: dict[str, Any] = {field.name: {**absent, **record}[field.name] for field in fields(cls)}
         values |= {name: math.nan for name, value in values.items() if value is None and name not in optional}
         return cls(**values)
 
@@ -132,8 +133,8 @@ def read_history(path: Path) -> tuple[Epoch, ...]:
 
 
 def epoch_record(epoch: Epoch) -> dict[str, Any]:
-    """The fields of one epoch as they stand in its line."""
-    return asdict(epoch)
+    """The fields of one epoch as they stand in its line; what was not measured is absent."""
+    return {name: value for name, value in asdict(epoch).items() if value is not None}
 
 
 def save_npz(history: Sequence[Epoch], path: Path) -> None:

@@ -5,7 +5,7 @@ Shapes are checked when it is built, so whatever holds a Model can trust it. Par
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -30,7 +30,10 @@ class Model:
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_shape", tuple(self.input_shape))
         object.__setattr__(self, "layers", tuple(self.layers))
-        if not all(isinstance(size, int) and size > 0 for size in self.input_shape) or len(self.input_shape) not in (1, 3):
+        if not all(isinstance(size, int) and size > 0 for size in self.input_shape) or len(self.input_shape) not in (
+            1,
+            3,
+        ):
             raise ConfigError(f"Model: input_shape must be (C, H, W) or (F,), all positive; got {self.input_shape}")
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, Layer):
@@ -59,6 +62,10 @@ class Model:
         """Every buffer by its PyTorch name, in order."""
         return self._whole.buffers()
 
+    def state_names(self) -> tuple[str, ...]:
+        """Names of a state dict in PyTorch's order: layer by layer, a layer's parameters before its buffers."""
+        return tuple(_state_names(self.layers, ""))
+
     @property
     def parameter_count(self) -> int:
         """Number of trainable values."""
@@ -76,11 +83,24 @@ class Model:
         header = ("layer", "type", "output", "parameters", "MFLOP", "activation bytes")
         text = [header, *(_text(row) for row in rows), _text(total)]
         widths = [max(len(row[column]) for row in text) for column in range(len(header))]
-        lines = ["  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in text]
+        lines = [
+            "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in text
+        ]
         rule = "-" * max(len(line) for line in lines)
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
+def _state_names(layers: tuple[Layer, ...], prefix: str) -> Iterator[str]:
+    for index, layer in enumerate(layers):
+        name = f"{prefix}{index}."
+        if isinstance(layer, Sequential):
+            yield from _state_names(layer.layers, name)
+        elif isinstance(layer, Residual):
+            yield from _state_names(layer.body, f"{name}body.")
+            yield from _state_names(layer.shortcut, f"{name}shortcut.")
+        else:
+            yield from (name + local for local in (*layer.parameters(), *layer.buffers()))
 
 
 Row = tuple[str, str, str, int, int, int]

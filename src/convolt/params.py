@@ -45,6 +45,7 @@ class Params(Mapping[str, Array]):
             self.slices[name] = slice(start, start + spec.size)
             self._views[name] = self.flat[self.slices[name]].reshape(spec.shape)
             start += spec.size
+        self._names = model.state_names()
         self._make_buffers(dtype)
 
     def _make_buffers(self, dtype: DTypeLike) -> None:
@@ -128,12 +129,5 @@ class Params(Mapping[str, Array]):
             array[...] = statistics[name]
 
     def _state(self) -> dict[str, Array]:
-        return _torch_order({**self._views, **self.buffers})
-
-
-def _torch_order(state: dict[str, Array]) -> dict[str, Array]:
-    """PyTorch lists a layer's parameters and then its buffers, layer by layer."""
-    layers: dict[str, dict[str, Array]] = {}
-    for name, array in state.items():
-        layers.setdefault(name.rpartition(".")[0], {})[name] = array
-    return {name: array for group in layers.values() for name, array in group.items()}
+        """Parameters and buffers in PyTorch's order: layer by layer, a layer's parameters before its buffers."""
+        return {name: self._views[name] if name in self._views else self.buffers[name] for name in self._names}

@@ -72,9 +72,8 @@ class Recipe:
         check_integer(self, "epochs", at_least=0)
         check_integer(self, "batch_size", at_least=1)
         check_integer(self, "seed", at_least=0)
-        for name, least in (("micro_batch_size", 1),):
-            if getattr(self, name) is not None:
-                check_integer(self, name, at_least=least)
+        if self.micro_batch_size is not None:
+            check_integer(self, "micro_batch_size", at_least=1)
         for name in ("clip_norm", "clip_value"):
             if getattr(self, name) is not None:
                 check_number(self, name, above=0)
@@ -82,10 +81,13 @@ class Recipe:
         check_length(self, "dropout_from")
         object.__setattr__(self, "augment", tuple(self.augment))
         object.__setattr__(self, "schedules", dict(self.schedules))
-        scheduled = [item.name for item in fields(self.optimizer)]  # type: ignore[arg-type]  # optimizers are dataclasses
+        own = {item.name: getattr(self.optimizer, item.name) for item in fields(self.optimizer)}  # type: ignore[arg-type]  # optimizers are dataclasses
+        scheduled = [name for name, value in own.items() if isinstance(value, float)]
         for name in self.schedules:
             if name not in scheduled or name == "lr":
-                raise ConfigError(f"Recipe: schedules: no hyperparameter {name!r} to schedule; {nearest(name, scheduled)}")
+                raise ConfigError(
+                    f"Recipe: schedules: no hyperparameter {name!r} to schedule; {nearest(name, scheduled)}"
+                )
         check(self, "loss", callable(self.loss), "be a loss, such as CrossEntropy()")
 
     def optimizer_at(self, time: Time, lr_factor: float = 1.0) -> Optimizer:

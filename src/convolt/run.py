@@ -14,6 +14,7 @@ do not meet; `Run.resume` goes on with one; `Run.load` only looks. The first two
 
 import json
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -28,16 +29,20 @@ from numpy.typing import NDArray
 
 from convolt import directory, durable
 from convolt.checkpoint import Arrays, Checkpoint, Checkpointer, Shapes
+from convolt.config import build
 from convolt.directory import CHECKPOINTS, METRICS, RECORD, RESULT, RunLock
-from convolt.engine import Executor
+from convolt.engine import Engine, Executor
+from convolt.engines import engine_class
 from convolt.environment import REPRODUCIBILITY, changes, environment, flatten
 from convolt.errors import CheckpointError, ConfigError, RunError, ShapeError
+from convolt.evaluation import predict
 from convolt.history import Epoch, MetricsLog, epoch_record, read_history, save_npz
 from convolt.model import Model
 from convolt.params import Params
+from convolt.precision import precision
+from convolt.recipe import Recipe, model_from_plain, recipe_from_plain
 
 _FORMAT = 1
-_PREDICT_BATCH = 256
 
 
 class Run:
@@ -191,44 +196,56 @@ class Run:
 
     @cached_property
     def model(self) -> Model:
-        """The model, as ``run.json`` describes it."""
-        raise NotImplementedError  # the lead: build(Model, self.config["model"], f"{self.folder / RECORD}: model")
+        """The model, as ``run.json`` describes it. Raises ConfigError."""
+        return model_from_plain(self.config["model"], f"{self.folder / RECORD}: model")
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe, as ``run.json`` describes it. Raises ConfigError."""
+        return recipe_from_plain(self.config["recipe"], f"{self.folder / RECORD}: recipe")
 
     @property
     def params(self) -> Params:
-        """The weights that the result is of; those of a run that was loaded come from its best or else last checkpoint.
+        """The weights that the result is of; of an unfinished run, its best checkpoint, or else its last one.
 
-        Raises CheckpointError if there is none that can be trusted.
+        Warns if that checkpoint is damaged and another one is taken. Raises CheckpointError if none can be trusted.
         """
         if self._params is None:
-            saved = self.checkpoints.load("best").model
-            dtype = next((array.dtype for array in saved.values() if array.dtype.kind == "f"), np.dtype(np.float32))
-            self._params = Params(self.model, dtype)
-            self._params.load_state_dict(saved)
+            checkpoint = self.checkpoints.load((self._result or {}).get("weights", "best"))
+            for message in checkpoint.warnings:
+                warnings.warn(message, stacklevel=2)
+            params = Params(self.model, precision(self.recipe.precision).master)
+            params.load_state_dict(checkpoint.model)
+            self._params = params
         return self._params
 
-    def predict(self, images: NDArray[Any]) -> NDArray[np.float32]:
+    def executor(self, engine: Engine | None = None) -> Executor:
+        """The trained model made ready on an engine; without one, on the engine that trained it.
+
+        Raises ConfigError, EngineError, CheckpointError, MissingDependency.
+        """
+        if engine is None:
+            plain = self.config["engine"]
+            engine = build(engine_class(plain["type"]), plain, f"{self.folder / RECORD}: engine", {})
+        return engine.executor(self.model, self.params, self.recipe)
+
+    def predict(self, images: NDArray[Any], engine: Engine | None = None) -> NDArray[np.float32]:
         """Probabilities (N, classes) of images (N, C, H, W): uint8 is scaled to [0, 1], floats are taken as they are.
 
         softmax(z)_k = exp(z_k - max z) / sum_j exp(z_j - max z)
 
-        Raises ShapeError if the images are not of the model's input shape.
+        Raises ShapeError if the images are not of the model's input shape, and what `executor` raises.
         """
         expected = self.model.input_shape
-        if images.ndim != len(expected) + 1 or images.shape[1:] != expected:
+        if images.shape[1:] != expected:
             hint = "; give one image as images[None]" if images.shape == expected else ""
             raise ShapeError(f"predict: images must be (N, {', '.join(map(str, expected))}); got {images.shape}{hint}")
-        executor = self._executor()
-        starts = range(0, len(images), _PREDICT_BATCH)
-        logits = [executor.predict(images[start : start + _PREDICT_BATCH]) for start in starts]
+        executor = self.executor(engine)
+        z = predict(executor, images).reshape(len(images), *self.model.output_shape)  # no images: no classes either
         executor.close()
-        z = np.concatenate(logits) if logits else np.zeros((0, *self.model.output_shape))
         exps = np.exp(z - z.max(axis=1, keepdims=True), dtype=np.float64)
         probabilities: NDArray[np.float32] = (exps / exps.sum(axis=1, keepdims=True)).astype(np.float32)
         return probabilities
-
-    def _executor(self) -> Executor:
-        raise NotImplementedError  # the lead: engine of self.config -> engine.executor(self.model, self.params, recipe)
 
     def save_metrics(self, path: str | Path) -> None:
         """Write the history as an .npz file: one array per field, NaN for what is absent. Raises RunError."""
@@ -258,6 +275,14 @@ class Run:
         """
         own = {"metrics_bytes": self._writing().metrics.sync(), "best": best}
         return self.checkpoints.save(step, model, optimizer, {**state, "run": own}, best)
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint: forget the metrics that it does not cover. Raises RunError."""
+        writer = self._writing()
+        writer.metrics.close()
+        path = self.folder / METRICS
+        self._writer = writer._replace(metrics=MetricsLog(path, keep=checkpoint.state["run"]["metrics_bytes"]))
+        self._history = list(read_history(path))
 
     def finish(self, result: Mapping[str, Any], params: Params | None = None) -> None:
         """Write ``result.json``, which makes the run a finished one; params: the weights that the result is of.

@@ -185,7 +185,7 @@ class _Training:
         """One optimizer step on the global batch; weights and statistics stay as they are when it is not finite."""
         recipe, executor = self.recipe, self.executor
         scale, pieces = 1 / batch.size, list(batch.pieces(recipe.micro_batch_size))
-        statistics = executor.params.statistics()
+        statistics = executor.statistics()
         if self.comm.size == 1 and len(pieces) == 1 and not (recipe.clip_norm or recipe.clip_value):
             result = executor.train_step(batch.images, batch.targets, recipe.loss, scale, optimizer, batch.rng)
         else:
@@ -201,7 +201,7 @@ class _Training:
                     clip_by_norm(executor.grads.flat, recipe.clip_norm)
                 executor.update(optimizer)
         if not math.isfinite(result.loss):
-            executor.params.restore_statistics(statistics)
+            executor.restore_statistics(statistics)
         return result
 
     def combined(self, parts: list[StepResult], executor: Executor) -> StepResult:
@@ -266,7 +266,7 @@ class _Training:
         progress, valid = self.progress, self.validate()
         sums = np.array([progress.correct, progress.images], np.float64)
         self.comm.allreduce(sums)
-        right, images = sums
+        right, images = (float(value) for value in sums)
         record = Epoch(
             epoch=epoch,
             train_loss=progress.loss_sum / images if images else math.nan,
@@ -400,9 +400,9 @@ class _Training:
             executor.weights_changed()
             kept = "best"
         test = None if self.data.test is None else evaluate(executor, self.data.test, self.recipe.loss, self.comm)
+        measured = {} if test is None else {"test_accuracy": test.accuracy, "test_loss": test.loss}
         result: dict[str, Any] = {
-            "test_accuracy": test and test.accuracy,
-            "test_loss": test and test.loss,
+            **measured,
             "epochs": len(self.run.history),
             "train_seconds": progress.total_seconds,
             "images_per_second": progress.total_images / progress.total_seconds if progress.total_seconds else 0.0,

@@ -7,6 +7,7 @@ computes a tile never changes its result, so the thread count does not change th
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 Tile = TypeVar("Tile")
@@ -27,7 +28,9 @@ class Workers:
             for tile in shared:
                 work(worker, tile)
 
-        others = [self._pool.submit(drain, worker) for worker in range(1, self.count)] if self._pool else []
+        others = []
+        if self._pool is not None:  # with the caller's context, to which np.errstate belongs
+            others = [self._pool.submit(copy_context().run, drain, worker) for worker in range(1, self.count)]
         try:
             drain(0)
         finally:

@@ -79,7 +79,7 @@ def resolve(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = 
         if path.exists():
             raise DataError(f"{shown(path)}: a data set is a folder, a .zip or a .npz; give one of these")
     if len(Path(text).parts) == 1 and not Path(text).suffix:
-        raise DataError(f"data set {shown(text)!r} is neither known nor a path; {nearest(text, registered)}")
+        raise DataError(f"data set '{shown(text)}' is neither known nor a path; {nearest(text, registered)}")
     raise DataError(f"{shown(candidates[-1])}: no such file or folder; check the path")
 
 
@@ -88,7 +88,7 @@ def find_source(name: str) -> Source:
     for source in SOURCES:
         if source.name == name:
             return source
-    raise DataError(f"data set {shown(name)!r} is not known; {nearest(name, [source.name for source in SOURCES])}")
+    raise DataError(f"data set '{shown(name)}' is not known; {nearest(name, [source.name for source in SOURCES])}")
 
 
 def fetch(name: str, root: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:

@@ -127,7 +127,7 @@ def _check_images(path: Path, image_size: tuple[int, int] | None, channels: int 
     for sample in samples:
         counts[sample.split][sample.label] += 1
     found = (*findings, *_mixed(samples), *_repeated(samples), *_imbalanced(counts))
-    return Report(path.stem, counts, found)
+    return Report(folder.name_of(path), counts, found)
 
 
 def _inspect(
@@ -153,7 +153,7 @@ def _report(data: Dataset, findings: Iterable[Finding]) -> Report:
 
 
 def _failure(where: Path | str, error: DataError) -> Finding:
-    return Finding("error", "truncated" if "truncated" in str(error) else "unreadable", str(where), str(error))
+    return Finding("error", "truncated" if "truncated" in str(error).lower() else "unreadable", str(where), str(error))
 
 
 def _mixed(samples: list[_Sample]) -> Iterator[Finding]:

@@ -84,6 +84,8 @@ def mismatch(path: Path, file: RemoteFile) -> str | None:
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         return f"has {size:,} bytes, published are {file.size:,}"
+    if size > MAX_BYTES:
+        return f"has more than {MAX_BYTES:,} bytes"
     algorithm, published = ("sha256", file.sha256) if file.sha256 else ("md5", file.md5)
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
@@ -132,10 +134,11 @@ def _transfer(url: str, file: RemoteFile, part: Path, report: Report) -> None:
         done = offset if continues else 0
         length = response.headers.get("Content-Length", "")
         announced = done + int(length) if length.isdecimal() else None
+        limit = file.size or MAX_BYTES
         with part.open("ab" if continues else "wb") as stream:
-            _copy(response, stream, done, file.size or announced, file.size or MAX_BYTES, report)
+            _copy(response, stream, done, file.size or announced, limit, report)
             done = stream.tell()
-    if announced is not None and done < announced:
+    if announced is not None and done < min(announced, limit):
         raise OSError(f"the connection ended after {done:,} of {announced:,} bytes")
 
 
@@ -148,7 +151,7 @@ def _copy(
         stream.write(block)
         report(done, total)
         if done > limit:
-            return  # the size check will say so
+            return  # `mismatch` will say so
 
 
 def _commit(part: Path, target: Path) -> None:

@@ -76,7 +76,7 @@ def load(path: Path, seed: int = 0, image_size: tuple[int, int] | None = None, c
             for split, classes in layout.splits.items()
         }
     train = loaded.get(ALL) or loaded["train"]
-    data = Dataset(path.stem, train, loaded.get("valid"), loaded.get("test"), layout.classes)
+    data = Dataset(name_of(path), train, loaded.get("valid"), loaded.get("test"), layout.classes)
     return data if data.test is not None else data.hold_out("test", TEST_FRACTION, seed)
 
 
@@ -95,6 +95,12 @@ def scan(path: Path) -> Iterator[Layout]:
         else:
             tree = _zip_tree(stack.enter_context(open_zip(path))).stripped()
         yield _arrange(path, tree)
+
+
+def name_of(path: Path) -> str:
+    """The name of the data set in a folder or zip: the folder's, also of "." and "..", or the zip's without .zip."""
+    absolute = Path(os.path.abspath(path))
+    return absolute.name if path.is_dir() else absolute.stem
 
 
 def is_split(path: Path) -> bool:
@@ -157,19 +163,8 @@ def _folder_tree(path: Path) -> _Tree:
         tree.folders |= {(*parts, name) for name in subfolders}
         for name in sorted(files):
             file = Path(folder, name)
-            tree.put((*parts, name), ImageFile(str(file), partial(_read_file, file)))
+            tree.put((*parts, name), ImageFile.at(file))
     return tree
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        if not path.is_file():
-            raise DataError(f"{shown(path)}: is missing or not a regular file; delete or replace it")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{shown(path)}: is larger than {MAX_FILE_BYTES:,} bytes; remove it")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{shown(path)}: cannot be read ({shown(error.strerror)}); check its permissions") from None
 
 
 def _zip_tree(archive: zipfile.ZipFile) -> _Tree:
@@ -208,7 +203,11 @@ def _arrange(path: Path, tree: _Tree) -> Layout:
             continue
         split = SPLIT_NAMES[parts[0].lower()] if is_split else ALL
         gathered.setdefault(split, {}).setdefault(parts[is_split], []).append(file)
-    splits = {split: {name: tuple(files) for name, files in classes.items()} for split, classes in gathered.items()}
+    splits = {
+        split: {name: tuple(files) for name, files in gathered[split].items()}
+        for split in (ALL, "train", "valid", "test")
+        if split in gathered
+    }
     return Layout(splits, tuple(stray), tuple(tree.ignored))
 
 

@@ -15,6 +15,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,11 @@ class ImageFile:
 
     where: str
     read: Callable[[], bytes]
+
+    @classmethod
+    def at(cls, path: Path) -> "ImageFile":
+        """The image in a file on disk."""
+        return cls(str(path), partial(_read_file, path))
 
 
 @contextmanager
@@ -89,3 +96,14 @@ def decode(
         reason = "not an image in a known format" if isinstance(error, UnidentifiedImageError) else shown(error)
         raise DataError(f"{shown(file.where)}: unreadable ({reason}); delete or replace it") from None
     return pixels[None] if gray else pixels.transpose(2, 0, 1)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise DataError(f"{shown(path)}: is missing or not a regular file; delete or replace it")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"{shown(path)}: is larger than {MAX_FILE_BYTES:,} bytes; remove it")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{shown(path)}: cannot be read ({shown(error.strerror)}); check its permissions") from None

@@ -151,7 +151,9 @@ def batch_norm_backward(ctx: Context, layer: BatchNorm2d, params: Scope, grads: 
 def track_statistics(ctx: Context, layer: BatchNorm2d, mean: Array, var: Array, count: int) -> None:
     """Move the running mean and the running, unbiased variance by ``momentum`` toward the batch's."""
     if count < 2:
-        raise ConfigError(f"layer {ctx.name}: BatchNorm2d needs more than one value a channel to train; use a larger batch")
+        raise ConfigError(
+            f"layer {ctx.name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
+        )
     for name, batch in (("running_mean", mean), ("running_var", var * (count / (count - 1)))):
         ctx.state[name][...] += layer.momentum * (batch - ctx.state[name])
     ctx.state["num_batches_tracked"][...] += 1
@@ -377,9 +379,7 @@ def residual_backward(ctx: Context, layer: Residual, params: Scope, grads: Scope
     """``dx`` is the sum of what both branches send back."""
     shape = dy.shape[1:]
     body = ctx.chain("body", layer.body, shape).backward(params.at("body"), grads.at("body"), dy)
-    return body + ctx.chain("shortcut", layer.shortcut, shape).backward(
-        params.at("shortcut"), grads.at("shortcut"), dy
-    )
+    return body + ctx.chain("shortcut", layer.shortcut, shape).backward(params.at("shortcut"), grads.at("shortcut"), dy)
 
 
 LOOPS: Table = {

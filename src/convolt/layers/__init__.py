@@ -7,7 +7,6 @@ engines, so one description serves every engine, every precision and every expor
 Shapes carry no batch dimension: ``(C, H, W)`` for images, ``(F,)`` for features.
 """
 
-
 from convolt.layers.base import BufferSpec, Layer, Pair, ParamSpec, Shape
 from convolt.layers.composition import Residual, Sequential, walk
 from convolt.layers.elementwise import GELU, Dropout, LeakyReLU, ReLU, SiLU
@@ -35,8 +34,8 @@ LAYERS: tuple[type, ...] = (
 )
 
 __all__ = [
-    "LAYERS",
     "GELU",
+    "LAYERS",
     "AvgPool2d",
     "BatchNorm2d",
     "BufferSpec",

@@ -34,10 +34,14 @@ class Conv2d(Layer):
             object.__setattr__(self, name, pair("Conv2d", name, getattr(self, name), least))
         if self.padding not in ("same", "valid"):
             if isinstance(self.padding, str):
-                raise ConfigError(f"Conv2d: padding must be an integer, a pair, 'same' or 'valid'; got {self.padding!r}")
+                raise ConfigError(
+                    f"Conv2d: padding must be an integer, a pair, 'same' or 'valid'; got {self.padding!r}"
+                )
             object.__setattr__(self, "padding", pair("Conv2d", "padding", self.padding, 0))
         if self.padding == "same" and self.stride != (1, 1):
-            raise ConfigError(f"Conv2d: padding='same' needs stride 1; got stride={self.stride}; give padding as numbers")
+            raise ConfigError(
+                f"Conv2d: padding='same' needs stride 1; got stride={self.stride}; give padding as numbers"
+            )
         for name in ("in_channels", "out_channels"):
             if getattr(self, name) % self.groups:
                 raise ConfigError(f"Conv2d: {name}={getattr(self, name)} must be divisible by groups={self.groups}")
@@ -51,7 +55,9 @@ class Conv2d(Layer):
         """``(out_channels, P, Q)``."""
         channels, height, width = image(self, shape)
         if channels != self.in_channels:
-            raise ShapeError(f"Conv2d(in_channels={self.in_channels}) got {channels} channels; set in_channels={channels}")
+            raise ShapeError(
+                f"Conv2d(in_channels={self.in_channels}) got {channels} channels; set in_channels={channels}"
+            )
         return (self.out_channels, *self.geometry.output_size("Conv2d", height, width))
 
     def parameters(self) -> dict[str, ParamSpec]:
@@ -82,7 +88,9 @@ class Dense(Layer):
         if len(shape) != 1:
             raise ShapeError(f"Dense takes features (F,); got {shape}; put Flatten() or GlobalAvgPool2d() before it")
         if shape[0] != self.in_features:
-            raise ShapeError(f"Dense(in_features={self.in_features}) got {shape[0]} features; set in_features={shape[0]}")
+            raise ShapeError(
+                f"Dense(in_features={self.in_features}) got {shape[0]} features; set in_features={shape[0]}"
+            )
         return (self.out_features,)
 
     def parameters(self) -> dict[str, ParamSpec]:

@@ -23,7 +23,8 @@ class BatchNorm2d(Layer):
 
     def __post_init__(self) -> None:
         positive("BatchNorm2d", num_features=self.num_features)
-        if not self.eps > 0 or not 0 <= self.momentum <= 1:
+        numbers = all(isinstance(value, int | float) for value in (self.eps, self.momentum))
+        if not numbers or not self.eps > 0 or not 0 <= self.momentum <= 1:
             raise ConfigError(f"BatchNorm2d: eps must be > 0 and momentum in [0, 1]; got {self.eps}, {self.momentum}")
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -74,5 +75,7 @@ class Normalize(Layer):
         """The same shape."""
         channels, _, _ = image(self, shape)
         if channels != len(self.mean):
-            raise ShapeError(f"Normalize has constants for {len(self.mean)} channels and got {channels}; give {channels}")
+            raise ShapeError(
+                f"Normalize has constants for {len(self.mean)} channels and got {channels}; give {channels}"
+            )
         return shape

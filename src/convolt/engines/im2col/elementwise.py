@@ -11,13 +11,13 @@ from collections.abc import Callable
 import numpy as np
 from numba import vectorize
 
-from convolt.chain import Array, Context, Kernel, Scope, Table
+from convolt.chain import Array, Context, Kernel, Scope, Stage, Table
 from convolt.engines.im2col.windows import channel_runs
 from convolt.engines.loops import dropout_mask, gelu_gate, gelu_gate_slope, sigmoid
-from convolt.layers import GELU, Dropout, Flatten, Layer, LeakyReLU, Normalize, ReLU, Residual, SiLU
+from convolt.layers import GELU, Dropout, Flatten, Layer, LeakyReLU, ReLU, Residual, SiLU
 
 # What may write over its input (forward) or over the gradient that comes back (backward).
-IN_PLACE = (ReLU, LeakyReLU, GELU, SiLU, Dropout, Normalize, Flatten)
+IN_PLACE = (ReLU, LeakyReLU, GELU, SiLU, Dropout, Flatten)
 
 
 def relu_forward(ctx: Context, layer: ReLU, params: Scope, x: Array) -> Array:
@@ -78,6 +78,7 @@ def erf(x: float) -> float:
 
 def gelu_forward(ctx: Context, layer: GELU, params: Scope, x: Array) -> Array:
     """``y = x gate(x)`` into a buffer; x is kept."""
+    erf(x.dtype.type(0))  # compiled here, not by several workers at a time
     return _gated(ctx, x, lambda part: part * gelu_gate(layer, part, erf))
 
 
@@ -148,27 +149,31 @@ def flatten_backward(ctx: Context, layer: Flatten, params: Scope, grads: Scope, 
 
 def residual_forward(ctx: Context, layer: Residual, params: Scope, x: Array) -> Array:
     """``y = body(x) + shortcut(x)``."""
-    sums = [
-        ctx.chain(branch, layers, x.shape[:-1]).forward(params.at(branch), _own(ctx, f"{branch}.x", layers[:1], x))
-        for branch, layers in (("body", layer.body), ("shortcut", layer.shortcut))
-    ]
+    sums = []
+    for branch, layers in _branches(layer):
+        chain = ctx.chain(branch, layers, x.shape[:-1])
+        own = _own(ctx, f"{branch}.x", chain.stages[:1], x)
+        sums.append(chain.forward(params.at(branch), own))
     return np.add(*sums, out=ctx.buffer("y", sums[0].shape, x.dtype))
 
 
 def residual_backward(ctx: Context, layer: Residual, params: Scope, grads: Scope, dy: Array) -> Array:
     """``dx`` is the sum of what both branches send back."""
-    sums = [
-        ctx.chain(branch, layers, ()).backward(
-            params.at(branch), grads.at(branch), _own(ctx, f"{branch}.dy", layers[-1:], dy)
-        )
-        for branch, layers in (("body", layer.body), ("shortcut", layer.shortcut))
-    ]
+    sums = []
+    for branch, layers in _branches(layer):
+        chain = ctx.chain(branch, layers, ())  # made by forward
+        own = _own(ctx, f"{branch}.dy", chain.stages[-1:], dy)
+        sums.append(chain.backward(params.at(branch), grads.at(branch), own))
     return np.add(*sums, out=ctx.buffer("dx", sums[0].shape, dy.dtype))
 
 
-def _own(ctx: Context, key: str, edge: tuple[Layer, ...], x: Array) -> Array:
-    """A copy of x when the branch's edge layer writes over it, else x itself."""
-    if not edge or not isinstance(edge[0], IN_PLACE):
+def _branches(layer: Residual) -> tuple[tuple[str, tuple[Layer, ...]], ...]:
+    return ("body", layer.body), ("shortcut", layer.shortcut)
+
+
+def _own(ctx: Context, key: str, edge: list[Stage], x: Array) -> Array:
+    """A copy of x when the stage at the branch's edge writes over it, else x itself."""
+    if not any(isinstance(layer, IN_PLACE) for stage in edge for layer in stage.layers):
         return x
     copy = ctx.buffer(key, x.shape, x.dtype)
     copy[...] = x

@@ -80,16 +80,16 @@ def _scale(layer: BatchNorm2d, params: Scope, inverse: Array) -> Array:
 
 
 def normalize_forward(ctx: Context, layer: Normalize, params: Scope, x: Array) -> Array:
-    """``y = (x - mean) / std`` for each channel, in place on the engine's own copy of the images."""
-    x -= np.array(layer.mean, x.dtype)[:, None, None, None]
-    x /= np.array(layer.std, x.dtype)[:, None, None, None]
-    return x
+    """``y = (x - mean) / std`` for each channel."""
+    mean, std = (np.array(values, x.dtype)[:, None, None, None] for values in (layer.mean, layer.std))
+    y = np.subtract(x, mean, out=ctx.buffer("y", x.shape, x.dtype))
+    return np.divide(y, std, out=y)
 
 
 def normalize_backward(ctx: Context, layer: Normalize, params: Scope, grads: Scope, dy: Array) -> Array:
     """``dx = dy / std``."""
-    dx: Array = dy / np.array(layer.std, dy.dtype)[:, None, None, None]
-    return dx
+    std = np.array(layer.std, dy.dtype)[:, None, None, None]
+    return np.divide(dy, std, out=ctx.buffer("dx", dy.shape, dy.dtype))
 
 
 NORMALIZATION: Table = {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convolt.convert import Normalize, module_of
+from convolt.convert.modules import Normalize, module_of
 from convolt.engine import Executor, OnReady, StepResult
 from convolt.engines.torch.losses import to_numpy, to_tensor, total_loss
 from convolt.engines.torch.optimizers import FlatOptimizer
@@ -99,11 +99,17 @@ class TorchExecutor(Executor):
         }
         self._leaves = dict(_leaves(model.layers, model.input_shape))
         self._module = self._modules()
-        self._dropouts = self._take_over_dropout()
+        self._dropouts = [
+            (_MaskedDropout(), name, layer, shape)
+            for name, (layer, shape) in self._leaves.items()
+            if isinstance(layer, Dropout)
+        ]
+        for masked, name, _, _ in self._dropouts:
+            self._module.set_submodule(name, masked)
         self._forward = torch.compile(self._module) if compiled else self._module
         self._parameters = dict(self._module.named_parameters())
         # CUDA runs ahead of the host, and fp16 may begin again: there no slice is final before the end of backward.
-        self._streams = device.type == "cpu" and self._half != torch.float16
+        self._streams = device.type == "cpu" and self._half is not torch.float16
         self._on_ready: OnReady | None = None
         for name, parameter in self._parameters.items():
             parameter.grad = self._view(self._gradient, name)
@@ -191,7 +197,7 @@ class TorchExecutor(Executor):
     def optimizer_state(self) -> dict[str, Array]:
         """The optimizer's flat arrays and ``step``; with fp16 also the loss scale and how long it has been good."""
         state = self._optimizer.save()
-        if self._half == torch.float16:
+        if self._half is torch.float16:
             state |= {"loss_scale": np.array(self._loss_scale), "good_steps": np.array(self._good_steps)}
         return state
 
@@ -203,19 +209,13 @@ class TorchExecutor(Executor):
 
     # --- forward ---
 
-    def _take_over_dropout(self) -> dict[str, _MaskedDropout]:
-        dropouts = {name: _MaskedDropout() for name, (layer, _) in self._leaves.items() if isinstance(layer, Dropout)}
-        for name, masked in dropouts.items():
-            self._module.set_submodule(name, masked)
-        return dropouts
-
     def _prepare(self, training: bool) -> None:
         """The device has the newest values, the modules are in the right mode, no mask is left from before."""
         for twin in (self._weights, self._gradient, *self._statistics.values()):
             twin.on_device()
         if self._module.training != training:
             self._module.train(training)
-        for masked in self._dropouts.values():
+        for masked, *_ in self._dropouts:
             masked.mask = None
 
     def _check_batch(self, samples: int) -> None:
@@ -227,9 +227,7 @@ class TorchExecutor(Executor):
 
     def _draw_masks(self, samples: int, rng: SampleRng | None) -> None:
         """0 or 1/(1 - p) for each element: the same draws as in every engine."""
-        for name, masked in self._dropouts.items():
-            layer, shape = self._leaves[name]
-            assert isinstance(layer, Dropout)
+        for masked, name, layer, shape in self._dropouts:
             if not (self.dropout and layer.p):
                 continue
             if rng is None or len(rng) != samples:
@@ -267,7 +265,7 @@ class TorchExecutor(Executor):
     def _backward(self, objective: Tensor, on_ready: OnReady | None) -> None:
         """Add the gradient of ``objective``; its slices are announced as they become final."""
         self._on_ready = on_ready if self._streams else None
-        if self._half == torch.float16:
+        if self._half is torch.float16:
             self._backward_scaled(objective)
         else:
             objective.backward()
@@ -287,11 +285,12 @@ class TorchExecutor(Executor):
         while True:
             parts = torch.autograd.grad(objective * self._loss_scale, self._parameters.values(), retain_graph=True)
             gradient = torch.cat([part.reshape(-1) for part in parts])
-            if hopeless or self._loss_scale <= 1 or math.isfinite(_squared_norm(gradient)):
+            good = math.isfinite(_squared_norm(gradient))
+            if good or hopeless or self._loss_scale <= 1:
                 break
             self._loss_scale, self._good_steps = self._loss_scale / 2, 0
         self._gradient.on_device().add_(gradient, alpha=1 / self._loss_scale)
-        self._good_steps += 1
+        self._good_steps = self._good_steps + 1 if good else 0
         if self._good_steps == GROWTH_INTERVAL:
             self._loss_scale, self._good_steps = self._loss_scale * 2, 0
 

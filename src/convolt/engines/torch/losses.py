@@ -18,7 +18,8 @@ from convolt.params import Array
 
 def total_loss(loss: Loss, logits: Tensor, y: Any) -> Tensor:
     """The summed loss of logits (N, C) as a scalar for autograd. Raises ShapeError, DataError."""
-    return _NATIVE.get(type(loss), _on_host)(loss, logits, y)
+    native = _NATIVE.get(type(loss))
+    return native(loss, logits, y) if native else _HostLoss.apply(logits, loss, y)
 
 
 def to_tensor(array: Array, device: torch.device) -> Tensor:
@@ -72,10 +73,6 @@ class _HostLoss(torch.autograd.Function):  # type: ignore[misc]  # torch is Any 
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None]:
         (dlogits,) = ctx.saved_tensors
         return dtotal * dlogits, None, None
-
-
-def _on_host(loss: Loss, logits: Tensor, y: Any) -> Tensor:
-    return _HostLoss.apply(logits, loss, y)
 
 
 def _targets(y: Array, logits: Tensor) -> Tensor:

@@ -46,8 +46,11 @@ class FlatOptimizer:
     def load(self, saved: dict[str, Array], like: Tensor) -> None:
         """Go on from the vectors of any engine, in the format and on the device of ``like``."""
         self.steps = int(saved["step"])
-        vectors = {name: array for name, array in saved.items() if array.shape == (self.size,)}
-        self.state = {name: torch.tensor(array, dtype=like.dtype, device=like.device) for name, array in vectors.items()}
+        self.state = {
+            name: torch.tensor(array, dtype=like.dtype, device=like.device)
+            for name, array in saved.items()
+            if array.shape == (self.size,)
+        }
         self._built_for = None
 
     def step(self, optimizer: Optimizer, weights: Tensor, gradient: Tensor) -> None:

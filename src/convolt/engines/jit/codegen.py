@@ -1,0 +1,94 @@
+"""From a kernel's Python function to object code: Numba types and lowers it, LLVM optimizes it for one instruction set.
+
+Numba's own ``cfunc`` always compiles for the CPU at hand and loads the result through Numba; here its ahead-of-time
+back end is given the target, so that a narrower instruction set is forced in every stage (vectorizer and instruction
+selection), and the object code that comes out needs nothing of Numba: a warm start loads it with llvmlite alone.
+
+A kernel cannot raise. The C function around it traps if Numba's status says "exception", and a trap that the optimizer
+could not remove is refused here, at compile time. So is a symbol that an ordinary process does not have.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, compiler, types
+from numba.core.codegen import AOTCPUCodegen
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.cpu_options import FastMathOptions
+from numba.core.registry import cpu_target
+
+from convolt.engines.jit.compiler import SYMBOL
+from convolt.engines.jit.isa import Isa, target
+from convolt.errors import EngineError
+
+SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
+"""void kernel(int64_t* arguments, int64_t chunk, int64_t thread)"""
+
+FASTMATH = frozenset({"contract", "nsz", "arcp", "reassoc"})
+"""What LLVM may do to float arithmetic in a kernel's Python code; NaN and infinity keep their meaning.
+
+``reassoc`` lets it vectorize sums (in an order that is fixed when it compiles, so that results repeat bit for bit); it
+also cancels ``(x + magic) - magic``: round with ``np.rint`` or ``np.floor``.
+"""
+
+
+class _Codegen(AOTCPUCodegen):
+    """Numba's ahead-of-time back end for one instruction set; Numba itself offers whole CPU models only."""
+
+    def __init__(self, isa: Isa):
+        cpu, self._features = target(isa)
+        AOTCPUCodegen.__init__(self, "convolt", cpu)
+
+    def _customize_tm_features(self) -> str:
+        return self._features
+
+
+def _flags() -> Any:
+    flags = compiler.Flags()
+    flags.no_compile = True  # not before the C function is there
+    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    flags.forceinline = True
+    flags.error_model = "numpy"
+    flags.fastmath = FastMathOptions(set(FASTMATH))
+    return flags
+
+
+@global_compiler_lock
+def object_code(function: Callable[..., None], isa: Isa) -> bytes:
+    """Object code (ELF) that defines `function` as the C function SYMBOL. Raises EngineError if it could raise."""
+    base = cpu_target.target_context
+    context = base.subtarget(_internal_codegen=_Codegen(isa))
+    compiled = compiler.compile_extra(
+        cpu_target.typing_context, context, function, SIGNATURE.args, SIGNATURE.return_type, _flags(), {}
+    )
+    library = compiled.library
+    library.add_ir_module(_c_function(context, compiled.fndesc))
+    library.finalize()
+    if "@llvm.trap" in library.get_llvm_str():
+        raise EngineError(
+            f"kernel {function.__qualname__}: it could raise an exception, which compiled code cannot; remove raise, "
+            "assert, and ranges whose step is not a constant"
+        )
+    if library.has_dynamic_globals:
+        raise EngineError(
+            f"kernel {function.__qualname__}: it refers to an object of this process by address (a large array, a "
+            "compiled function), which means nothing in the next; pass the address as an argument"
+        )
+    code: bytes = library.emit_native_object()
+    return code
+
+
+def _c_function(context: Any, description: Any) -> ir.Module:
+    """The C function around Numba's own, which returns whether it raised."""
+    module = context.create_module("c_function")
+    callee = context.declare_function(module, description)
+    parameters = [context.get_value_type(kind) for kind in SIGNATURE.args]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), SYMBOL)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    status, _ = context.call_conv.call_function(builder, callee, SIGNATURE.return_type, SIGNATURE.args, function.args)
+    with builder.if_then(status.is_error, likely=False):
+        builder.call(cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), []), "llvm.trap"), [])
+        builder.unreachable()
+    builder.ret_void()
+    return module

@@ -1,0 +1,216 @@
+"""Kernels: compiled once, kept on disk, loaded in milliseconds.
+
+A kernel is the C function ``void kernel(int64_t* arguments, int64_t chunk, int64_t thread)``. It is written as a Python
+function by a *factory*, ``def relu(spec: ReluSpec) -> Callable``, in which every size and stride is a constant taken
+from the frozen dataclass `spec`. Two specs that print alike give the same kernel: ``repr(spec)`` is part of the key.
+
+The cache holds one file a kernel: 32 bytes of SHA-256, then object code. The digest covers the key too, so a file under
+another's name is as invalid as one with a flipped bit; both are compiled again and replaced. The key covers whatever
+the code depends on: the sources of this folder and of the factory's file, factory, spec, instruction set, CPU, and the
+versions of what compiles. Files are written beside and renamed, so processes may compile at once: the last one wins,
+with the same code. A folder that cannot be written, or that other users can, is not used.
+
+A factory can be named, ``"module:function"``, instead of given: its module, which needs Numba, is then imported only if
+the kernel must be compiled. Loading takes llvmlite alone.
+"""
+
+import hashlib
+import importlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numpy as np
+
+from convolt import durable
+from convolt.engines.jit.isa import Isa, target
+from convolt.errors import EngineError
+
+Factory = Callable[[Any], Callable[..., None]] | str
+Request = tuple[Factory, Any]
+Progress = Callable[[int, int, str], None]
+
+FOLDER = Path(__file__).parent
+SYMBOL = "kernel"
+"""What the C function is called in every object file."""
+
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A C function in memory: its address, name, seconds to compile or load it. It is gone when nothing refers to this."""
+
+    address: int
+    name: str
+    seconds: float
+    from_cache: bool
+    library: Any = field(repr=False, compare=False)
+
+
+@dataclass
+class Statistics:
+    """What the cache did: kernels compiled and loaded, invalid files replaced, files that could not be written."""
+
+    compiled: int = 0
+    loaded: int = 0
+    rebuilt: int = 0
+    unsaved: int = 0
+
+
+def cache_folder() -> Path:
+    """Where kernels are kept: $XDG_CACHE_HOME/convolt/jit."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "convolt" / "jit"
+
+
+class Compiler:
+    """Makes kernels for one instruction set; asking twice for a kernel gives the same one.
+
+    folder: where object code is kept (default: `cache_folder`).
+    """
+
+    def __init__(self, isa: Isa, folder: Path | None = None):
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        self.isa = isa
+        self.statistics = Statistics()
+        self._folder = _usable(cache_folder() if folder is None else folder)
+        self._jit = llvm.create_lljit_compiler(use_jit_link=True, suppress_errors=True)
+        self._kernels: dict[str, Kernel] = {}
+        self._environment = "\n".join(
+            (
+                *(platform.python_implementation(), platform.python_version(), platform.machine(), sys.platform),
+                *(np.__version__, llvmlite.__version__, metadata.version("numba"), *target(isa), repr(isa)),
+                _digest_of_sources(FOLDER.rglob("*.py")),
+            )
+        )
+
+    def kernels(self, requests: Iterable[Request], progress: Progress | None = None) -> list[Kernel]:
+        """The kernels of all (factory, spec); `progress` is called with (done, total, name) before each and at the end."""
+        wanted = list(requests)
+        made = []
+        for done, (factory, spec) in enumerate(wanted):
+            if progress is not None:
+                progress(done, len(wanted), _name(factory))
+            made.append(self.kernel(factory, spec))
+        if progress is not None:
+            progress(len(wanted), len(wanted), "")
+        return made
+
+    def kernel(self, factory: Factory, spec: Any) -> Kernel:
+        """The kernel ``factory(spec)``, from memory, from disk, or compiled. Raises EngineError."""
+        start = time.perf_counter()
+        key = self.key(factory, spec)
+        if key not in self._kernels:
+            code = self._load(key)
+            from_cache = code is not None
+            if code is None:
+                code = self._compile(factory, spec)
+                self._save(key, code)
+            library = self._link(key, _name(factory), code)
+            seconds = time.perf_counter() - start
+            self._kernels[key] = Kernel(library[SYMBOL], _name(factory), seconds, from_cache, (self._jit, library))
+        return self._kernels[key]
+
+    def key(self, factory: Factory, spec: Any) -> str:
+        """What names the kernel on disk: 64 hexadecimal digits that change with anything its code depends on."""
+        text = "\n".join((self._environment, _qualified(factory), _digest_of_own_source(factory), repr(spec)))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _compile(self, factory: Factory, spec: Any) -> bytes:
+        from convolt.engines.jit.codegen import object_code  # imports Numba
+
+        self.statistics.compiled += 1
+        return object_code(_resolve(factory)(spec), self.isa)
+
+    def _link(self, key: str, name: str, code: bytes) -> Any:
+        builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process().export_symbol(SYMBOL)
+        try:
+            return builder.link(self._jit, key)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise EngineError(f"kernel {name}: it needs a symbol that no C library has ({reason})") from error
+
+    def _load(self, key: str) -> bytes | None:
+        if self._folder is None:
+            return None
+        try:
+            data = (self._folder / key).read_bytes()
+        except OSError:
+            return None
+        code = data[_DIGEST_BYTES:]
+        if data[:_DIGEST_BYTES] != _checksum(key, code):
+            self.statistics.rebuilt += 1
+            return None
+        self.statistics.loaded += 1
+        return code
+
+    def _save(self, key: str, code: bytes) -> None:
+        if self._folder is None:
+            self.statistics.unsaved += 1
+            return
+        try:
+            durable.write_bytes(self._folder / key, _checksum(key, code) + code)
+        except OSError:
+            self.statistics.unsaved += 1
+
+
+def compile_kernel(factory: Factory, spec: Any, isa: Isa) -> Kernel:
+    """One kernel, without a `Compiler` to keep."""
+    return Compiler(isa).kernel(factory, spec)
+
+
+def _checksum(key: str, code: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + code).digest()
+
+
+def _usable(folder: Path) -> Path | None:
+    """The folder, made if need be; None where it cannot be, or where someone else could put code into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError:
+        return None
+    own = status.st_uid in {0, os.geteuid()} and not status.st_mode & 0o022
+    return folder if own else None
+
+
+def _name(factory: Factory) -> str:
+    return _qualified(factory).rpartition(":")[2]
+
+
+def _qualified(factory: Factory) -> str:
+    return factory if isinstance(factory, str) else f"{factory.__module__}:{factory.__qualname__}"
+
+
+def _resolve(factory: Factory) -> Callable[[Any], Callable[..., None]]:
+    if not isinstance(factory, str):
+        return factory
+    module, _, function = factory.partition(":")
+    found: Callable[[Any], Callable[..., None]] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _digest_of_own_source(factory: Factory) -> str:
+    """The digest of the file that a factory outside this folder comes from."""
+    if isinstance(factory, str):
+        return ""
+    file = sys.modules[factory.__module__].__file__ if factory.__module__ in sys.modules else None
+    if file is None or Path(file).is_relative_to(FOLDER):
+        return ""
+    return _digest_of_sources([Path(file)])
+
+
+def _digest_of_sources(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,280 @@
+"""The driver: the one compiled function in which every thread of a team lives.
+
+There is no barrier that threads arrive at. One 64-bit *ticket* says all: ``phase << 32 | chunks not yet claimed``. A
+thread claims a chunk by lowering the ticket with a compare-and-swap, runs the phase's kernels on it and counts it as
+done; whoever finishes the last chunk of a phase publishes the ticket of the next. So a phase waits for its chunks,
+never for a thread: one that another process keeps off its core, or that still sleeps, holds up nobody unless it holds
+a chunk. The program is read only while a claimed chunk keeps it alive.
+
+Order of memory: counting a chunk releases its writes, the last count acquires them all, the ticket releases them and
+claiming acquires them: a phase sees every write of the phases before.
+
+A thread with nothing to claim spins for some microseconds, then lends its core to others (``sched_yield``), and after
+a millisecond sleeps on a semaphore, having said so in its `ASLEEP` word; whoever publishes a ticket wakes as many
+sleepers as there are chunks to spare. Setting the word and looking at the ticket again, against publishing the ticket
+and then looking at the words, is Dekker's handshake and needs sequential consistency: no wake-up is lost.
+"""
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from convolt.engines.jit.runtime import (
+    ASLEEP,
+    CLOCK,
+    DONE,
+    FINISHED,
+    PROGRAM,
+    SEMAPHORE,
+    STOP,
+    THREAD_LINE,
+    THREAD_LINES,
+    THREADS,
+    TICKET,
+    TIMINGS,
+    Waiting,
+)
+
+_I64 = ir.IntType(64)
+_KERNEL = ir.FunctionType(ir.VoidType(), [_I64.as_pointer(), _I64, _I64])
+_PAUSE = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}  # 1 is YIELD
+_ORDER = "seq_cst"
+_MONOTONIC = 1  # CLOCK_MONOTONIC
+_CHUNKS = (1 << 32) - 1  # the chunks of a ticket
+_SPINS = 16  # looks at the ticket between two looks at the clock
+
+
+def _word(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _I64.as_pointer())
+
+
+@intrinsic
+def load(typingctx: Any, address: Any) -> Any:
+    """The word at `address`, atomically."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_word(builder, args[0]), _ORDER, 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def exchange(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write the word at `address`, atomically; the one before."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("xchg", _word(builder, args[0]), args[1], _ORDER)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Add to the word at `address`, atomically; the one before."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _word(builder, args[0]), args[1], _ORDER)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def compare_exchange(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Write the word at `address` if it is the expected one; whether it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        result = builder.cmpxchg(_word(builder, args[0]), args[1], args[2], _ORDER, _ORDER)
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the core that this is a spin loop, where it has an instruction for that."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if hint := _PAUSE.get(platform.machine()):
+            name, numbers = hint
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)] * len(numbers))
+            builder.call(
+                cgutils.get_or_insert_function(builder.module, kind, name), [ir.IntType(32)(n) for n in numbers]
+            )
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def call(typingctx: Any, address: Any, arguments: Any, chunk: Any, thread: Any) -> Any:
+    """Call the kernel at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, arguments, chunk, thread = args
+        builder.call(builder.inttoptr(address, _KERNEL.as_pointer()), [_word(builder, arguments), chunk, thread])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+def _declare(builder: Any, name: str, kinds: list[Any]) -> Any:
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.IntType(32), kinds), name)
+
+
+@intrinsic
+def sched_yield(typingctx: Any) -> Any:
+    """Let another thread have the core, if one waits for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.call(_declare(builder, "sched_yield", []), [])
+
+    return types.int32(), generate
+
+
+@intrinsic
+def sem_wait(typingctx: Any, semaphore: Any) -> Any:
+    """Sleep until someone posts; not 0 if a signal came first."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.call(_declare(builder, "sem_wait", [_I64.as_pointer()]), [_word(builder, args[0])])
+
+    return types.int32(types.int64), generate
+
+
+@intrinsic
+def sem_post(typingctx: Any, semaphore: Any) -> Any:
+    """Wake whoever waits, or will."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.call(_declare(builder, "sem_post", [_I64.as_pointer()]), [_word(builder, args[0])])
+
+    return types.int32(types.int64), generate
+
+
+@intrinsic
+def nanoseconds(typingctx: Any, scratch: Any) -> Any:
+    """The monotonic clock; `scratch` is the address of two words."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        time = _word(builder, args[0])
+        clock = _declare(builder, "clock_gettime", [ir.IntType(32), _I64.as_pointer()])
+        builder.call(clock, [ir.IntType(32)(_MONOTONIC), time])
+        seconds, rest = builder.load(time), builder.load(builder.gep(time, [_I64(1)]))
+        return builder.add(builder.mul(seconds, _I64(10**9)), rest)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def address_of(typingctx: Any, words: Any) -> Any:
+    """The address that a pointer holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(args[0], _I64)
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+@intrinsic
+def words(typingctx: Any, address: Any) -> Any:
+    """A pointer to the words at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _word(builder, args[0])
+
+    return types.CPointer(types.int64)(types.int64), generate
+
+
+def driver(waiting: Waiting) -> Callable[..., None]:
+    """``driver(state, program, thread)``: thread 0 runs `program` and returns; the others help it until told to stop."""
+    yield_after, sleep_after = waiting.yield_after, waiting.sleep_after
+
+    @njit
+    def publish(state, ticket):
+        exchange(state + TICKET, ticket)
+        finished = ticket == FINISHED
+        threads = 1 if finished else load(state + THREADS)
+        spare = 1 if finished else (ticket & _CHUNKS) - 1  # the publisher takes one chunk itself
+        for thread in range(threads):
+            own = state + THREAD_LINES + thread * THREAD_LINE
+            if spare > 0 and load(own + ASLEEP) == 1 and compare_exchange(own + ASLEEP, 1, 0):
+                sem_post(own + SEMAPHORE)
+                spare -= 1
+
+    @njit
+    def may_go_on(state, thread):
+        ticket = load(state + TICKET)
+        over = ticket == FINISHED if thread == 0 else load(state + STOP) != 0
+        return over or ticket & _CHUNKS != 0
+
+    @njit
+    def wait(state, thread):
+        own = state + THREAD_LINES + thread * THREAD_LINE
+        since = nanoseconds(own + CLOCK)
+        while True:
+            for _ in range(_SPINS):
+                if may_go_on(state, thread):
+                    return
+                pause()
+            waited = nanoseconds(own + CLOCK) - since
+            if waited > sleep_after:
+                break
+            if waited > yield_after:
+                sched_yield()
+        exchange(own + ASLEEP, 1)
+        # Whoever publishes from here on sees the word. If the word is taken back already, a post is under way.
+        if may_go_on(state, thread) and compare_exchange(own + ASLEEP, 1, 0):
+            return
+        while sem_wait(own + SEMAPHORE) != 0:
+            pass
+
+    @njit
+    def run(state, phase, remaining, thread):
+        """Run one claimed chunk; publish the next phase if it was the last."""
+        program, timings = load(state + PROGRAM), load(state + TIMINGS)
+        table = words(program)
+        phases, kernels = table[0], table[1]
+        chunks, first, last = table[2 + 3 * phase], table[3 + 3 * phase], table[4 + 3 * phase]
+        kernel = 2 + 3 * phases + 2 * first
+        own = state + THREAD_LINES + thread * THREAD_LINE
+        for position in range(first, last):
+            start = nanoseconds(own + CLOCK) if timings != 0 else 0
+            call(table[kernel], table[kernel + 1], chunks - remaining, thread)
+            kernel += 2
+            if timings != 0:
+                words(timings)[thread * kernels + position] += nanoseconds(own + CLOCK) - start
+        if fetch_add(state + DONE, 1) + 1 < chunks:
+            return
+        exchange(state + DONE, 0)
+        following = phase + 1
+        if timings != 0:
+            words(timings)[load(state + THREADS) * kernels + following] = nanoseconds(own + CLOCK)
+        publish(state, FINISHED if following == phases else following << 32 | table[2 + 3 * following])
+
+    def kernel(arguments, program, thread):
+        state = address_of(arguments)
+        if thread == 0:
+            timings = load(state + TIMINGS)
+            table = words(program)
+            if timings != 0:
+                own = state + THREAD_LINES
+                words(timings)[load(state + THREADS) * table[1]] = nanoseconds(own + CLOCK)
+            exchange(state + PROGRAM, program)
+            publish(state, table[2])
+        while True:
+            ticket = load(state + TICKET)
+            remaining = ticket & _CHUNKS
+            if remaining != 0:
+                if compare_exchange(state + TICKET, ticket, ticket - 1):
+                    run(state, ticket >> 32, remaining, thread)
+            elif (ticket == FINISHED) if thread == 0 else (load(state + STOP) != 0):
+                return
+            else:
+                wait(state, thread)
+
+    return kernel

@@ -1,0 +1,121 @@
+"""The fp32 batch-reduce GEMM: one generator serves convolution forward and backward, and dense layers.
+
+    C[m, j] = start + sum over s < segments, k < depth of  A[m*a_row + k*a_depth + s*a_segment]
+                                                          * B[k*b_depth + s*b_segment + j]
+
+One call computes a block of C that lies in registers: `rows` x ceil(`columns` / `lanes`) accumulators (Georganas et al.
+2020, "Harnessing deep learning via a single building block"). Sizes and strides are constants of the compiled code, so
+every operand is a base register plus a constant; with strides in registers the same kernel spills and runs at a third.
+What the letters stand for:
+
+                      A                   rows           depth                  segments
+    conv forward      x [H, W, C]         pixels         S*C (contiguous)       R filter rows
+    conv dw           x                   channels       pixels of one row      rows of the image
+    dense             x [N, in]           samples        a block of inputs      1, or blocks
+
+Each element sums in the same order (s, then k) with one accumulator, whatever the block or the vector width: every
+blocking and every CPU with fused multiply-add gives the same bits.
+
+B is read in whole vectors, so 64 bytes behind its end must be readable; C and bias are touched only where they exist.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from numba import types
+from numba.extending import intrinsic
+
+from convolt.engines.jit.vectors import I64, Floats, carried_loop
+
+STRAIGHT_LINE = 512  # multiply-adds: a loop over depth that is no longer than this is unrolled whole
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Sizes and strides in elements, all constants. `start`: zero, C as it is (load), or bias[columns]."""
+
+    rows: int
+    columns: int
+    depth: int
+    a_row: int
+    a_depth: int
+    a_segment: int
+    b_depth: int
+    b_segment: int
+    c_row: int
+    lanes: int
+    start: Literal["zero", "load", "bias"] = "zero"
+    relu: bool = False
+    unroll: int = 4
+
+    @property
+    def vectors(self) -> int:
+        return -(-self.columns // self.lanes)
+
+
+def gemm(spec: Gemm) -> Any:
+    """A function for kernels: ``kernel(a, b, c, bias, segments)``, addresses and a count as int64."""
+
+    @intrinsic
+    def kernel(typingctx: Any, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _emit(spec, Floats(builder, spec.lanes), *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return kernel
+
+
+def _emit(spec: Gemm, floats: Floats, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> None:
+    a, b, c, bias = (floats.pointer(address) for address in (a, b, c, bias))
+    used = [min(spec.lanes, spec.columns - j * spec.lanes) for j in range(spec.vectors)]
+    block = [(m, j) for m in range(spec.rows) for j in range(spec.vectors)]
+    places = {(m, j): floats.at(c, m * spec.c_row + j * spec.lanes) for m, j in block}
+    if spec.start == "load":
+        start = [floats.load(places[m, j], used[j]) for m, j in block]
+    elif spec.start == "bias":
+        row = [floats.load(floats.at(bias, j * spec.lanes), used[j]) for j in range(spec.vectors)]
+        start = [row[j] for m, j in block]
+    else:
+        start = [floats.zero] * len(block)
+
+    def segment(s: Any, sums: list[Any]) -> list[Any]:
+        offset = [floats.builder.mul(s, I64(stride)) for stride in (spec.a_segment, spec.b_segment)]
+        return _over_depth(spec, floats, floats.at(a, offset[0]), floats.at(b, offset[1]), sums)
+
+    sums = carried_loop(floats.builder, segments, start, segment)
+    for (m, j), value in zip(block, sums, strict=True):
+        floats.store(floats.relu(value) if spec.relu else value, places[m, j], used[j])
+
+
+def _over_depth(spec: Gemm, floats: Floats, a: Any, b: Any, sums: list[Any]) -> list[Any]:
+    """Add the outer products of one segment."""
+
+    def outer_product(a: Any, b: Any, k: int, sums: list[Any]) -> list[Any]:
+        weights = [floats.load(floats.at(b, k * spec.b_depth + j * spec.lanes)) for j in range(spec.vectors)]
+        floats.order_loads()
+        following = []
+        for m in range(spec.rows):
+            pixel = floats.broadcast(floats.at(a, m * spec.a_row + k * spec.a_depth))
+            row = sums[m * spec.vectors : (m + 1) * spec.vectors]
+            following += [floats.multiply_add(pixel, w, c) for w, c in zip(weights, row, strict=True)]
+        return following
+
+    def unrolled(i: Any, sums: list[Any]) -> list[Any]:
+        a_i, b_i = (
+            floats.at(x, floats.builder.mul(i, I64(spec.unroll * stride)))
+            for x, stride in ((a, spec.a_depth), (b, spec.b_depth))
+        )
+        for k in range(spec.unroll):
+            sums = outer_product(a_i, b_i, k, sums)
+        return sums
+
+    looped = spec.depth - spec.depth % spec.unroll
+    if spec.depth * spec.rows * spec.vectors <= STRAIGHT_LINE:
+        looped = 0
+    if looped:
+        sums = carried_loop(floats.builder, I64(looped // spec.unroll), sums, unrolled)
+    for k in range(looped, spec.depth):
+        sums = outer_product(a, b, k, sums)
+    return sums

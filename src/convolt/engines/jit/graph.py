@@ -1,0 +1,175 @@
+"""A model as a list of operations on tensors, with the fusions found.
+
+Residual branches become plain operations, so the planner sees one straight list. A fusion is a run of operations whose
+inner tensors nobody else reads: an activation joins the convolution, BatchNorm or dense layer before it, a max-pool
+joins a convolution with its activation. Tensors are NHWC inside this engine; ``border`` is the zero frame that the
+convolutions reading a tensor want around each image, so that no kernel checks bounds.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from convolt.layers import (
+    GELU,
+    AvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    Dense,
+    Dropout,
+    Flatten,
+    GlobalAvgPool2d,
+    Layer,
+    LeakyReLU,
+    MaxPool2d,
+    Normalize,
+    ReLU,
+    Residual,
+    Shape,
+    SiLU,
+    walk,
+)
+from convolt.model import Model
+
+ACTIVATIONS = (ReLU, LeakyReLU, GELU, SiLU)
+
+
+@dataclass(eq=False)
+class Tensor:
+    """What one operation makes and others read. shape: (C, H, W) or (F,). border: rows above, below, columns left, right.
+
+    readers: operations that read it; with more than one its gradient is a sum.
+    """
+
+    name: str
+    shape: Shape
+    border: tuple[int, int, int, int] = (0, 0, 0, 0)
+    readers: list["Operation"] = field(default_factory=list)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it has height and width."""
+        return len(self.shape) == 3
+
+    @property
+    def height(self) -> int:
+        """Rows in memory, with the border."""
+        return self.shape[1] + self.border[0] + self.border[1]
+
+    @property
+    def width(self) -> int:
+        """Columns in memory, with the border."""
+        return self.shape[2] + self.border[2] + self.border[3]
+
+    @property
+    def size(self) -> int:
+        """Elements of one sample in memory."""
+        return self.shape[0] if not self.is_image else self.shape[0] * self.height * self.width
+
+    @property
+    def origin(self) -> int:
+        """Element offset of the first pixel inside the border."""
+        return (self.border[0] * self.width + self.border[2]) * self.shape[0] if self.is_image else 0
+
+    def frame(self, layer: Conv2d) -> None:
+        """Widen the border to what a convolution wants."""
+        (top, bottom), (left, right) = layer.geometry.pads
+        self.border = (
+            max(self.border[0], top),
+            max(self.border[1], bottom),
+            max(self.border[2], left),
+            max(self.border[3], right),
+        )
+
+
+@dataclass(eq=False)
+class Operation:
+    """One or more layers computed together. ``kind`` is the first layer's class name, or "Add" for a residual sum.
+
+    names: of the layers, such as "3.body.0". activation, pool: what has been fused behind.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    layer: Layer | None
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    activation: Layer | None = None
+    pool: MaxPool2d | None = None
+
+    @property
+    def label(self) -> str:
+        """For ``explain`` and profiles: ``0-2 Conv2d+ReLU+MaxPool2d``."""
+        parts = [self.kind, *(type(layer).__name__ for layer in (self.activation, self.pool) if layer is not None)]
+        where = self.names[0] if len(self.names) == 1 else f"{self.names[0]}-{self.names[-1]}"
+        return f"{where} {'+'.join(parts)}"
+
+
+def operations(model: Model) -> tuple[Tensor, list[Operation]]:
+    """The input tensor and the fused operations of a model, in order."""
+    first = Tensor("input", model.input_shape)
+    found: list[Operation] = []
+    _append(model.layers, first, found, "")
+    for operation in found:
+        for tensor in operation.inputs:
+            tensor.readers.append(operation)
+    fused = _fuse(found)
+    for operation in fused:
+        if isinstance(operation.layer, Conv2d):
+            operation.inputs[0].frame(operation.layer)
+    return first, fused
+
+
+def _append(layers: tuple[Layer, ...], tensor: Tensor, found: list[Operation], prefix: str) -> Tensor:
+    for name, layer, _, shape in walk(layers, tensor.shape, prefix):
+        if isinstance(layer, Residual):
+            body = _append(layer.body, tensor, found, f"{name}.body.")
+            shortcut = _append(layer.shortcut, tensor, found, f"{name}.shortcut.")
+            output = Tensor(name, shape)
+            found.append(Operation("Add", (name,), layer, (body, shortcut), output))
+        else:
+            output = Tensor(name, shape)
+            found.append(Operation(type(layer).__name__, (name,), layer, (tensor,), output))
+        tensor = output
+    return tensor
+
+
+def _fuse(found: Iterable[Operation]) -> list[Operation]:
+    fused: list[Operation] = []
+    by_output: dict[Tensor, Operation] = {}
+    for operation in found:
+        before = by_output.get(operation.inputs[0])
+        alone = before is not None and len(operation.inputs) == 1 and operation.inputs[0].readers == [operation]
+        if before is not None and alone and _joins(before, operation):
+            if isinstance(operation.layer, MaxPool2d):
+                before.pool = operation.layer
+            else:
+                before.activation = operation.layer
+            before.names += operation.names
+            before.output = operation.output
+            by_output[operation.output] = before
+            continue
+        fused.append(operation)
+        by_output[operation.output] = operation
+    return fused
+
+
+def _joins(before: Operation, operation: Operation) -> bool:
+    if before.pool is not None:
+        return False
+    if isinstance(operation.layer, ReLU | LeakyReLU):
+        # Their gradients follow from the sign of the output: nothing else has to be kept.
+        positive = not isinstance(operation.layer, LeakyReLU) or operation.layer.negative_slope > 0
+        return before.activation is None and before.kind in ("Conv2d", "BatchNorm2d", "Dense", "Add") and positive
+    if isinstance(operation.layer, MaxPool2d):
+        window = operation.layer.geometry
+        disjoint = window.kernel == window.stride and operation.layer.padding == (0, 0)
+        monotone = before.activation is None or isinstance(before.activation, ReLU)
+        return before.kind == "Conv2d" and disjoint and monotone
+    return False
+
+
+IMAGE_KINDS = {
+    kind.__name__
+    for kind in (Conv2d, BatchNorm2d, Normalize, MaxPool2d, AvgPool2d, GlobalAvgPool2d, Flatten, *ACTIVATIONS, Dropout)
+} | {"Add"}
+DENSE_KIND = Dense.__name__

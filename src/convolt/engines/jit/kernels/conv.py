@@ -1,0 +1,365 @@
+"""Convolution in NHWC on frames with a zero border: forward, gradient of the input, gradient of the weights.
+
+All three are one batch-reduce matrix product at different strides (micro-kernel ``gemm``). With x (N, H, W, C),
+filters packed as w (R, S, C, K), and for a row p of the output:
+
+    forward    rows = pixels q (stride C),     depth = (s, c) contiguous,  segments = r
+    dx         the same on dy, spread by the stride and framed, with filters turned around and transposed
+    dw         rows = (s, c) contiguous,       depth = pixels q,           segments = p
+
+Nothing is gathered into columns. Columns of filters (at most four vectors) are the outermost loop: their panel stays
+in the L2 cache while the images of the chunk pass by. Bias, activation and max-pool are applied to an output row while
+it is in the L1 cache; the pool keeps which tap won, or that ReLU let nothing through, as one byte.
+
+Cost: 2 K C/groups R S P Q FLOPs for each image and each of the three.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from convolt.engines.jit.gemm import Gemm, gemm
+from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec, turned
+from convolt.engines.jit.memory import view
+
+
+def _blocking(rows: int, vectors: int, registers: int) -> int:
+    """Rows of a register block: as many as the accumulators allow, and an even share of ``rows``."""
+    most = max(1, (registers - vectors - 1) // vectors)
+    return -(-rows // -(-rows // most))
+
+
+def register_rows(spec: Gemm, total: int, registers: int) -> Callable[[int, int, int, int, int], None]:
+    """A product with any number of rows, in register blocks: ``run(a, b, c, bias, segments)``."""
+    vectors = -(-spec.columns // spec.lanes)
+    rows = _blocking(total, vectors, registers)
+    blocks, rest = divmod(total, rows)
+    main = gemm(replace(spec, rows=rows))
+    tail = gemm(replace(spec, rows=rest)) if rest else main
+    a_step, c_step = FLOAT * rows * spec.a_row, FLOAT * rows * spec.c_row
+
+    @njit
+    def run(a: int, b: int, c: int, bias: int, segments: int) -> None:
+        for block in range(blocks):
+            main(a + block * a_step, b, c + block * c_step, bias, segments)
+        if rest:
+            tail(a + blocks * a_step, b, c + blocks * c_step, bias, segments)
+
+    found: Callable[[int, int, int, int, int], None] = run
+    return found
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def conv_forward(spec: ConvSpec) -> Callable[..., None]:
+    """``y = pool(act(w * x + b))``; arguments: state, x, packed filters, bias, y, codes, scratch.
+
+    Filters are packed (groups, R, S, C/groups, columns). A chunk is a run of images.
+    """
+    block = VECTORS * spec.lanes
+    whole, rest = divmod(spec.filters, block)
+    full = _forward_block(spec, block) if whole else None
+    tail = _forward_block(spec, rest) if rest else None
+    images, groups = spec.images, spec.groups
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        first = chunk * images
+        last = min(first + images, count)
+        for group in range(groups):
+            if whole:
+                for j in range(whole):
+                    full(arguments, first, last, thread, group, j * block)
+            if rest:
+                tail(arguments, first, last, thread, group, whole * block)
+
+    return kernel
+
+
+def _forward_block(spec: ConvSpec, columns: int) -> Callable[..., None]:
+    """Output channels ``column`` to ``column + columns`` of a group, for a run of images."""
+    x, y, window = spec.x, spec.y, spec.window
+    K, P, Q, C = spec.K, spec.P, spec.Q, spec.channels
+    pool_h, pool_w = spec.pool
+    pooled = spec.pool != (1, 1)
+    row = _output_row(spec, columns, c_row=columns if pooled else K)
+    finish = _pool_rows(spec, columns) if pooled else _activate_row(spec, columns)
+    packed = spec.packed_columns
+    corner = x.origin - window.top * x.pitch - window.left * x.C
+    group_filters = window.R * window.S * C * packed
+    row_step, scratch_size = window.stride_h * x.pitch, spec.scratch
+    PP = P // pool_h
+
+    @njit
+    def block(arguments: Any, first: int, last: int, thread: int, group: int, column: int) -> None:
+        filters = arguments[2] + FLOAT * (group * group_filters + column)
+        channel = group * (K // spec_groups) + column
+        bias = arguments[3] + FLOAT * channel
+        rows = arguments[6] + FLOAT * thread * scratch_size
+        for image in range(first, last):
+            source = arguments[1] + FLOAT * (image * x_size + corner + group * C)
+            if pooled:
+                for p in range(PP):
+                    for i in range(pool_h):
+                        row(source + FLOAT * (p * pool_h + i) * row_step, filters, rows + FLOAT * i * Q * columns, bias)
+                    finish(rows, arguments[4], arguments[5], image, p, channel)
+            else:
+                for p in range(P):
+                    target = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
+                    row(source + FLOAT * p * row_step, filters, target, bias)
+                    finish(target)
+
+    x_size, y_size, y_origin, y_pitch, spec_groups = x.size, y.size, y.origin, y.pitch, spec.groups
+    found: Callable[..., None] = block
+    return found
+
+
+def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int, int, int], None]:
+    """One row of Q output pixels: ``row(a, b, c, bias)``."""
+    window, C, packed = spec.window, spec.channels, spec.packed_columns
+    R, S = window.R, window.S
+    start = "load" if spec.add else "bias" if spec.bias else "zero"
+    relu = spec.merged and spec.slope == 0
+    merged = Gemm(
+        rows=0,
+        columns=columns,
+        depth=S * C if spec.merged else C,
+        a_row=window.stride_w * spec.x.C,
+        a_depth=1,
+        a_segment=window.dilation_h * spec.x.pitch if spec.merged else window.dilation_w * spec.x.C,
+        b_depth=packed,
+        b_segment=(S * C if spec.merged else C) * packed,
+        c_row=c_row,
+        lanes=spec.lanes,
+        start=start,
+        relu=relu,
+    )
+    if spec.merged:
+        whole = register_rows(merged, spec.Q, spec.registers)
+
+        @njit
+        def row(a: int, b: int, c: int, bias: int) -> None:
+            whole(a, b, c, bias, R)
+    else:
+        begin = register_rows(merged, spec.Q, spec.registers)
+        further = register_rows(replace(merged, start="load"), spec.Q, spec.registers)
+        a_step, b_step = FLOAT * window.dilation_h * spec.x.pitch, FLOAT * S * C * packed
+
+        @njit
+        def row(a: int, b: int, c: int, bias: int) -> None:
+            begin(a, b, c, bias, S)
+            for r in range(1, R):
+                further(a + r * a_step, b + r * b_step, c, bias, S)
+
+    return row
+
+
+def _activate_row(spec: ConvSpec, columns: int) -> Callable[[int], None]:
+    """Apply the activation to a row that the product has not applied it to already: ``finish(target)``."""
+    slope, Q, K = np.float32(spec.slope), spec.Q, spec.K
+    done = slope == 1 or (slope == 0 and spec.merged)
+
+    @njit(fastmath=True)
+    def finish(target: int) -> None:
+        if not done:
+            row = view(target, (Q, K), np.float32)
+            for q in range(Q):
+                for k in range(columns):
+                    value = row[q, k]
+                    row[q, k] = value if value > 0 else value * slope
+
+    return finish
+
+
+def _pool_rows(spec: ConvSpec, columns: int) -> Callable[[int, int, int, int, int, int], None]:
+    """Max-pool of ``pool_h`` finished rows and ReLU: ``finish(rows, y, codes, image, p, channel)``."""
+    y, K, Q = spec.y, spec.K, spec.Q
+    pool_h, pool_w = spec.pool
+    PP, QQ = spec.P // pool_h, Q // pool_w
+    relu = spec.slope == 0
+    y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
+
+    @njit
+    def finish(rows: int, y: int, codes: int, image: int, p: int, channel: int) -> None:
+        values = view(rows, (pool_h, Q, columns), np.float32)
+        target = view(y + FLOAT * (image * y_size + y_origin + p * y_pitch + channel), (QQ, K), np.float32)
+        code = view(codes + ((image * PP + p) * QQ * K + channel), (QQ, K), np.uint8)
+        for q in range(QQ):
+            for k in range(columns):
+                best, winner = values[0, q * pool_w, k], np.uint8(0)
+                for i in range(pool_h):
+                    for j in range(pool_w):
+                        value = values[i, q * pool_w + j, k]
+                        better = value > best
+                        winner = np.uint8(i * pool_w + j) if better else winner
+                        best = value if better else best
+                if relu:
+                    winner = winner if best > np.float32(0) else np.uint8(DEAD)
+                    best = max(best, np.float32(0))
+                target[q, k] = best
+                code[q, k] = winner
+
+    return finish
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def conv_backward(spec: ConvSpec) -> Callable[..., None]:
+    """dx, and this chunk's part of dw and db, one image after another.
+
+    Arguments: state, x, turned filters, dy, y, codes, dx, dw parts, db parts, scratch. dy (N, PP, QQ, K) is the
+    gradient of the fused output: it is first spread to the gradient of the convolution in the frame of one image.
+    Filters are turned and packed (groups, R, S, K/groups, columns). Parts are (chunks, R, S, C/groups, K).
+    """
+    spread, weights = _spread(spec), _weight_gradient(spec)
+    inputs = _input_gradient(spec) if spec.wants_dx else weights
+    framed, wants_dx, images, scratch_size = spec.framed, spec.wants_dx, spec.images, spec.scratch
+    bias, K = spec.bias, spec.K
+    part = spec.window.R * spec.window.S * spec.channels * K
+    x_size, bare = spec.x.size, spec.x.H * spec.x.W * spec.x.C
+    rows_offset = spec.pool[0] * spec.Q * VECTORS * spec.lanes
+    framed_size = framed.size
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        first = chunk * images
+        dw = arguments[7] + FLOAT * chunk * part
+        view(dw, (part,), np.float32)[:] = np.float32(0)
+        if bias:
+            view(arguments[8] + FLOAT * chunk * K, (K,), np.float32)[:] = np.float32(0)
+        dy = arguments[9] + FLOAT * (thread * scratch_size + rows_offset)
+        view(dy, (framed_size,), np.float32)[:] = np.float32(0)
+        for image in range(first, min(first + images, count)):
+            spread(arguments, image, dy, arguments[8] + FLOAT * chunk * K)
+            weights(arguments[1] + FLOAT * image * x_size, dy, dw)
+            if wants_dx:
+                inputs(dy, arguments[2], arguments[6] + FLOAT * image * bare)
+
+    return kernel
+
+
+def _spread(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
+    """The gradient of the convolution's output, in its frame, and db: ``spread(arguments, image, dy, db)``."""
+    framed, y, window, K, P, Q = spec.framed, spec.y, spec.window, spec.K, spec.P, spec.Q
+    pool_h, pool_w = spec.pool
+    PP, QQ = P // pool_h, Q // pool_w
+    pooled, bias, slope = spec.pool != (1, 1), spec.bias, np.float32(spec.slope)
+    row_step, column_step = window.stride_h * framed.pitch, window.stride_w * K
+    framed_origin, y_size, y_origin, y_pitch = framed.origin, y.size, y.origin, y.pitch
+
+    @njit
+    def pool_spread(arguments: Any, image: int, target: int, db: int) -> None:
+        for p in range(PP):
+            source = view(arguments[3] + FLOAT * (image * PP + p) * QQ * K, (QQ, K), np.float32)
+            code = view(arguments[5] + (image * PP + p) * QQ * K, (QQ, K), np.uint8)
+            for i in range(pool_h):
+                row = target + FLOAT * (framed_origin + (p * pool_h + i) * row_step)
+                for q in range(QQ):
+                    for j in range(pool_w):
+                        pixel = view(row + FLOAT * (q * pool_w + j) * column_step, (K,), np.float32)
+                        tap = np.uint8(i * pool_w + j)
+                        for k in range(K):
+                            pixel[k] = source[q, k] if code[q, k] == tap else np.float32(0)
+            if bias:
+                total = view(db, (K,), np.float32)
+                for q in range(QQ):
+                    for k in range(K):
+                        total[k] += source[q, k] if code[q, k] != np.uint8(DEAD) else np.float32(0)
+
+    @njit
+    def plain_spread(arguments: Any, image: int, target: int, db: int) -> None:
+        total = view(db, (K,), np.float32)
+        for p in range(P):
+            source = view(arguments[3] + FLOAT * (image * P + p) * Q * K, (Q, K), np.float32)
+            output = view(arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch), (Q, K), np.float32)
+            row = target + FLOAT * (framed_origin + p * row_step)
+            for q in range(Q):
+                pixel = view(row + FLOAT * q * column_step, (K,), np.float32)
+                for k in range(K):
+                    slopes = source[q, k]
+                    if slope != np.float32(1):
+                        slopes = slopes if output[q, k] > np.float32(0) else slopes * slope
+                    pixel[k] = slopes
+                    if bias:
+                        total[k] += slopes
+
+    return pool_spread if pooled else plain_spread
+
+
+def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
+    """``dw[r, s, c, k] += sum over p, q of x[p + r, q + s, c] dy[p, q, k]``: ``weights(x, dy, dw)``."""
+    x, window, framed = spec.x, spec.window, spec.framed
+    R, S, C, K, filters = window.R, window.S, spec.channels, spec.K, spec.filters
+    block = VECTORS * spec.lanes
+    rows_at_once = S * C if spec.merged else C
+    base = Gemm(
+        rows=0,
+        columns=block,
+        depth=spec.Q,
+        a_row=1,
+        a_depth=window.stride_w * x.C,
+        a_segment=window.stride_h * x.pitch,
+        b_depth=window.stride_w * K,
+        b_segment=window.stride_h * framed.pitch,
+        c_row=K,
+        lanes=spec.lanes,
+        start="load",
+    )
+    whole, rest = divmod(filters, block)
+    full = register_rows(base, rows_at_once, spec.registers) if whole else None
+    tail = register_rows(replace(base, columns=rest), rows_at_once, spec.registers) if rest else None
+    corner = x.origin - window.top * x.pitch - window.left * x.C
+    taps = 1 if spec.merged else S
+    groups, P, origin = spec.groups, spec.P, framed.origin
+    row_step, tap_step = window.dilation_h * x.pitch, window.dilation_w * x.C
+
+    @njit
+    def weights(source: int, dy: int, dw: int) -> None:
+        for r in range(R):
+            for s in range(taps):
+                for group in range(groups):
+                    a = source + FLOAT * (corner + r * row_step + s * tap_step + group * C)
+                    b = dy + FLOAT * (origin + group * filters)
+                    c = dw + FLOAT * ((r * S + s) * C * K + group * filters)
+                    if whole:
+                        for j in range(whole):
+                            full(a, b + FLOAT * j * block, c + FLOAT * j * block, 0, P)
+                    if rest:
+                        tail(a, b + FLOAT * whole * block, c + FLOAT * whole * block, 0, P)
+
+    found: Callable[[int, int, int], None] = weights
+    return found
+
+
+def _input_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
+    """``dx`` of one image from the framed dy: ``inputs(dy, filters, dx)``; the frame is (K, ...), dx (H, W, C)."""
+    back = turned(spec)
+    block = VECTORS * spec.lanes
+    whole, rest = divmod(back.filters, block)
+    full = _output_row(back, block, c_row=back.K) if whole else None
+    tail = _output_row(back, rest, c_row=back.K) if rest else None
+    groups, C, H = spec.groups, back.filters, back.P
+    source_channels, packed = back.channels, back.packed_columns
+    group_filters = spec.window.R * spec.window.S * source_channels * packed
+    pitch, target_pitch, origin = back.x.pitch, back.y.pitch, back.x.origin
+
+    @njit
+    def inputs(dy: int, filters: int, dx: int) -> None:
+        for group in range(groups):
+            w = filters + FLOAT * group * group_filters
+            for j in range(whole + (1 if rest else 0)):
+                for h in range(H):
+                    a = dy + FLOAT * (origin + h * pitch + group * source_channels)
+                    c = dx + FLOAT * (h * target_pitch + group * C + j * block)
+                    if whole and j < whole:
+                        full(a, w + FLOAT * j * block, c, 0)
+                    elif rest:
+                        tail(a, w + FLOAT * j * block, c, 0)
+
+    found: Callable[[int, int, int], None] = inputs
+    return found

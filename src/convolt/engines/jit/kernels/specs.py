@@ -1,0 +1,265 @@
+"""What kernels are compiled for: frozen, printable, and free of Numba.
+
+``repr`` of a spec is part of its kernel's name in the cache, and a warm start loads kernels without importing Numba.
+"""
+
+from dataclasses import dataclass, replace
+
+from convolt.engines.jit.graph import Tensor
+from convolt.layers import AvgPool2d, Conv2d, MaxPool2d
+
+FLOAT = 4  # bytes
+VECTORS = 4  # of a block of output columns
+DEAD = 255  # code of a pooled output that ReLU set to zero
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An NHWC tensor in memory: C channels, H x W pixels inside ``rows`` x ``columns``, the first one at ``origin``."""
+
+    C: int
+    H: int
+    W: int
+    rows: int
+    columns: int
+    origin: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Frame":
+        """The frame of a tensor; features (F,) are one pixel with F channels."""
+        if not tensor.is_image:
+            return cls(tensor.shape[0], 1, 1, 1, 1, 0)
+        C, H, W = tensor.shape
+        return cls(C, H, W, tensor.height, tensor.width, tensor.origin)
+
+    @classmethod
+    def bare(cls, tensor: Tensor) -> "Frame":
+        """The same without border, as gradients are kept."""
+        C, H, W = tensor.shape if tensor.is_image else (tensor.shape[0], 1, 1)
+        return cls(C, H, W, H, W, 0)
+
+    @property
+    def size(self) -> int:
+        """Elements of one sample."""
+        return self.rows * self.columns * self.C
+
+    @property
+    def pitch(self) -> int:
+        """Elements from a row to the next."""
+        return self.columns * self.C
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """A window's geometry with plain integers."""
+
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    top: int
+    left: int
+    dilation_h: int
+    dilation_w: int
+
+    @classmethod
+    def of(cls, layer: Conv2d | MaxPool2d | AvgPool2d) -> "Windowing":
+        """From a layer."""
+        window = layer.geometry
+        (top, _), (left, _) = window.pads
+        return cls(*window.kernel, *window.stride, top, left, *window.dilation)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple that is not less than ``size``."""
+    return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Everything a convolution kernel is compiled for.
+
+    y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
+    pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added to what is there.
+    """
+
+    x: Frame
+    y: Frame
+    window: Windowing
+    groups: int
+    K: int
+    P: int
+    Q: int
+    bias: bool
+    slope: float
+    pool: tuple[int, int]
+    images: int
+    lanes: int
+    registers: int
+    wants_dx: bool = True
+    add: bool = False
+
+    @property
+    def merged(self) -> bool:
+        """Whether (s, c) of a filter row lie contiguous in the image."""
+        return self.groups == 1 and self.window.dilation_w == 1
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a group."""
+        return self.x.C // self.groups
+
+    @property
+    def filters(self) -> int:
+        """Output channels of a group."""
+        return self.K // self.groups
+
+    @property
+    def packed_columns(self) -> int:
+        """Columns of a group's packed forward filters: whole vectors."""
+        return round_up(self.filters, self.lanes)
+
+    @property
+    def scratch(self) -> int:
+        """Elements of scratch memory for each thread: rows to pool, and the framed dy of one image."""
+        return self.pool[0] * self.Q * VECTORS * self.lanes + self.framed.size + VECTORS * self.lanes
+
+    @property
+    def framed(self) -> Frame:
+        """Dy of one image spread by the stride, with the border that the turned filters want."""
+        window = self.window
+        top = window.dilation_h * (window.R - 1) - window.top
+        left = window.dilation_w * (window.S - 1) - window.left
+        rows = max(self.x.H + window.dilation_h * (window.R - 1), top + (self.P - 1) * window.stride_h + 1)
+        columns = max(self.x.W + window.dilation_w * (window.S - 1), left + (self.Q - 1) * window.stride_w + 1)
+        rows, columns = rows - min(top, 0), columns - min(left, 0)
+        return Frame(self.K, self.P, self.Q, rows, columns, (max(top, 0) * columns + max(left, 0)) * self.K)
+
+
+def turned(spec: ConvSpec) -> ConvSpec:
+    """The convolution that makes dx of the framed dy: stride 1, filters turned around, channels swapped."""
+    x, window = spec.x, spec.window
+    target = Frame(x.C, x.H, x.W, x.H, x.W, 0)
+    rows = Windowing(window.R, window.S, 1, 1, 0, 0, window.dilation_h, window.dilation_w)
+    top = window.dilation_h * (window.R - 1) - window.top
+    left = window.dilation_w * (window.S - 1) - window.left
+    framed = spec.framed
+    # Padding beyond the filter's reach cuts the first rows of the frame off.
+    source = replace(framed, origin=(max(-top, 0) * framed.columns + max(-left, 0)) * spec.K)
+    return replace(
+        spec, x=source, y=target, window=rows, K=x.C, P=x.H, Q=x.W, bias=False, slope=1.0, pool=(1, 1), wants_dx=False
+    )
+
+
+@dataclass(frozen=True)
+class DenseSpec:
+    """Everything a dense kernel is compiled for. N: capacity in samples. run: outputs or inputs of a chunk."""
+
+    N: int
+    inputs: int
+    outputs: int
+    bias: bool
+    slope: float
+    run: int
+    lanes: int
+    registers: int
+    wants_dx: bool = True
+    accumulate: bool = True
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """An elementwise operation or a sum over some images: frames of what it reads and writes.
+
+    kind: which operation, such as "relu" or "add"; number: its constant. gradient_of: as in the kernel's docstring.
+    """
+
+    kind: str
+    x: Frame
+    y: Frame
+    images: int
+    number: float = 0.0
+    add: bool = False
+
+
+@dataclass(frozen=True)
+class AddSpec:
+    """The sum of two branches and an activation of this slope (1 for none); adds_a, adds_b: as ``add`` elsewhere."""
+
+    a: Frame
+    b: Frame
+    y: Frame
+    slope: float
+    images: int
+    adds_a: bool = False
+    adds_b: bool = False
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A max- or average-pool over any window. P, Q: output positions; add: whether dx is added to what is there."""
+
+    x: Frame
+    y: Frame
+    window: Windowing
+    P: int
+    Q: int
+    images: int
+    count_include_pad: bool = True
+    add: bool = False
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """BatchNorm with an activation of this slope (1 for none) behind it; add: whether dx is added to what is there."""
+
+    x: Frame
+    y: Frame
+    eps: float
+    affine: bool
+    slope: float
+    images: int
+    add: bool = False
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Unpacking images (N, C, H, W) into a frame: bytes are scaled to [0, 1], then (x - mean) / std."""
+
+    y: Frame
+    bytes: bool
+    images: int
+
+
+@dataclass(frozen=True)
+class PackSpec:
+    """Filters (K, C, R, S) packed for a convolution; turned for its dx."""
+
+    conv: ConvSpec
+    turned: bool
+
+
+@dataclass(frozen=True)
+class ReduceSpec:
+    """Parts (chunks, R, S, C, K) summed into dw (K, C, R, S), a run of filters each chunk."""
+
+    K: int
+    C: int
+    R: int
+    S: int
+    images: int
+    run: int
+    accumulate: bool
+    bias: bool
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """An optimizer step on a run of the flat vector; ``kind`` is the optimizer's class name in lower case."""
+
+    kind: str
+    run: int
+    momentum: bool = False
+    nesterov: bool = False
+    centered: bool = False
+    decoupled: bool = False

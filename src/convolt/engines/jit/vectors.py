@@ -1,0 +1,146 @@
+"""The few LLVM idioms that every micro-kernel is made of: vectors in memory, constants, carried loops.
+
+Numba's `@intrinsic` hands over an `llvmlite` IR builder. LLVM's vectors are generic: 16, 8 or 4 lanes lower to AVX-512,
+AVX2 or NEON registers. A value carried round a loop is a phi node, which LLVM keeps in a register; the same value in
+memory would be loaded and stored at every step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+F32, I8, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+BYTES = I8.as_pointer()
+
+
+def declare(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+    """The LLVM intrinsic or function of this name, declared once in a module."""
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def carried_loop(
+    builder: Any, count: Any, start: Sequence[Any], body: Callable[[Any, list[Any]], Sequence[Any]]
+) -> list[Any]:
+    """``for i in range(count): values = body(i, values)`` with `values` in registers; returns the last `values`."""
+    entry = builder.block
+    head, inside, done = (builder.append_basic_block(name) for name in ("head", "inside", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    i = builder.phi(I64)
+    i.add_incoming(I64(0), entry)
+    held = [builder.phi(value.type) for value in start]
+    for phi, value in zip(held, start, strict=True):
+        phi.add_incoming(value, entry)
+    builder.cbranch(builder.icmp_signed("<", i, count), inside, done)
+    builder.position_at_end(inside)
+    following = body(i, held)
+    i.add_incoming(builder.add(i, I64(1)), builder.block)
+    for phi, value in zip(held, following, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)
+    return held
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Vectors of `lanes` float32 numbers."""
+
+    builder: Any
+    lanes: int
+
+    @property
+    def type(self) -> Any:
+        return ir.VectorType(F32, self.lanes)
+
+    @property
+    def zero(self) -> Any:
+        return ir.Constant(self.type, [0.0] * self.lanes)
+
+    def pointer(self, address: Any) -> Any:
+        """An int64 address as a pointer to float32."""
+        return self.builder.inttoptr(address, F32.as_pointer())
+
+    def at(self, pointer: Any, *offset: Any) -> Any:
+        """The pointer `offset` elements further: constants and at most one value."""
+        for part in offset:
+            pointer = self.builder.gep(pointer, [I64(part) if isinstance(part, int) else part])
+        return pointer
+
+    def broadcast(self, pointer: Any) -> Any:
+        """The number at `pointer` in every lane."""
+        undefined = ir.Constant(self.type, ir.Undefined)
+        lane = self.builder.insert_element(undefined, self.builder.load(pointer), I32(0))
+        return self.builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(I32, self.lanes), None))
+
+    def load(self, pointer: Any, used: int | None = None) -> Any:
+        """The vector at `pointer`; the lanes from `used` on are zero and their memory is not touched."""
+        pointer = self.builder.bitcast(pointer, self.type.as_pointer())
+        if used is None or used == self.lanes:
+            value = self.builder.load(pointer)
+            value.align = 4
+            return value
+        mask = ir.VectorType(ir.IntType(1), self.lanes)
+        name = f"llvm.masked.load.v{self.lanes}f32.p0"
+        function = declare(self.builder, name, self.type, [pointer.type, I32, mask, self.type])
+        return self.builder.call(function, [pointer, I32(4), self._first(used), self.zero])
+
+    def store(self, value: Any, pointer: Any, used: int | None = None) -> None:
+        """Store the first `used` lanes of `value`, all of them by default."""
+        pointer = self.builder.bitcast(pointer, self.type.as_pointer())
+        if used is None or used == self.lanes:
+            self.builder.store(value, pointer).align = 4
+            return
+        mask = ir.VectorType(ir.IntType(1), self.lanes)
+        name = f"llvm.masked.store.v{self.lanes}f32.p0"
+        function = declare(self.builder, name, ir.VoidType(), [self.type, pointer.type, I32, mask])
+        self.builder.call(function, [value, pointer, I32(4), self._first(used)])
+
+    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
+        """``x * y + z``, fused where the CPU can: `llvm.fma` would call libm where it cannot."""
+        function = declare(self.builder, f"llvm.fmuladd.v{self.lanes}f32", self.type, [self.type] * 3)
+        return self.builder.call(function, [x, y, z])
+
+    def order_loads(self) -> None:
+        """Keep loads on their side of this point. It costs no instruction.
+
+        Neighboring pixels share their taps, so LLVM would keep what it loaded for the next steps, in registers that
+        the sums need, and spill.
+        """
+        self.builder.fence("acq_rel", targetscope="singlethread")
+
+    def relu(self, x: Any) -> Any:
+        """``max(x, 0)``; a NaN stays one."""
+        return self.builder.select(self.builder.fcmp_ordered("<", x, self.zero), self.zero, x)
+
+    def sums(self, vectors: Sequence[Any]) -> Any:
+        """The sum over the lanes of each of at most `lanes` vectors, in the first lanes of one.
+
+        Two vectors are folded into one that holds half as many partial sums of each, until the lanes are used up:
+        log2(lanes) additions deep, always in the same order.
+        """
+        parts, width = list(vectors), self.lanes
+        while width > 1:
+            width //= 2
+            starts = range(0, self.lanes, 2 * width)
+            kept = [start + i for start in starts for i in range(width)]
+            pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+            parts = [self._folded(pair[0], pair[-1], kept, width) for pair in pairs]
+        return parts[0]
+
+    def _folded(self, x: Any, y: Any, kept: Sequence[int], width: int) -> Any:
+        lanes = [*kept, *(self.lanes + i for i in kept)]
+        low, high = (
+            self.builder.shuffle_vector(
+                x, y, ir.Constant(ir.VectorType(I32, self.lanes), [I32(i + far) for i in lanes])
+            )
+            for far in (0, width)
+        )
+        return self.builder.fadd(low, high)
+
+    def _first(self, used: int) -> Any:
+        bit = ir.IntType(1)
+        return ir.Constant(ir.VectorType(bit, self.lanes), [bit(i < used) for i in range(self.lanes)])
