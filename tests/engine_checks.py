@@ -184,10 +184,10 @@ def _needs_a_batch(case: Case) -> bool:
 Check = Callable[[Engine, str, Case], None]
 CHECKS: tuple[Check, ...] = (
     equals_pytorch,
-    equals_finite_differences,
     adds_gradients,
     reuses_buffers,
     needs_no_input_gradient,
+    equals_finite_differences,
 )
 
 

@@ -29,7 +29,7 @@ losses optimizers schedules metrics augment precision
 data datasets
 engine chain workers engines
 comm comms
-recipe loader evaluation train callbacks early_stopping signals run directory environment checkpoint history plots
+recipe loader evaluation progress train callbacks early_stopping signals run directory environment checkpoint history plots
 compress export ensemble
 profile bench ladder scaling
 stats search study studies report

@@ -57,7 +57,6 @@ every_precision = pytest.mark.parametrize(
     [(entry, name) for entry in ENGINES for name in entry.precisions],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-random = np.random.default_rng(0)
 
 
 @dataclass
@@ -136,7 +135,7 @@ def test_images_may_lie_anywhere_in_memory(entry):
     executor, x = executor_of(entry), Batch(NET).x
     mirrored = np.ascontiguousarray(x[:, :, ::-1])[:, :, ::-1]
     assert not mirrored.flags.c_contiguous
-    assert_near(executor.predict(mirrored), executor.predict(x), 1e-12, "predictions")
+    assert_near(executor.predict(mirrored), executor.predict(x), TOLERANCE[entry.finest], "predictions")
 
 
 @every_engine
@@ -169,9 +168,9 @@ def test_any_loss_that_keeps_the_protocol_will_do(entry):
 
     executor, batch = executor_of(entry), Batch(NET)
     result = executor.loss_and_grads(batch.x, batch.y, half_square, 1.0)
-    assert result.loss == pytest.approx(0.5 * np.square(result.logits).sum(), rel=1e-12)
+    assert result.loss == pytest.approx(0.5 * np.square(result.logits).sum(), rel=1e-6)
     last = executor.grads[list(executor.grads)[-1]]  # the last bias: its gradient is the sum of the logits
-    np.testing.assert_allclose(last, result.logits.sum(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(last, result.logits.sum(axis=0), rtol=1e-5)
 
 
 @every_precision
@@ -210,7 +209,7 @@ def test_dropout_can_be_off_and_then_needs_no_rng(entry):
     off.dropout = False
     for executor, rng in ((with_dropout, batch.rng), (off, None), (without, None)):
         executor.loss_and_grads(batch.x, batch.y, CrossEntropy(), 1.0, rng)
-    np.testing.assert_allclose(off.grads.flat, without.grads.flat, rtol=1e-12)
+    assert_near(off.grads.flat, without.grads.flat, TOLERANCE[entry.finest], "gradient")
     assert np.abs(with_dropout.grads.flat - without.grads.flat).max() > 1e-3
 
 
@@ -307,7 +306,7 @@ def test_optimizer_state_goes_on_anywhere(entry, optimizer):
         for executor in (first, second, third):
             train(executor, batch, optimizer)
     np.testing.assert_array_equal(second.params.flat, first.params.flat)
-    assert_near(third.params.flat, first.params.flat, 1e-9, "weights")
+    assert_near(third.params.flat, first.params.flat, 100 * TOLERANCE[entry.finest], "weights")
     assert int(state["step"]) == 2, "the state that was handed out is a copy"
 
 
@@ -317,7 +316,7 @@ def test_precisions_are_those_it_lists(entry):
         if name in entry.precisions:
             assert np.isfinite(train(executor_of(entry, NET, name), Batch(NET)).loss)
             continue
-        with pytest.raises(EngineError, match="precision must be one of .*; got ") as caught:
+        with pytest.raises(EngineError, match=r"precision must be one of .*; got ") as caught:
             executor_of(entry, NET, name)
         assert "\n" not in str(caught.value)
 

@@ -23,13 +23,9 @@ class Evaluation(NamedTuple):
     accuracy: float
 
 
-def predict(executor: Executor, images: Array, stop: Callable[[], None] | None = None) -> Array:
-    """Logits (N, classes) of any number of images, in batches; ``stop`` is called before each and may raise."""
-    parts = []
-    for start in range(0, len(images), BATCH):
-        if stop is not None:
-            stop()
-        parts.append(executor.predict(images[start : start + BATCH]))
+def predict(executor: Executor, images: Array) -> Array:
+    """Logits (N, classes) of any number of images, in batches."""
+    parts = [executor.predict(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
     return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
 
@@ -40,14 +36,23 @@ def evaluate(
     comm: Communicator | None = None,
     stop: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Mean loss and accuracy over the whole split; each rank computes its shard and all get the sum."""
+    """Mean loss and accuracy over the whole split; each rank computes its shard and all get the sum.
+
+    stop: called before each batch, equally often on every rank, and may raise.
+    """
     comm = comm or Serial()
     mine = shard(len(split), comm)
-    labels = split.labels[mine]
+    largest = -(-len(split) // comm.size)
     sums = np.zeros(2)
-    if len(labels):
-        logits = predict(executor, split.images[mine], stop)
-        sums[:] = on_labels(loss)(logits, labels)[0], correct(logits, labels).sum()
+    for start in range(mine.start, mine.start + largest, BATCH):
+        if stop is not None:
+            stop()
+        part = slice(start, min(start + BATCH, mine.stop))
+        labels = split.labels[part]
+        if len(labels):
+            logits = executor.predict(split.images[part])
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller sees a loss that is not finite
+                sums += on_labels(loss)(logits, labels)[0], correct(logits, labels).sum()
     comm.allreduce(sums)
     return Evaluation(*(float(total) / len(split) for total in sums))
 

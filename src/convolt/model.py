@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from convolt.errors import ConfigError
-from convolt.layers import BufferSpec, Layer, Normalize, ParamSpec, Residual, Sequential, Shape, walk
+from convolt.layers import BufferSpec, Layer, Normalize, ParamSpec, Residual, Sequential, Shape, members, walk
 
 FLOAT_BYTES = 4
 
@@ -29,15 +29,12 @@ class Model:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_shape", tuple(self.input_shape))
-        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", members("Model: layer ", self.layers))
         if not all(isinstance(size, int) and size > 0 for size in self.input_shape) or len(self.input_shape) not in (
             1,
             3,
         ):
             raise ConfigError(f"Model: input_shape must be (C, H, W) or (F,), all positive; got {self.input_shape}")
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, Layer):
-                raise ConfigError(f"Model: layer {index} must be a convolt layer such as ReLU(); got {layer!r}")
         _ = self.output_shape
 
     @cached_property

@@ -72,6 +72,7 @@ class Recipe:
         check_integer(self, "epochs", at_least=0)
         check_integer(self, "batch_size", at_least=1)
         check_integer(self, "seed", at_least=0)
+        check(self, "seed", self.seed < 2**64, "be < 2^64")
         if self.micro_batch_size is not None:
             check_integer(self, "micro_batch_size", at_least=1)
         for name in ("clip_norm", "clip_value"):

@@ -34,6 +34,10 @@ class ExitCode(IntEnum):
     INTERRUPTED = 75
 
 
+class StopAsked(Exception):  # noqa: N818 - a request, not an error
+    """Leaves whatever the loop is in the middle of, once a signal came; never seen outside of training."""
+
+
 class StopRequest:
     """While it is entered, SIGINT and SIGTERM set ``requested`` instead of ending the process; the second one ends it.
 

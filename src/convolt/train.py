@@ -3,15 +3,17 @@
 ``fit`` prepares a run, ``_Training.loop`` is the loop, on one screen; everything that changes the mathematics is a
 field of the recipe and a visible line in it. Callbacks only observe.
 
-What a checkpoint must know beside the arrays is ``Progress``: plain numbers. The order of samples, augmentation and
-dropout are functions of the step, so a resumed run goes on with the same bits.
+A signal is heeded between two steps and between two batches of a validation, never elsewhere: there the state is
+whole, so what is saved then goes on with the same bits (progress.py). A checkpoint that cannot be written ends the
+run: to go on would only be to compute what the next interruption loses.
 """
 
+import hashlib
 import math
 import time as clock
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,9 @@ import numpy as np
 from convolt.callbacks import Callback, StepEvent
 from convolt.checkpoint import Checkpoint
 from convolt.comm import Communicator, Serial
-from convolt.data import Dataset
+from convolt.data import Dataset, Split
 from convolt.datasets.spec import DataSpec
 from convolt.duration import HOW_TO, Time, due, is_length, length
-from convolt.early_stopping import StoppingState
 from convolt.engine import Engine, Executor, StepResult
 from convolt.engines import default_engine
 from convolt.errors import ConfigError, Interrupted, TrainingError
@@ -31,48 +32,18 @@ from convolt.evaluation import Evaluation, evaluate
 from convolt.history import Epoch
 from convolt.loader import Batch, Loader, with_teacher
 from convolt.losses import Distillation
-from convolt.metrics import HIGHER_IS_BETTER, correct
+from convolt.metrics import correct
 from convolt.model import Model
 from convolt.optimizers import Optimizer, clip_by_norm, clip_by_value
 from convolt.params import Params
+from convolt.progress import Progress
 from convolt.recipe import Recipe, plain
 from convolt.run import Run
 from convolt.schedules import watched
-from convolt.signals import StopRequest
+from convolt.signals import StopAsked, StopRequest
 
 EMA_WEIGHTS = "weights"  # beside the optimizer's arrays: the weights that are trained, when the average is the model
-
-
-@dataclass
-class Progress:
-    """Where a run stands. step: steps done; the sums are of the epoch under way; ``left_out``: steps not finite."""
-
-    step: int = 0
-    loss_sum: float = 0.0
-    correct: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    total_images: int = 0
-    total_seconds: float = 0.0
-    left_out: list[int] = field(default_factory=list)
-    lr_factor: float = 1.0
-    best: float | None = None
-    stopping: StoppingState | None = None
-    monitored: dict[str, list[float]] = field(default_factory=lambda: {"valid_loss": [], "valid_accuracy": []})
-
-    def count(self, loss_sum: float, right: int, images: int, seconds: float) -> None:
-        """Add a step that was taken."""
-        self.loss_sum += loss_sum
-        self.correct += right
-        self.images += images
-        self.seconds += seconds
-
-    def close_epoch(self) -> None:
-        """Begin the sums of the next epoch."""
-        self.total_images += self.images
-        self.total_seconds += self.seconds
-        self.loss_sum, self.correct, self.images, self.seconds, self.skipped = 0.0, 0, 0, 0.0, 0
+SAMPLED_IMAGES = 1024  # how many images of a split, at least, its fingerprint looks at
 
 
 def fit(
@@ -96,6 +67,7 @@ def fit(
     engine: how to compute; the default is the fastest there is. params: weights to start from. out: the run's folder;
     without it a new one under ``root``. resume: go on with the run in ``out``. checkpoint_every: a length such as
     "1ep" or "200ba". source: where ``data`` came from, recorded so that the run can be resumed and evaluated alone.
+    Warns when a resumed run passes over a damaged checkpoint, or goes on under other conditions.
     Raises ConfigError, EngineError, RunError, TrainingError, CheckpointError, and Interrupted after SIGINT or SIGTERM.
     """
     recipe = recipe or Recipe()
@@ -110,76 +82,90 @@ def fit(
         "ranks": comm.size,
         "checkpoint_every": checkpoint_every,
     }
-    executor = engine.executor(model, params, recipe)
-    checkpoint = None
-    if resume and out is not None:
-        shapes = {name: array.shape for name, array in executor.params.state_dict().items()}
-        free = ("engine", "ranks", "checkpoint_every", "data.source")
-        run, checkpoint = Run.resume(out, config, may_change=free, expect=shapes, keep_last=keep_last)
-    else:
-        label = f"{data.name}-{engine.NAME}"
-        run = Run.create(config, label, out=out, root=root, threads=engine.threads, keep_last=keep_last)
-    with run, StopRequest() as stop:
-        training = _Training(run, data, recipe, engine, executor, comm, stop, tuple(callbacks), checkpoint_every)
+    with ExitStack() as closing:
+        loader = Loader(data.train, recipe, data.num_classes, comm)
+        loader.batch(0)  # an augmentation that cannot be done is told before there is a folder
+        teacher = _teacher(model, recipe)
+        executor = engine.executor(model, params, recipe)
+        for each in (executor, teacher):
+            if each is not None:
+                closing.callback(each.close)
+        checkpoint = None
+        if resume and out is not None:
+            shapes = {name: array.shape for name, array in executor.params.state_dict().items()}
+            free = ("engine", "ranks", "checkpoint_every", "data.source")
+            run, checkpoint = Run.resume(out, config, may_change=free, expect=shapes, keep_last=keep_last)
+        else:
+            label = f"{data.name}-{engine.NAME}"
+            run = Run.create(config, label, out=out, root=root, threads=engine.threads, keep_last=keep_last)
+        closing.enter_context(run)
+        stop = closing.enter_context(StopRequest())
+        training = _Training(run, data, recipe, executor, loader, comm, stop, tuple(callbacks), checkpoint_every)
+        training.teacher = teacher
         try:
-            training.start(checkpoint)
+            training.start(checkpoint, from_given=params is not None)
             training.loop()
-            training.finish()
+            training.finish(engine)
+        except StopAsked:
+            training.interrupt()
         finally:
             for callback in callbacks:
                 callback.on_end(run.result)
-            executor.close()
     return run
 
 
 class _Training:
     """One run under way."""
 
+    teacher: Executor | None = None
+
     def __init__(
         self,
         run: Run,
         data: Dataset,
         recipe: Recipe,
-        engine: Engine,
         executor: Executor,
+        loader: Loader,
         comm: Communicator,
         stop: StopRequest,
         callbacks: tuple[Callback, ...],
         checkpoint_every: str,
     ) -> None:
-        self.run, self.data, self.recipe, self.engine, self.executor = run, data, recipe, engine, executor
+        self.run, self.data, self.recipe, self.executor, self.loader = run, data, recipe, executor, loader
         self.comm, self.stop, self.callbacks, self.checkpoint_every = comm, stop, callbacks, checkpoint_every
-        self.loader = Loader(data.train, recipe, data.num_classes, comm)
-        self.total_steps = recipe.epochs * self.loader.steps_per_epoch
+        self.total_steps = recipe.epochs * loader.steps_per_epoch
         self.progress = Progress()
+        self.saved_step: int | None = None
         self.shadow = executor.params.flat.copy() if recipe.ema else None
-        self.teacher = Run.load(recipe.loss.teacher).executor() if isinstance(recipe.loss, Distillation) else None
-        if recipe.early_stopping:
-            self.progress.stopping = recipe.early_stopping.init()
 
     # ------------------------------------------------------------------------------------------------- the loop
 
     def loop(self) -> None:
-        """Steps until the epochs are done, or early stopping, or a signal."""
-        recipe, progress = self.recipe, self.progress
-        while progress.step < self.total_steps and not self.stopped_early:
+        """Steps until the epochs are done, or early stopping. Raises StopAsked, TrainingError, CheckpointError."""
+        recipe = self.recipe
+        if self.epoch_is_over:  # a signal came in its validation
+            self.close_step()
+        while self.progress.step < self.total_steps and not self.stopped_early:
             began = clock.perf_counter()
-            now = self.time(progress.step)
+            now = self.time(self.progress.step)
             self.executor.dropout = now.step >= length(recipe.dropout_from, now)
-            optimizer = recipe.optimizer_at(now, progress.lr_factor)
-            batch = self.batch(progress.step)
-            result = None if progress.step in progress.left_out else self.step(batch, optimizer)
-            finite = result is not None and math.isfinite(result.loss)
-            if result is not None and not finite and self.rolled_back(result.loss):
-                continue
-            progress.step += 1
-            progress.skipped += not finite
-            if result is not None and finite:
+            optimizer = recipe.optimizer_at(now, self.progress.lr_factor)
+            batch = self.batch(now.step)
+            result = None if now.step in self.progress.left_out else self.step(batch, optimizer)
+            if result is not None and not math.isfinite(result.loss):
+                if self.rolled_back():
+                    continue
+                result = None
+            self.progress.step += 1
+            self.progress.lr = optimizer.lr
+            if result is None:
+                self.progress.skipped += 1
+            else:
                 self.average()
                 right = int(correct(result.logits, batch.labels).sum())
-                progress.count(result.loss, right, len(batch.labels), clock.perf_counter() - began)
-            self.tell(batch, result.loss if result is not None and finite else math.nan, optimizer.lr)
-            self.close_step(optimizer.lr)
+                self.progress.count(result.loss, right, len(batch.labels), clock.perf_counter() - began)
+            self.tell(batch, math.nan if result is None else result.loss)
+            self.close_step()
 
     def step(self, batch: Batch, optimizer: Optimizer) -> StepResult:
         """One optimizer step on the global batch; weights and statistics stay as they are when it is not finite."""
@@ -193,7 +179,7 @@ class _Training:
             parts = [
                 executor.loss_and_grads(piece.images, piece.targets, recipe.loss, scale, piece.rng) for piece in pieces
             ]
-            result = self.combined(parts, executor)
+            result = self.combined(parts)
             if math.isfinite(result.loss):
                 if recipe.clip_value:
                     clip_by_value(executor.grads.flat, recipe.clip_value)
@@ -204,12 +190,12 @@ class _Training:
             executor.restore_statistics(statistics)
         return result
 
-    def combined(self, parts: list[StepResult], executor: Executor) -> StepResult:
+    def combined(self, parts: list[StepResult]) -> StepResult:
         """Sums over micro-batches and ranks; the loss is NaN when any gradient is not finite."""
-        self.comm.allreduce(executor.grads.flat)
+        self.comm.allreduce(self.executor.grads.flat)
         loss = np.array([sum(part.loss for part in parts)])
         self.comm.allreduce(loss)
-        finite = math.isfinite(float(loss[0]) + executor.grad_norm())
+        finite = math.isfinite(float(loss[0]) + self.executor.grad_norm())
         logits = np.concatenate([part.logits for part in parts]) if parts else np.zeros((0, self.data.num_classes))
         return StepResult(float(loss[0]) if finite else math.nan, logits)
 
@@ -220,67 +206,78 @@ class _Training:
 
     def average(self) -> None:
         """Move the average of the weights, when the recipe has one."""
-        if self.recipe.ema and due(self.recipe.ema.every, self.time(self.progress.step)):
-            assert self.shadow is not None
-            self.recipe.ema.update(self.shadow, self.executor.params.flat)
+        if self.shadow is not None and self.recipe.ema is not None:
+            if due(self.recipe.ema.every, self.time(self.progress.step)):
+                self.recipe.ema.update(self.shadow, self.executor.params.flat)
 
-    def rolled_back(self, loss: float) -> bool:
+    def rolled_back(self) -> bool:
         """Apply the policy to a step that is not finite. Raises TrainingError; True when an earlier step comes next."""
-        policy, progress = self.recipe.non_finite, self.progress
-        step = progress.step
-        where = f"step {step + 1}: the loss or the gradient is not finite"
-        if policy.policy == "raise" or len(progress.left_out) >= policy.limit:
+        policy, step = self.recipe.non_finite, self.progress.step
+        if policy.policy == "raise" or len(self.progress.left_out) >= policy.limit:
+            again = f" for the {policy.limit + 1}th time" if policy.policy != "raise" else ""
             raise TrainingError(
-                f"{where}; lower lr, clip the gradient (clip_norm), or choose a policy"
-                " (--set non_finite.policy=skip or rollback); the weights of the last checkpoint are sound"
+                f"step {step + 1}: the loss or the gradient is not finite{again}; lower lr, clip the gradient"
+                " (clip_norm), or choose a policy (--set non_finite.policy=skip or rollback); the weights are not touched"
             )
-        left_out = [*progress.left_out, step]
+        left_out = [*self.progress.left_out, step]
+        event = {"step": step + 1, "policy": policy.policy, "left_out": [number + 1 for number in left_out]}
         if policy.policy == "skip":
-            progress.left_out = left_out
-            self.run.log("non_finite", {"step": step + 1, "policy": policy.policy})
+            self.progress.left_out = left_out
+            self.run.log("non_finite", event)
             return False
         checkpoint = self.run.checkpoints.load("last")
-        factor = progress.lr_factor * policy.lr_factor
+        factor = self.progress.lr_factor * policy.lr_factor
         self.restore(checkpoint)
         self.run.rewind(checkpoint)
         self.progress.left_out, self.progress.lr_factor = left_out, factor
-        self.run.log("non_finite", {"step": step + 1, "policy": policy.policy, "back_to": checkpoint.step})
+        self.warn(checkpoint.warnings)
+        self.run.log("non_finite", {**event, "back_to": checkpoint.step})
         return True
 
     # --------------------------------------------------------------------------------------- ends of steps, epochs
 
-    def close_step(self, lr: float) -> None:
-        """Validate at an epoch's end, write a checkpoint when one is due, and stop when a signal asked for it."""
-        now = self.time(self.progress.step)
-        improved = False
-        if now.step % self.loader.steps_per_epoch == 0:
-            improved = self.close_epoch(now.step // self.loader.steps_per_epoch, lr)
-        last = now.step == self.total_steps or self.stopped_early
-        if improved or last or due(self.checkpoint_every, now) or self.stop.requested:
+    def close_step(self) -> None:
+        """Validate at an epoch's end, write a checkpoint when one is due, heed a signal."""
+        improved = self.epoch_is_over and self.close_epoch()
+        done = self.progress.step == self.total_steps or self.stopped_early
+        if improved or done or due(self.checkpoint_every, self.time(self.progress.step)):
             self.save(best=improved)
-        if self.stop.requested and not last:
-            self.interrupt()
+        self.heed()
 
-    def close_epoch(self, epoch: int, lr: float) -> bool:
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether the last step of an epoch is done, and its validation is not."""
+        return self.progress.step == (self.progress.epochs + 1) * self.loader.steps_per_epoch
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping has had enough."""
+        early, state = self.recipe.early_stopping, self.progress.stopping
+        return early is not None and state is not None and early.should_stop(state)
+
+    def close_epoch(self) -> bool:
         """Validate, record the epoch, move early stopping; True when this is the best epoch so far."""
-        progress, valid = self.progress, self.validate()
+        valid = self.validate()  # first: it is left halfway when a signal comes
+        progress = self.progress
         sums = np.array([progress.correct, progress.images], np.float64)
         self.comm.allreduce(sums)
         right, images = (float(value) for value in sums)
         record = Epoch(
-            epoch=epoch,
+            epoch=progress.epochs + 1,
             train_loss=progress.loss_sum / images if images else math.nan,
             train_accuracy=right / images if images else math.nan,
             valid_loss=valid and valid.loss,
             valid_accuracy=valid and valid.accuracy,
-            lr=lr,
+            lr=progress.lr,
             train_seconds=progress.seconds,
             images_per_second=images / progress.seconds if progress.seconds else 0.0,
             skipped_steps=progress.skipped,
         )
-        improved = self.observe(valid, epoch)
-        progress.images = int(images)
-        progress.close_epoch()
+        improved = False
+        if valid is not None:
+            metrics = {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
+            improved = progress.observe(metrics, self.recipe.early_stopping)
+        progress.close_epoch(int(images))
         self.run.log_epoch(record)
         for callback in self.callbacks:
             callback.on_epoch(record)
@@ -291,30 +288,24 @@ class _Training:
         if self.data.valid is None:
             return None
         with self.shipped():
-            return evaluate(self.executor, self.data.valid, self.recipe.loss, self.comm)
+            return evaluate(self.executor, self.data.valid, self.recipe.loss, self.comm, self.heed)
 
-    def observe(self, valid: Evaluation | None, epoch: int) -> bool:
-        """Whether this epoch is the best so far, by early stopping's metric or else the validation accuracy."""
-        if valid is None:
-            return False
-        progress, early = self.progress, self.recipe.early_stopping
-        values = {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
-        for name, value in values.items():
-            progress.monitored[name].append(value)
-        if early is not None and progress.stopping is not None:
-            progress.stopping = early.observe(progress.stopping, values[early.monitor], epoch)
-        monitor = early.monitor if early else "valid_accuracy"
-        value = values[monitor] if monitor in HIGHER_IS_BETTER else -values[monitor]
-        improved = math.isfinite(value) and (progress.best is None or value > progress.best)
-        if improved:
-            progress.best = value
-        return improved
+    def heed(self) -> None:
+        """Raise StopAsked, on every rank, when a signal came to any of them."""
+        asked = np.array([float(self.stop.requested)])
+        self.comm.allreduce(asked)
+        if asked[0]:
+            raise StopAsked
 
-    @property
-    def stopped_early(self) -> bool:
-        """Whether early stopping has had enough."""
-        early, state = self.recipe.early_stopping, self.progress.stopping
-        return early is not None and state is not None and early.should_stop(state)
+    def interrupt(self) -> None:
+        """End after a signal, saved. Raises Interrupted."""
+        if self.saved_step != self.progress.step:
+            self.save(best=False)
+        name = self.stop.signal.name if self.stop.signal else "a signal"
+        raise Interrupted(
+            f"{name} after step {self.progress.step} of {self.total_steps}, saved;"
+            f" go on with: convolt train --resume {self.run.folder}"
+        )
 
     def time(self, step: int) -> Time:
         """Where the run stands after ``step`` steps, with what Plateau watches."""
@@ -322,35 +313,49 @@ class _Training:
         metrics = self.progress.monitored[monitor] if monitor else ()
         return Time(step, self.loader.steps_per_epoch, self.total_steps, tuple(metrics))
 
-    def tell(self, batch: Batch, loss: float, lr: float) -> None:
+    def tell(self, batch: Batch, loss: float) -> None:
         """Tell the callbacks of a step."""
-        steps = self.loader.steps_per_epoch
-        step = self.progress.step
+        steps, step, lr = self.loader.steps_per_epoch, self.progress.step, self.progress.lr
         event = StepEvent(step, -(-step // steps), self.recipe.epochs, steps, loss / batch.size, lr, batch.size)
         for callback in self.callbacks:
             callback.on_step(event)
 
+    def warn(self, messages: Sequence[str]) -> None:
+        """Tell the caller, and the run's log, what is not as it should be."""
+        for message in messages:
+            warnings.warn(message, stacklevel=4)  # the caller of fit
+            self.run.log("warning", {"message": message})
+
     # ------------------------------------------------------------------------------------------ start, save, finish
 
-    def start(self, checkpoint: Checkpoint | None) -> None:
-        """Take a checkpoint's state, if there is one; a rollback policy needs one to return to."""
+    def start(self, checkpoint: Checkpoint | None, from_given: bool) -> None:
+        """Take a checkpoint's state, if there is one.
+
+        Without one, save what could not be made again (given weights), or what a rollback or a reader will want.
+        """
         if checkpoint is not None:
-            for warning in checkpoint.warnings:
-                self.run.log("warning", {"message": warning})
+            self.warn(checkpoint.warnings)
             self.restore(checkpoint)
-        elif self.recipe.non_finite.policy == "rollback":
+        elif from_given or self.recipe.non_finite.policy == "rollback" or not self.total_steps:
             self.save(best=False)
         for callback in self.callbacks:
             callback.on_start(self.run)
 
     def save(self, best: bool) -> None:
-        """A checkpoint: the weights that would be shipped, the optimizer, and where the run stands."""
+        """A checkpoint: the weights that would be shipped, the optimizer, and where the run stands.
+
+        Raises CheckpointError (the checkpoints before it are intact), TrainingError when a weight is not finite.
+        """
         optimizer = self.executor.optimizer_state()
         if self.shadow is not None:
             optimizer[EMA_WEIGHTS] = self.executor.params.flat.copy()
         with self.shipped():
             model = self.executor.params.state_dict()
-        self.run.save_checkpoint(self.progress.step, model, optimizer, asdict(self.progress), best)
+        unsound = next((name for name, array in model.items() if not np.isfinite(array).all()), None)
+        if unsound is not None:
+            raise TrainingError(f"step {self.progress.step}: {unsound} is not finite, so it is not saved; lower lr")
+        self.run.save_checkpoint(self.progress.step, model, optimizer, self.progress.plain(), best)
+        self.saved_step = self.progress.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint."""
@@ -362,7 +367,8 @@ class _Training:
             params.flat[...] = optimizer.pop(EMA_WEIGHTS)
         self.executor.weights_changed()
         self.executor.load_optimizer_state(optimizer)
-        self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(self.progress)})
+        self.progress = Progress.from_plain(checkpoint.state)
+        self.saved_step = checkpoint.step
 
     @contextmanager
     def shipped(self) -> Iterator[None]:
@@ -380,35 +386,28 @@ class _Training:
             params.flat[...] = trained
             self.executor.weights_changed()
 
-    def interrupt(self) -> None:
-        """End after a signal; the checkpoint is written. Raises Interrupted."""
-        name = self.stop.signal.name if self.stop.signal else "a signal"
-        raise Interrupted(
-            f"{name} after step {self.progress.step} of {self.total_steps}, saved;"
-            f" go on with: convolt train --resume {self.run.folder}"
-        )
-
-    def finish(self) -> None:
+    def finish(self, engine: Engine) -> None:
         """Take the weights that the recipe asks for, look once at the test set, and write the result."""
         progress, executor = self.progress, self.executor
         kept = "last"
         if self.shadow is not None:
             executor.params.flat[...] = self.shadow
-            executor.weights_changed()
-        if self.recipe.early_stopping is not None and self.run.checkpoints.best_step is not None:
-            executor.params.load_state_dict(self.run.checkpoints.load("best").model)
-            executor.weights_changed()
+        if self.recipe.early_stopping is not None and progress.best is not None:
+            best = self.run.checkpoints.load("best")
+            self.warn(best.warnings)
+            executor.params.load_state_dict(best.model)
             kept = "best"
-        test = None if self.data.test is None else evaluate(executor, self.data.test, self.recipe.loss, self.comm)
+        executor.weights_changed()
+        test = self.data.test and evaluate(executor, self.data.test, self.recipe.loss, self.comm, self.heed)
         measured = {} if test is None else {"test_accuracy": test.accuracy, "test_loss": test.loss}
         result: dict[str, Any] = {
             **measured,
             "epochs": len(self.run.history),
             "train_seconds": progress.total_seconds,
             "images_per_second": progress.total_images / progress.total_seconds if progress.total_seconds else 0.0,
-            "engine": self.engine.NAME,
+            "engine": engine.NAME,
             "precision": self.recipe.precision,
-            "threads": self.engine.threads,
+            "threads": engine.threads,
             "ranks": self.comm.size,
             "seed": self.recipe.seed,
             "weights": kept,
@@ -436,12 +435,38 @@ def _check(
         for name, holds in (("early_stopping", recipe.early_stopping), ("Plateau", watched(recipe.schedule))):
             if holds:
                 raise ConfigError(f"{name} needs a validation split; load the data with valid=0.1 (--valid 0.1)")
-    if isinstance(recipe.loss, Distillation) and not recipe.loss.teacher:
-        raise ConfigError("Distillation: teacher must be the folder of a run; got ''")
     if not is_length(checkpoint_every):
         raise ConfigError(f"checkpoint_every must {HOW_TO}; got {checkpoint_every!r}")
 
 
+def _teacher(model: Model, recipe: Recipe) -> Executor | None:
+    """The network that a student learns from, made ready. Raises ConfigError, RunError, CheckpointError."""
+    if not isinstance(recipe.loss, Distillation):
+        return None
+    if not recipe.loss.teacher:
+        raise ConfigError("Distillation: teacher must be the folder of a run; got ''")
+    run = Run.load(recipe.loss.teacher)
+    for what in ("input_shape", "output_shape"):
+        ours, theirs = getattr(model, what), getattr(run.model, what)
+        if ours != theirs:
+            raise ConfigError(f"Distillation: teacher must have the student's {what} {ours}; {run.folder} has {theirs}")
+    return run.executor()
+
+
 def _fingerprint(data: Dataset) -> dict[str, Any]:
-    """What tells that a resumed run sees the same data."""
-    return {"name": data.name, "classes": list(data.classes), "splits": {name: len(s) for name, s in data.splits()}}
+    """What tells that a resumed run sees the same data, in the same order."""
+    splits = dict(data.splits())
+    return {
+        "name": data.name,
+        "classes": list(data.classes),
+        "splits": {name: len(split) for name, split in splits.items()},
+        "digests": {name: _digest(split) for name, split in splits.items()},
+    }
+
+
+def _digest(split: Split) -> str:
+    """A hash of all labels, and of images spread over the split: milliseconds, however large it is."""
+    step = max(1, len(split) // SAMPLED_IMAGES)
+    digest = hashlib.sha256(split.labels.tobytes())
+    digest.update(split.images[::step].tobytes())
+    return digest.hexdigest()[:16]

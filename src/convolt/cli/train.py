@@ -333,7 +333,7 @@ def summary(run: Run, result: Plain) -> str:
     elif run.history and run.history[-1].valid_accuracy is not None:
         lines.append(f"valid accuracy {run.history[-1].valid_accuracy:.2%}  (no test images)")
     lines.append(
-        f"trained        {result['epochs']} epochs in {result['train_seconds']:.1f} s, "
+        f"trained        {result['epochs']} epoch{'s' * (result['epochs'] != 1)} in {result['train_seconds']:.1f} s, "
         f"{result['images_per_second']:,.0f} images/s  ({result['engine']}, {result['threads']} threads, "
         f"{result['precision']})"
     )

@@ -3,6 +3,7 @@
 ==========  =========================================================================================
 ``loops``   the living definition: NumPy and Python loops over positions, one thread, never optimised
 ``im2col``  vectorised NumPy over BLAS, batch innermost, every buffer reused
+``jit``     fused kernels compiled for this CPU: the fastest
 ``torch``   PyTorch on CPU or CUDA: the oracle of the tests and the peer of the benchmarks
 ==========  =========================================================================================
 
@@ -18,6 +19,7 @@ from convolt.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from convolt.engines.im2col import Im2col
+    from convolt.engines.jit import JIT
     from convolt.engines.loops import Loops
     from convolt.engines.torch import Torch
 
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 _MODULES = {
     "loops": ("convolt.engines.loops", "Loops"),
     "im2col": ("convolt.engines.im2col", "Im2col"),
+    "jit": ("convolt.engines.jit", "JIT"),
     "torch": ("convolt.engines.torch", "Torch"),
 }
-__all__ = ["Im2col", "Loops", "Torch", "default_engine", "engine_class", "names"]
+__all__ = ["JIT", "Im2col", "Loops", "Torch", "default_engine", "engine_class", "names"]
 
 
 def names() -> tuple[str, ...]:

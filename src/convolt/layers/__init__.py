@@ -8,7 +8,7 @@ Shapes carry no batch dimension: ``(C, H, W)`` for images, ``(F,)`` for features
 """
 
 from convolt.layers.base import BufferSpec, Layer, Pair, ParamSpec, Shape
-from convolt.layers.composition import Residual, Sequential, walk
+from convolt.layers.composition import Residual, Sequential, members, walk
 from convolt.layers.elementwise import GELU, Dropout, LeakyReLU, ReLU, SiLU
 from convolt.layers.linear import Conv2d, Dense
 from convolt.layers.normalization import BatchNorm2d, Normalize
@@ -56,5 +56,6 @@ __all__ = [
     "Shape",
     "SiLU",
     "Window",
+    "members",
     "walk",
 ]

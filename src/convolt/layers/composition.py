@@ -1,11 +1,11 @@
 """Layers made of layers: nesting and residual sums, and the walk over them that names, checks and shapes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from convolt.errors import ShapeError
+from convolt.errors import ConfigError, ShapeError
 from convolt.layers.base import BufferSpec, Layer, ParamSpec, Shape
 
 
@@ -28,6 +28,17 @@ def walk(layers: tuple[Layer, ...], shape: Shape, prefix: str = "") -> Iterator[
             raise ShapeError(f"layer {where}") from None
         yield name, layer, shape, output
         shape = output
+
+
+def members(where: str, layers: object) -> tuple[Layer, ...]:
+    """Layers as a tuple; ``where`` stands before the index of one that is none. Raises ConfigError."""
+    if not isinstance(layers, Iterable):
+        raise ConfigError(f"{where}0 must be in a tuple of layers, such as (ReLU(),); got {layers!r}")
+    found = tuple(layers)
+    for index, layer in enumerate(found):
+        if not isinstance(layer, Layer):
+            raise ConfigError(f"{where}{index} must be a convolt layer such as ReLU(); got {layer!r}")
+    return found
 
 
 def _output_shape(layers: tuple[Layer, ...], shape: Shape, prefix: str = "") -> Shape:
@@ -56,7 +67,7 @@ class Sequential(Layer):
     layers: tuple[Layer, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", members("Sequential: layer ", self.layers))
 
     def output_shape(self, shape: Shape) -> Shape:
         """The last layer's."""
@@ -83,8 +94,8 @@ class Residual(Layer):
     shortcut: tuple[Layer, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "body", tuple(self.body))
-        object.__setattr__(self, "shortcut", tuple(self.shortcut))
+        for branch in ("body", "shortcut"):
+            object.__setattr__(self, branch, members(f"Residual: {branch}.", getattr(self, branch)))
 
     def output_shape(self, shape: Shape) -> Shape:
         """The body's shape, which must be the shortcut's."""

@@ -149,22 +149,22 @@ def flatten_backward(ctx: Context, layer: Flatten, params: Scope, grads: Scope, 
 
 def residual_forward(ctx: Context, layer: Residual, params: Scope, x: Array) -> Array:
     """``y = body(x) + shortcut(x)``."""
-    sums = []
+    sums: list[Array] = []
     for branch, layers in _branches(layer):
         chain = ctx.chain(branch, layers, x.shape[:-1])
         own = _own(ctx, f"{branch}.x", chain.stages[:1], x)
         sums.append(chain.forward(params.at(branch), own))
-    return np.add(*sums, out=ctx.buffer("y", sums[0].shape, x.dtype))
+    return np.add(sums[0], sums[1], out=ctx.buffer("y", sums[0].shape, x.dtype))
 
 
 def residual_backward(ctx: Context, layer: Residual, params: Scope, grads: Scope, dy: Array) -> Array:
     """``dx`` is the sum of what both branches send back."""
-    sums = []
+    sums: list[Array] = []
     for branch, layers in _branches(layer):
         chain = ctx.chain(branch, layers, ())  # made by forward
         own = _own(ctx, f"{branch}.dy", chain.stages[-1:], dy)
         sums.append(chain.backward(params.at(branch), grads.at(branch), own))
-    return np.add(*sums, out=ctx.buffer("dx", sums[0].shape, dy.dtype))
+    return np.add(sums[0], sums[1], out=ctx.buffer("dx", sums[0].shape, dy.dtype))
 
 
 def _branches(layer: Residual) -> tuple[tuple[str, tuple[Layer, ...]], ...]:

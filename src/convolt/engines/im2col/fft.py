@@ -41,7 +41,7 @@ def conv2d_forward(ctx: Context, layer: Conv2d, params: Scope, x: Array) -> Arra
 
 def conv2d_backward(ctx: Context, layer: Conv2d, params: Scope, grads: Scope, dy: Array) -> Array:
     """``dw = F^-1(conj(D) X)`` at the filter's taps, ``dx = F^-1(W D)`` without the padding, ``db = sum dy``."""
-    (C, H, W, N), size, window = ctx.saved["shape"], ctx.saved["size"], layer.geometry
+    (_, H, W, N), size, window = ctx.saved["shape"], ctx.saved["size"], layer.geometry
     K, P, Q = dy.shape[:3]
     spread = np.zeros((K, *size, N), dy.dtype)
     rows, columns = _outputs(window, P, Q)

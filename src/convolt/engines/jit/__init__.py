@@ -1,1 +1,40 @@
-"""The compiled engine for CPUs: Numba and LLVM."""
+"""The ``jit`` engine: the whole training step in kernels that are compiled for this CPU, this model and this batch.
+
+    graph.py      the model as fused operations         plan.py     buffers, tasks and phases
+    serve.py      which kernels serve an operation      executor.py the programs of a step
+    kernels/      the kernels, one file a kind of layer
+    gemm.py dot.py amx.py  micro-kernels, written as LLVM IR; memory.py vectors.py bf16.py help them
+    compiler.py codegen.py the kernels' cache on disk   runtime.py driver.py  the team of threads   isa.py
+
+Numba compiles the loops, LLVM IR the innermost tiles. A warm start loads object code without importing Numba.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from convolt.engine import Engine, EngineRecipe, Executor, resolve_threads
+from convolt.engines.jit.executor import JitExecutor
+from convolt.engines.jit.isa import detect
+from convolt.model import Model
+from convolt.params import Params
+
+
+@dataclass(frozen=True)
+class JIT(Engine):
+    """Compiled kernels. ``threads``: 0 means every core that is allowed. ``isa``: force an instruction set, for tests.
+
+    isa is one of "avx512", "avx2", "neon", "plain"; None takes the widest of this CPU. Raises EngineError.
+    """
+
+    threads: int = 0
+    isa: str | None = None
+    NAME: ClassVar[str] = "jit"
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threads", resolve_threads(self.threads))
+
+    def executor(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Executor:
+        """Plans and kernels are made when the first batch shows its size."""
+        own = self.initial_params(model, params, recipe)
+        return JitExecutor(model, own, recipe, detect(self.isa), self.threads)

@@ -158,7 +158,9 @@ class Tiles:
 def _emit(spec: AmxGemm, tiles: Tiles, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> None:
     builder = tiles.builder
     rows, columns = range(len(spec.row_tiles)), range(len(spec.column_tiles))
-    places = {2 * m + j: builder.add(c, I64(FLOAT * (m * spec.c_tile_stride + TILE * j))) for m in rows for j in columns}
+    places = {
+        2 * m + j: builder.add(c, I64(FLOAT * (m * spec.c_tile_stride + TILE * j))) for m in rows for j in columns
+    }
     for tile, place in places.items():
         if spec.start == "load":
             tiles.load(tile, place, FLOAT * spec.c_row)

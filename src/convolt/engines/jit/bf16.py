@@ -1,28 +1,172 @@
-"""bf16 numbers in compiled kernels: conversion and the layouts that AMX wants.
+"""bf16 in compiled kernels: conversion, and the packed layout that AMX wants.
 
-bf16 is the upper half of a float32, kept as uint16: Numba has no such type. `pack_pairs` and `transpose` serve the two
-operands of a tile product: B wants two neighbors in k side by side ("VNNI"), A wants k along its rows.
+bf16 is the upper half of a float32, kept as uint16: Numba has no such type. A tile product needs k along the rows of A
+and two neighbors in k side by side in B (the layout Intel calls VNNI). NHWC activations are A as they are; weights are
+packed by `pack_pairs`; the weight gradient sums over pixels, so there one operand is packed and the other transposed
+(transpose.py).
+
+Rounding is to nearest, ties to even; NaN stays NaN. Where the CPU converts by itself (AVX512-BF16) denormal numbers
+become zero, elsewhere they are kept: the only difference.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-from numba.extending import register_jitable
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, register_jitable
 
 from convolt.engines.jit.memory import bits_of_float32, float32_of_bits
+from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop
+
+Source = Literal["fp32", "bf16"]
+TILE = 16
 
 
 @register_jitable
 def float32_of_bf16(bits: Any) -> Any:
-    """The float32 value of a bf16 number given as uint16; exact."""
+    """The float32 value of a bf16 number given as uint16; exact. For plain loops, which vectorize."""
     return float32_of_bits(np.uint32(bits) << np.uint32(16))
 
 
 @register_jitable
 def bf16_of_float32(x: Any) -> Any:
-    """The nearest bf16 number, ties to even, as uint16; NaN stays a (quiet) NaN."""
+    """The nearest bf16 number as uint16. For plain loops; `to_bf16` converts a run of numbers several times faster."""
     bits = bits_of_float32(x)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
+    upper = bits >> np.uint32(16)
+    rounded = (bits + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.uint16(quiet if is_nan else rounded)
+    return np.uint16(upper | np.uint32(0x40) if is_nan else rounded)
+
+
+class _BFloat(ir.Type):
+    """LLVM's `bfloat`, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+@dataclass(frozen=True)
+class Bf16Lanes:
+    """Vectors of bf16 numbers, one in the lower half of each 32-bit lane."""
+
+    floats: Floats
+    native: bool
+
+    def load(self, pointer: Any, source: Source, used: int) -> Any:
+        """The first `used` numbers at `pointer`, zero in the other lanes."""
+        if source == "fp32":
+            return self.rounded(self.floats.load(pointer, used))
+        halves = self.floats.load_as(I16, pointer, used)
+        return self.floats.builder.zext(halves, ir.VectorType(I32, self.floats.lanes))
+
+    def rounded(self, x: Any) -> Any:
+        builder, lanes = self.floats.builder, self.floats.lanes
+        kind = ir.VectorType(I32, lanes)
+        if self.native:
+            halves = builder.fptrunc(x, ir.VectorType(_BFloat(), lanes))
+            return builder.zext(builder.bitcast(halves, ir.VectorType(I16, lanes)), kind)
+
+        def constant(value: int) -> Any:
+            return ir.Constant(kind, [I32(value)] * lanes)
+
+        bits = builder.bitcast(x, kind)
+        upper = builder.lshr(bits, constant(16))
+        tie = builder.add(builder.and_(upper, constant(1)), constant(0x7FFF))
+        nearest = builder.lshr(builder.add(bits, tie), constant(16))
+        return builder.select(builder.fcmp_unordered("uno", x, x), builder.or_(upper, constant(0x40)), nearest)
+
+    def pair(self, even: Any, odd: Any) -> Any:
+        """Lane by lane, `even` in the lower half (the lower address) and `odd` in the upper."""
+        builder = self.floats.builder
+        sixteen = ir.Constant(even.type, [I32(16)] * self.floats.lanes)
+        return builder.or_(even, builder.shl(odd, sixteen))
+
+
+def to_bf16(count: int, lanes: int, native: bool) -> Any:
+    """A function for kernels: ``kernel(x, y)`` rounds `count` float32 numbers at x to bf16 at y (addresses)."""
+
+    @intrinsic
+    def kernel(typingctx: Any, x: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, lanes)
+            source, target = floats.pointer(args[0]), builder.inttoptr(args[1], I16.as_pointer())
+
+            def convert(offset: Any, used: int) -> None:
+                halves = Bf16Lanes(floats, native).load(floats.at(source, offset), "fp32", used)
+                narrow = builder.trunc(halves, ir.VectorType(I16, lanes))
+                floats.store(narrow, builder.gep(target, [offset]), used)
+
+            def step(i: Any, nothing: list[Any]) -> list[Any]:
+                convert(builder.mul(i, I64(lanes)), lanes)
+                return []
+
+            whole, rest = divmod(count, lanes)
+            carried_loop(builder, I64(whole), [], step)
+            if rest:
+                convert(I64(whole * lanes), rest)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """x [depth, columns] (`source`) -> y [pair of rows][tile of 16 columns][16][2] bf16; strides in elements.
+
+    An odd depth and columns that are no multiple of 16 are filled up with zeros: a whole tile row is always written.
+    Weights for `AmxGemm`: y_pair=32, y_tile=step*16, one call for each step.
+    """
+
+    depth: int
+    columns: int
+    x_row: int
+    y_pair: int
+    y_tile: int
+    source: Source = "bf16"
+    native: bool = True
+
+
+def pack_pairs(spec: Pairs) -> Any:
+    """A function for kernels: ``kernel(x, y)``, addresses as int64."""
+
+    @intrinsic
+    def kernel(typingctx: Any, x: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, TILE)
+            numbers = Bf16Lanes(floats, spec.native)
+            source = builder.inttoptr(args[0], (F32 if spec.source == "fp32" else I16).as_pointer())
+            target = builder.inttoptr(args[1], I16.as_pointer())
+
+            def pack(p: Any, both: bool) -> None:
+                row = builder.gep(source, [builder.mul(p, I64(2 * spec.x_row))])
+                pair = builder.gep(target, [builder.mul(p, I64(spec.y_pair))])
+                for j, column in enumerate(range(0, spec.columns, TILE)):
+                    used = min(TILE, spec.columns - column)
+                    value = numbers.load(floats.at(row, column), spec.source, used)
+                    if both:
+                        odd = numbers.load(floats.at(row, spec.x_row + column), spec.source, used)
+                        value = numbers.pair(value, odd)
+                    floats.store(value, floats.at(pair, j * spec.y_tile))
+
+            def step(p: Any, nothing: list[Any]) -> list[Any]:
+                pack(p, both=True)
+                return []
+
+            carried_loop(builder, I64(spec.depth // 2), [], step)
+            if spec.depth % 2:
+                pack(I64(spec.depth // 2), both=False)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return kernel

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, compiler, types
+from numba import types
+from numba.core import cgutils, compiler
 from numba.core.codegen import AOTCPUCodegen
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu_options import FastMathOptions
@@ -33,7 +34,7 @@ also cancels ``(x + magic) - magic``: round with ``np.rint`` or ``np.floor``.
 """
 
 
-class _Codegen(AOTCPUCodegen):
+class _Codegen(AOTCPUCodegen):  # type: ignore[misc]
     """Numba's ahead-of-time back end for one instruction set; Numba itself offers whole CPU models only."""
 
     def __init__(self, isa: Isa):
@@ -57,13 +58,27 @@ def _flags() -> Any:
 @global_compiler_lock
 def object_code(function: Callable[..., None], isa: Isa) -> bytes:
     """Object code (ELF) that defines `function` as the C function SYMBOL. Raises EngineError if it could raise."""
-    base = cpu_target.target_context
-    context = base.subtarget(_internal_codegen=_Codegen(isa))
+    code: bytes = _library(function, isa).emit_native_object()
+    return code
+
+
+@global_compiler_lock
+def assembly(function: Callable[..., None], isa: Isa) -> str:
+    """The same code in assembly language, to see what LLVM made of a kernel."""
+    library = _library(function, isa)
+    text: str = library.get_asm_str()
+    return text
+
+
+def _library(function: Callable[..., None], isa: Isa) -> Any:
+    """The optimized module, in Numba's wrapping."""
+    context = cpu_target.target_context.subtarget(_internal_codegen=_Codegen(isa))
     compiled = compiler.compile_extra(
         cpu_target.typing_context, context, function, SIGNATURE.args, SIGNATURE.return_type, _flags(), {}
     )
     library = compiled.library
     library.add_ir_module(_c_function(context, compiled.fndesc))
+    library.get_function(compiled.fndesc.llvm_func_name).linkage = "internal"  # once it is inlined it is gone
     library.finalize()
     if "@llvm.trap" in library.get_llvm_str():
         raise EngineError(
@@ -75,8 +90,7 @@ def object_code(function: Callable[..., None], isa: Isa) -> bytes:
             f"kernel {function.__qualname__}: it refers to an object of this process by address (a large array, a "
             "compiled function), which means nothing in the next; pass the address as an argument"
         )
-    code: bytes = library.emit_native_object()
-    return code
+    return library
 
 
 def _c_function(context: Any, description: Any) -> ir.Module:

@@ -47,7 +47,7 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class Kernel:
-    """A C function in memory: its address, name, seconds to compile or load it. It is gone when nothing refers to this."""
+    """A C function in memory, unloaded when nothing refers to this any more; `seconds` it took to compile or load."""
 
     address: int
     name: str
@@ -94,7 +94,7 @@ class Compiler:
         )
 
     def kernels(self, requests: Iterable[Request], progress: Progress | None = None) -> list[Kernel]:
-        """The kernels of all (factory, spec); `progress` is called with (done, total, name) before each and at the end."""
+        """The kernels of all (factory, spec); `progress` gets (done, total, name) before each and at the end."""
         wanted = list(requests)
         made = []
         for done, (factory, spec) in enumerate(wanted):

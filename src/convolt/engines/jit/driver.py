@@ -13,6 +13,11 @@ A thread with nothing to claim spins for some microseconds, then lends its core 
 a millisecond sleeps on a semaphore, having said so in its `ASLEEP` word; whoever publishes a ticket wakes as many
 sleepers as there are chunks to spare. Setting the word and looking at the ticket again, against publishing the ticket
 and then looking at the words, is Dekker's handshake and needs sequential consistency: no wake-up is lost.
+
+A thread that is put off its core in the middle of a chunk does hold up the others, for a time slice of some
+milliseconds, and on a core that another process wants this happens every few milliseconds: two threads then do less
+than one. So a thread that notices (the chunk took long, but not of its own CPU time) makes the team smaller by one
+thread for a while, and the cores that are really free work on without a stop.
 """
 
 import platform
@@ -25,11 +30,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from convolt.engines.jit.runtime import (
+    ACTIVE,
     ASLEEP,
     CLOCK,
     DONE,
     FINISHED,
     PROGRAM,
+    REST_UNTIL,
     SEMAPHORE,
     STOP,
     THREAD_LINE,
@@ -44,7 +51,8 @@ _I64 = ir.IntType(64)
 _KERNEL = ir.FunctionType(ir.VoidType(), [_I64.as_pointer(), _I64, _I64])
 _PAUSE = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}  # 1 is YIELD
 _ORDER = "seq_cst"
-_MONOTONIC = 1  # CLOCK_MONOTONIC
+_MONOTONIC, _THREAD_CPU = 1, 3  # clocks of Linux
+_CPU_CLOCK_EVERY = 200_000  # nanoseconds: that clock is a system call
 _CHUNKS = (1 << 32) - 1  # the chunks of a ticket
 _SPINS = 16  # looks at the ticket between two looks at the clock
 
@@ -157,17 +165,17 @@ def sem_post(typingctx: Any, semaphore: Any) -> Any:
 
 
 @intrinsic
-def nanoseconds(typingctx: Any, scratch: Any) -> Any:
-    """The monotonic clock; `scratch` is the address of two words."""
+def nanoseconds(typingctx: Any, scratch: Any, clock: Any) -> Any:
+    """What a clock of the system shows; `scratch` is the address of two words."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         time = _word(builder, args[0])
-        clock = _declare(builder, "clock_gettime", [ir.IntType(32), _I64.as_pointer()])
-        builder.call(clock, [ir.IntType(32)(_MONOTONIC), time])
+        clock_gettime = _declare(builder, "clock_gettime", [ir.IntType(32), _I64.as_pointer()])
+        builder.call(clock_gettime, [builder.trunc(args[1], ir.IntType(32)), time])
         seconds, rest = builder.load(time), builder.load(builder.gep(time, [_I64(1)]))
         return builder.add(builder.mul(seconds, _I64(10**9)), rest)
 
-    return types.int64(types.int64), generate
+    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -190,91 +198,122 @@ def words(typingctx: Any, address: Any) -> Any:
     return types.CPointer(types.int64)(types.int64), generate
 
 
-def driver(waiting: Waiting) -> Callable[..., None]:
-    """``driver(state, program, thread)``: thread 0 runs `program` and returns; the others help it until told to stop."""
-    yield_after, sleep_after = waiting.yield_after, waiting.sleep_after
-
-    @njit
-    def publish(state, ticket):
-        exchange(state + TICKET, ticket)
-        finished = ticket == FINISHED
-        threads = 1 if finished else load(state + THREADS)
-        spare = 1 if finished else (ticket & _CHUNKS) - 1  # the publisher takes one chunk itself
-        for thread in range(threads):
-            own = state + THREAD_LINES + thread * THREAD_LINE
-            if spare > 0 and load(own + ASLEEP) == 1 and compare_exchange(own + ASLEEP, 1, 0):
-                sem_post(own + SEMAPHORE)
-                spare -= 1
-
-    @njit
-    def may_go_on(state, thread):
-        ticket = load(state + TICKET)
-        over = ticket == FINISHED if thread == 0 else load(state + STOP) != 0
-        return over or ticket & _CHUNKS != 0
-
-    @njit
-    def wait(state, thread):
+@njit
+def publish(state: Any, ticket: Any) -> None:
+    """Write a ticket and wake those who can use it."""
+    exchange(state + TICKET, ticket)
+    finished = ticket == FINISHED
+    threads = 1 if finished else load(state + ACTIVE)
+    spare = 1 if finished else (ticket & _CHUNKS) - 1  # whoever publishes takes one chunk itself
+    for thread in range(threads):
         own = state + THREAD_LINES + thread * THREAD_LINE
-        since = nanoseconds(own + CLOCK)
-        while True:
-            for _ in range(_SPINS):
-                if may_go_on(state, thread):
-                    return
-                pause()
-            waited = nanoseconds(own + CLOCK) - since
-            if waited > sleep_after:
-                break
-            if waited > yield_after:
-                sched_yield()
-        exchange(own + ASLEEP, 1)
-        # Whoever publishes from here on sees the word. If the word is taken back already, a post is under way.
-        if may_go_on(state, thread) and compare_exchange(own + ASLEEP, 1, 0):
-            return
-        while sem_wait(own + SEMAPHORE) != 0:
-            pass
+        if spare > 0 and load(own + ASLEEP) == 1 and compare_exchange(own + ASLEEP, 1, 0):
+            sem_post(own + SEMAPHORE)
+            spare -= 1
 
-    @njit
-    def run(state, phase, remaining, thread):
-        """Run one claimed chunk; publish the next phase if it was the last."""
-        program, timings = load(state + PROGRAM), load(state + TIMINGS)
-        table = words(program)
-        phases, kernels = table[0], table[1]
-        chunks, first, last = table[2 + 3 * phase], table[3 + 3 * phase], table[4 + 3 * phase]
-        kernel = 2 + 3 * phases + 2 * first
-        own = state + THREAD_LINES + thread * THREAD_LINE
-        for position in range(first, last):
-            start = nanoseconds(own + CLOCK) if timings != 0 else 0
-            call(table[kernel], table[kernel + 1], chunks - remaining, thread)
-            kernel += 2
-            if timings != 0:
-                words(timings)[thread * kernels + position] += nanoseconds(own + CLOCK) - start
-        if fetch_add(state + DONE, 1) + 1 < chunks:
-            return
-        exchange(state + DONE, 0)
-        following = phase + 1
+
+@njit
+def start(state: Any, now: Any, program: Any) -> None:
+    """Publish the first phase of a program; threads that had to sit out for long enough may try again."""
+    table, timings = words(program), load(state + TIMINGS)
+    if now > load(state + REST_UNTIL):
+        exchange(state + ACTIVE, load(state + THREADS))
+    if timings != 0:
+        words(timings)[load(state + THREADS) * table[1]] = now
+    exchange(state + PROGRAM, program)
+    publish(state, table[2])
+
+
+@njit
+def run(state: Any, phase: Any, remaining: Any, thread: Any) -> None:
+    """Run the kernels of a phase on one claimed chunk; publish the next phase if that was the last one."""
+    table, timings = words(load(state + PROGRAM)), load(state + TIMINGS)
+    phases, kernels = table[0], table[1]
+    chunks, first, last = table[2 + 3 * phase], table[3 + 3 * phase], table[4 + 3 * phase]
+    own = state + THREAD_LINES + thread * THREAD_LINE
+    for kernel in range(first, last):
+        pair = 2 + 3 * phases + 2 * kernel
+        began = nanoseconds(own + CLOCK, _MONOTONIC) if timings != 0 else 0
+        call(table[pair], table[pair + 1], chunks - remaining, thread)
         if timings != 0:
-            words(timings)[load(state + THREADS) * kernels + following] = nanoseconds(own + CLOCK)
-        publish(state, FINISHED if following == phases else following << 32 | table[2 + 3 * following])
+            words(timings)[thread * kernels + kernel] += nanoseconds(own + CLOCK, _MONOTONIC) - began
+    if fetch_add(state + DONE, 1) + 1 < chunks:
+        return
+    exchange(state + DONE, 0)
+    following = phase + 1
+    if timings != 0:
+        ends = load(state + THREADS) * kernels
+        words(timings)[ends + following] = nanoseconds(own + CLOCK, _MONOTONIC)
+    publish(state, FINISHED if following == phases else following << 32 | table[2 + 3 * following])
 
-    def kernel(arguments, program, thread):
+
+@njit
+def may_go_on(state: Any, thread: Any) -> Any:
+    """Whether there is something to claim for a thread, or nothing more to wait for."""
+    ticket = load(state + TICKET)
+    over = ticket == FINISHED if thread == 0 else load(state + STOP) != 0
+    return over or (ticket & _CHUNKS != 0 and thread < load(state + ACTIVE))
+
+
+@njit
+def wait(state: Any, thread: Any, yield_after: Any, sleep_after: Any) -> None:
+    """Wait until a thread may go on: spin, then yield, then sleep."""
+    own = state + THREAD_LINES + thread * THREAD_LINE
+    since = nanoseconds(own + CLOCK, _MONOTONIC)
+    while True:
+        for _ in range(_SPINS):
+            if may_go_on(state, thread):
+                return
+            pause()
+        waited = nanoseconds(own + CLOCK, _MONOTONIC) - since
+        if waited > sleep_after:
+            break
+        if waited > yield_after:
+            sched_yield()
+    exchange(own + ASLEEP, 1)
+    # Whoever publishes from here on sees the word. If someone has taken it back already, a post is on its way.
+    if may_go_on(state, thread) and compare_exchange(own + ASLEEP, 1, 0):
+        return
+    while sem_wait(own + SEMAPHORE) != 0:
+        pass
+
+
+@njit
+def step_back(state: Any, until: Any) -> None:
+    """Let one thread less take part, and the last one always."""
+    active = load(state + ACTIVE)
+    if active > 1 and compare_exchange(state + ACTIVE, active, active - 1):
+        exchange(state + REST_UNTIL, until)
+
+
+def driver(waiting: Waiting) -> Callable[..., None]:
+    """``driver(state, program, thread)``: thread 0 runs `program` and returns; the others help until told to stop."""
+    yield_after, sleep_after = waiting.yield_after, waiting.sleep_after
+    preempted, rest = waiting.preempted, waiting.rest
+
+    def kernel(arguments: Any, program: Any, thread: Any) -> None:
         state = address_of(arguments)
+        own = state + THREAD_LINES + thread * THREAD_LINE
+        now = nanoseconds(own + CLOCK, _MONOTONIC)
+        since, cpu = now, nanoseconds(own + CLOCK, _THREAD_CPU)
         if thread == 0:
-            timings = load(state + TIMINGS)
-            table = words(program)
-            if timings != 0:
-                own = state + THREAD_LINES
-                words(timings)[load(state + THREADS) * table[1]] = nanoseconds(own + CLOCK)
-            exchange(state + PROGRAM, program)
-            publish(state, table[2])
+            start(state, now, program)
         while True:
             ticket = load(state + TICKET)
             remaining = ticket & _CHUNKS
-            if remaining != 0:
-                if compare_exchange(state + TICKET, ticket, ticket - 1):
-                    run(state, ticket >> 32, remaining, thread)
-            elif (ticket == FINISHED) if thread == 0 else (load(state + STOP) != 0):
+            if ticket == FINISHED if thread == 0 else load(state + STOP) != 0:
                 return
-            else:
-                wait(state, thread)
+            if remaining == 0 or thread >= load(state + ACTIVE):
+                wait(state, thread, yield_after, sleep_after)
+            elif compare_exchange(state + TICKET, ticket, ticket - 1):
+                began = nanoseconds(own + CLOCK, _MONOTONIC)
+                if began - since > _CPU_CLOCK_EVERY:
+                    since, cpu = began, nanoseconds(own + CLOCK, _THREAD_CPU)
+                run(state, ticket >> 32, remaining, thread)
+                now = nanoseconds(own + CLOCK, _MONOTONIC)
+                if now - began > preempted:
+                    used = nanoseconds(own + CLOCK, _THREAD_CPU) - cpu
+                    if now - since - used > preempted:
+                        step_back(state, now + rest)
 
     return kernel

@@ -9,28 +9,8 @@ convolutions reading a tensor want around each image, so that no kernel checks b
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from convolt.layers import (
-    GELU,
-    AvgPool2d,
-    BatchNorm2d,
-    Conv2d,
-    Dense,
-    Dropout,
-    Flatten,
-    GlobalAvgPool2d,
-    Layer,
-    LeakyReLU,
-    MaxPool2d,
-    Normalize,
-    ReLU,
-    Residual,
-    Shape,
-    SiLU,
-    walk,
-)
+from convolt.layers import Conv2d, Dropout, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape, walk
 from convolt.model import Model
-
-ACTIVATIONS = (ReLU, LeakyReLU, GELU, SiLU)
 
 
 @dataclass(eq=False)
@@ -97,6 +77,18 @@ class Operation:
     pool: MaxPool2d | None = None
 
     @property
+    def has_parameters(self) -> bool:
+        """Whether it trains anything itself."""
+        return self.kind != "Add" and self.layer is not None and bool(self.layer.parameters())
+
+    @property
+    def slope(self) -> float:
+        """Of the fused activation where it is negative: 1 without one."""
+        if isinstance(self.activation, LeakyReLU):
+            return self.activation.negative_slope
+        return 1.0 if self.activation is None else 0.0
+
+    @property
     def label(self) -> str:
         """For ``explain`` and profiles: ``0-2 Conv2d+ReLU+MaxPool2d``."""
         parts = [self.kind, *(type(layer).__name__ for layer in (self.activation, self.pool) if layer is not None)]
@@ -104,11 +96,11 @@ class Operation:
         return f"{where} {'+'.join(parts)}"
 
 
-def operations(model: Model) -> tuple[Tensor, list[Operation]]:
-    """The input tensor and the fused operations of a model, in order."""
+def operations(model: Model, training: bool) -> tuple[Tensor, list[Operation]]:
+    """The input tensor and the fused operations of a model, in order; Dropout is there in training only."""
     first = Tensor("input", model.input_shape)
     found: list[Operation] = []
-    _append(model.layers, first, found, "")
+    _append(tuple(model.layers), first, found, "", training)
     for operation in found:
         for tensor in operation.inputs:
             tensor.readers.append(operation)
@@ -119,11 +111,24 @@ def operations(model: Model) -> tuple[Tensor, list[Operation]]:
     return first, fused
 
 
-def _append(layers: tuple[Layer, ...], tensor: Tensor, found: list[Operation], prefix: str) -> Tensor:
+def learning(found: Iterable[Operation]) -> set[Tensor]:
+    """The tensors whose gradient somebody needs: a parameter lies at or before what makes them."""
+    tensors: set[Tensor] = set()
+    for operation in found:
+        if operation.has_parameters or any(tensor in tensors for tensor in operation.inputs):
+            tensors.add(operation.output)
+    return tensors
+
+
+def _append(
+    layers: tuple[Layer, ...], tensor: Tensor, found: list[Operation], prefix: str, training: bool
+) -> Tensor:
     for name, layer, _, shape in walk(layers, tensor.shape, prefix):
+        if isinstance(layer, Dropout) and not training:
+            continue
         if isinstance(layer, Residual):
-            body = _append(layer.body, tensor, found, f"{name}.body.")
-            shortcut = _append(layer.shortcut, tensor, found, f"{name}.shortcut.")
+            body = _append(layer.body, tensor, found, f"{name}.body.", training)
+            shortcut = _append(layer.shortcut, tensor, found, f"{name}.shortcut.", training)
             output = Tensor(name, shape)
             found.append(Operation("Add", (name,), layer, (body, shortcut), output))
         else:
@@ -166,10 +171,3 @@ def _joins(before: Operation, operation: Operation) -> bool:
         monotone = before.activation is None or isinstance(before.activation, ReLU)
         return before.kind == "Conv2d" and disjoint and monotone
     return False
-
-
-IMAGE_KINDS = {
-    kind.__name__
-    for kind in (Conv2d, BatchNorm2d, Normalize, MaxPool2d, AvgPool2d, GlobalAvgPool2d, Flatten, *ACTIVATIONS, Dropout)
-} | {"Add"}
-DENSE_KIND = Dense.__name__

@@ -24,7 +24,7 @@ from convolt.errors import EngineError
 # The memory of a team, byte offsets. What threads write often has a line of its own (two cache lines: the hardware
 # fetches in pairs).
 TICKET, DONE = 0, 128
-PROGRAM, TIMINGS, STOP, THREADS = 256, 264, 272, 280
+PROGRAM, TIMINGS, STOP, THREADS, ACTIVE, REST_UNTIL = 256, 264, 272, 280, 288, 296
 THREAD_LINES, THREAD_LINE = 384, 128
 ASLEEP, SEMAPHORE, CLOCK = 0, 8, 40  # in a thread's line; a sem_t takes 32 bytes
 
@@ -49,10 +49,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Waiting:
-    """How long, in nanoseconds, a thread with nothing to do spins before it lends out its core, and before it sleeps."""
+    """When a thread gives up its core, in nanoseconds.
+
+    With nothing to do it spins, lends the core out after `yield_after` and sleeps after `sleep_after`. One that was
+    `preempted` for so long in the middle of a chunk makes the team smaller for the time of a `rest`.
+    """
 
     yield_after: int = 5_000
     sleep_after: int = 1_000_000
+    preempted: int = 1_000_000
+    rest: int = 100_000_000
 
 
 class Program:
@@ -70,6 +76,7 @@ class Program:
         ends = np.cumsum([len(phase.kernels) for phase in phases])
         rows = [(phase.chunks, end - len(phase.kernels), end) for phase, end in zip(phases, ends, strict=True)]
         self.words = np.array([len(phases), len(kernels), *sum(rows, ()), *sum(kernels, ())], np.int64)
+        self.address = int(self.words.ctypes.data)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class Team:
         self._driver, self._memory = driver, self._state.memory
         self._address = int(self._memory.ctypes.data)
         self._memory[TICKET // 8], self._memory[THREADS // 8] = FINISHED, threads
+        self._memory[ACTIVE // 8] = threads
         self._lock = threading.Lock()
         libc = ctypes.CDLL(None, use_errno=True)
         for number in range(threads):
@@ -130,17 +138,19 @@ class Team:
             self._state.threads.append(thread)
 
     def run(self, program: Program) -> None:
-        """Run every phase; when this returns, all is written."""
+        """Run every phase; when this returns, all is written. Raises EngineError after `close`."""
         with self._lock:
-            self._driver(self._address, program.words.ctypes.data, 0)
+            self._must_be_open()
+            self._driver(self._address, program.address, 0)
 
     def profile(self, program: Program) -> tuple[PhaseProfile, ...]:
         """Run once and measure each phase and kernel; two looks at the clock a kernel (some 50 ns) come on top."""
         count, phases = int(program.words[1]), len(program.phases)
         timings = np.zeros(self.threads * count + phases + 1, np.int64)
         with self._lock:
+            self._must_be_open()
             self._memory[TIMINGS // 8] = timings.ctypes.data
-            self._driver(self._address, program.words.ctypes.data, 0)
+            self._driver(self._address, program.address, 0)
             self._memory[TIMINGS // 8] = 0
         kernels = timings[: self.threads * count].reshape(self.threads, count).sum(0) / 1e9
         walls = np.diff(timings[self.threads * count :]) / 1e9
@@ -149,6 +159,10 @@ class Team:
             PhaseProfile(phase.name, float(wall), tuple(kernels[end - len(phase.kernels) : end].tolist()))
             for phase, wall, end in zip(program.phases, walls, ends, strict=True)
         )
+
+    def _must_be_open(self) -> None:
+        if not self.close.alive:
+            raise EngineError("the team of threads is closed; make a new one")
 
 
 def _aligned_words(count: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-F32, I8, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+F32, I1, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 BYTES = I8.as_pointer()
 
 
@@ -77,27 +77,32 @@ class Floats:
         return self.builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(I32, self.lanes), None))
 
     def load(self, pointer: Any, used: int | None = None) -> Any:
-        """The vector at `pointer`; the lanes from `used` on are zero and their memory is not touched."""
-        pointer = self.builder.bitcast(pointer, self.type.as_pointer())
-        if used is None or used == self.lanes:
+        """The vector of float32 at `pointer`; from lane `used` on it is zero and its memory is not touched."""
+        return self.load_as(F32, pointer, self.lanes if used is None else used)
+
+    def load_as(self, element: Any, pointer: Any, used: int) -> Any:
+        """The first `used` lanes of a vector of `element`, zero in the others."""
+        kind = ir.VectorType(element, self.lanes)
+        pointer = self.builder.bitcast(pointer, kind.as_pointer())
+        if used == self.lanes:
             value = self.builder.load(pointer)
-            value.align = 4
+            value.align = _size(element)
             return value
-        mask = ir.VectorType(ir.IntType(1), self.lanes)
-        name = f"llvm.masked.load.v{self.lanes}f32.p0"
-        function = declare(self.builder, name, self.type, [pointer.type, I32, mask, self.type])
-        return self.builder.call(function, [pointer, I32(4), self._first(used), self.zero])
+        name = f"llvm.masked.load.v{self.lanes}{_suffix(element)}.p0"
+        function = declare(self.builder, name, kind, [pointer.type, I32, ir.VectorType(I1, self.lanes), kind])
+        return self.builder.call(function, [pointer, I32(_size(element)), self._first(used), ir.Constant(kind, None)])
 
     def store(self, value: Any, pointer: Any, used: int | None = None) -> None:
-        """Store the first `used` lanes of `value`, all of them by default."""
-        pointer = self.builder.bitcast(pointer, self.type.as_pointer())
+        """Store the first `used` lanes of `value` (of any element type), all of them by default."""
+        pointer = self.builder.bitcast(pointer, value.type.as_pointer())
+        element = value.type.element
         if used is None or used == self.lanes:
-            self.builder.store(value, pointer).align = 4
+            self.builder.store(value, pointer).align = _size(element)
             return
-        mask = ir.VectorType(ir.IntType(1), self.lanes)
-        name = f"llvm.masked.store.v{self.lanes}f32.p0"
-        function = declare(self.builder, name, ir.VoidType(), [self.type, pointer.type, I32, mask])
-        self.builder.call(function, [value, pointer, I32(4), self._first(used)])
+        name = f"llvm.masked.store.v{self.lanes}{_suffix(element)}.p0"
+        mask = ir.VectorType(I1, self.lanes)
+        function = declare(self.builder, name, ir.VoidType(), [value.type, pointer.type, I32, mask])
+        self.builder.call(function, [value, pointer, I32(_size(element)), self._first(used)])
 
     def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
         """``x * y + z``, fused where the CPU can: `llvm.fma` would call libm where it cannot."""
@@ -142,5 +147,33 @@ class Floats:
         return self.builder.fadd(low, high)
 
     def _first(self, used: int) -> Any:
-        bit = ir.IntType(1)
-        return ir.Constant(ir.VectorType(bit, self.lanes), [bit(i < used) for i in range(self.lanes)])
+        return ir.Constant(ir.VectorType(I1, self.lanes), [I1(i < used) for i in range(self.lanes)])
+
+
+def _size(element: Any) -> int:
+    """Bytes."""
+    return 4 if element == F32 else int(element.width) // 8
+
+
+def _suffix(element: Any) -> str:
+    """How LLVM spells the type in the name of an intrinsic."""
+    return "f32" if element == F32 else f"i{element.width}"
+
+
+def transposed(builder: Any, rows: Sequence[Any]) -> list[Any]:
+    """The transpose of a square: as many vectors as each has lanes, a power of two.
+
+    Interleaving the first half of the rows with the second, log2(lanes) times, brings every element to its place.
+    """
+    lanes = len(rows)
+    kind = ir.VectorType(I32, lanes)
+    orders = [
+        ir.Constant(kind, [I32(lane) for i in range(lanes // 2) for lane in (start + i, lanes + start + i)])
+        for start in (0, lanes // 2)
+    ]
+    result, held = list(rows), 1
+    while held < lanes:
+        pairs = zip(result[: lanes // 2], result[lanes // 2 :], strict=True)
+        result = [builder.shuffle_vector(x, y, order) for x, y in pairs for order in orders]
+        held *= 2
+    return result

@@ -10,6 +10,7 @@ from convolt.layers import AvgPool2d, Conv2d, MaxPool2d
 
 FLOAT = 4  # bytes
 VECTORS = 4  # of a block of output columns
+NUMBERS = 8  # scalars of an optimizer step
 DEAD = 255  # code of a pooled output that ReLU set to zero
 
 
@@ -153,7 +154,10 @@ def turned(spec: ConvSpec) -> ConvSpec:
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """Everything a dense kernel is compiled for. N: capacity in samples. run: outputs or inputs of a chunk."""
+    """Everything a dense kernel is compiled for. N: capacity in samples. run: outputs or inputs of a chunk.
+
+    accumulate: whether dw is added to what is there; add: whether dx is.
+    """
 
     N: int
     inputs: int
@@ -165,6 +169,7 @@ class DenseSpec:
     registers: int
     wants_dx: bool = True
     accumulate: bool = True
+    add: bool = False
 
 
 @dataclass(frozen=True)
@@ -255,10 +260,9 @@ class ReduceSpec:
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """An optimizer step on a run of the flat vector; ``kind`` is the optimizer's class name in lower case."""
+    """An optimizer step; ``kind`` is the optimizer's class name in lower case. decoupled: weight decay beside the gradient."""
 
     kind: str
-    run: int
     momentum: bool = False
     nesterov: bool = False
     centered: bool = False

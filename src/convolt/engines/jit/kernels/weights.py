@@ -1,0 +1,167 @@
+"""Kernels on weights: packing filters, adding up the parts of their gradients, and the optimizer's step.
+
+The master weights and gradients keep PyTorch's layout, so names, checkpoints and other engines see nothing of the
+packing. Parts of a gradient are added in chunk order: the same bits for any number of threads.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, PackSpec, ReduceSpec, UpdateSpec, turned
+from convolt.engines.jit.memory import view
+
+
+def pack(spec: PackSpec) -> Callable[..., None]:
+    """Filters (K, C/groups, R, S) to (groups, R, S, depth, columns); arguments: state, w, packed.
+
+    Forward: depth = C/groups, columns = K/groups. Turned: depth = K/groups, columns = C/groups, taps in reverse. A chunk
+    is one tap (r, s); columns behind the last filter stay zero.
+    """
+    conv = spec.conv
+    R, S, groups = conv.window.R, conv.window.S, conv.groups
+    C, filters = conv.channels, conv.filters
+    back = spec.turned
+    columns = turned(conv).packed_columns if back else conv.packed_columns
+    depth = filters if back else C
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        w = view(arguments[1], (groups, filters, C, R, S), np.float32)
+        packed = view(arguments[2], (groups, R, S, depth, columns), np.float32)
+        r, s = chunk // S, chunk % S
+        for group in range(groups):
+            if back:
+                for k in range(filters):
+                    for c in range(C):
+                        packed[group, r, s, k, c] = w[group, k, c, R - 1 - r, S - 1 - s]
+            else:
+                for c in range(C):
+                    for k in range(filters):
+                        packed[group, r, s, c, k] = w[group, k, c, r, s]
+
+    return kernel
+
+
+def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
+    """``dw (+)= sum of parts``; arguments: state, parts (chunks, R, S, C, K), dw (K, C, R, S), db parts, db.
+
+    A chunk is ``run`` filters.
+    """
+    K, C, R, S, images, run = spec.K, spec.C, spec.R, spec.S, spec.images, spec.run
+    accumulate, bias = spec.accumulate, spec.bias
+    size = R * S * C * K
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        parts = (count + images - 1) // images
+        first, last = chunk * run, min((chunk + 1) * run, K)
+        dw = view(arguments[2], (K, C, R, S), np.float32)
+        total = view(arguments[1], (R, S, C, K), np.float32)
+        for part in range(1, parts):
+            other = view(arguments[1] + FLOAT * part * size, (R, S, C, K), np.float32)
+            for r in range(R):
+                for s in range(S):
+                    for c in range(C):
+                        for k in range(first, last):
+                            total[r, s, c, k] += other[r, s, c, k]
+        for k in range(first, last):
+            for c in range(C):
+                for r in range(R):
+                    for s in range(S):
+                        dw[k, c, r, s] = dw[k, c, r, s] + total[r, s, c, k] if accumulate else total[r, s, c, k]
+        if bias:
+            db = view(arguments[4], (K,), np.float32)
+            for k in range(first, last):
+                value = db[k] if accumulate else np.float32(0)
+                for part in range(parts):
+                    value += view(arguments[3] + FLOAT * part * K, (K,), np.float32)[k]
+                db[k] = value
+
+    return kernel
+
+
+def update(spec: UpdateSpec) -> Callable[..., None]:
+    """One optimizer step of a run of parameters, as ``convolt.optimizers`` writes it.
+
+    Arguments: state, w, g, three vectors of the optimizer's state, numbers (float64), runs (chunks, 3) int64: start,
+    stop, whether it decays. A chunk is one run. numbers: lr, weight decay, then what the optimizer's function names.
+    """
+    step = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "rmsprop": _rmsprop}[spec.kind](spec)
+    decoupled = spec.decoupled
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        run = view(arguments[7] + 24 * chunk, (3,), np.int64)
+        start, count, decays = run[0], run[1] - run[0], run[2]
+        w = view(arguments[1] + FLOAT * start, (count,), np.float32)
+        g = view(arguments[2] + FLOAT * start, (count,), np.float32)
+        first = view(arguments[3] + FLOAT * start, (count,), np.float32)
+        second = view(arguments[4] + FLOAT * start, (count,), np.float32)
+        third = view(arguments[5] + FLOAT * start, (count,), np.float32)
+        numbers = view(arguments[6], (NUMBERS,), np.float64)
+        decay = np.float32(numbers[1]) if decays else np.float32(0)
+        shrink = np.float32(1) - np.float32(numbers[0]) * decay if decoupled else np.float32(1)
+        pull = np.float32(0) if decoupled else decay
+        step(w, g, first, second, third, numbers, shrink, pull)
+
+    return kernel
+
+
+def _sgd(spec: UpdateSpec) -> Callable[..., None]:
+    """numbers: lr, decay, momentum, 1 - dampening (1 in the first step), momentum kept (0 in the first step)."""
+    momentum, nesterov = spec.momentum, spec.nesterov
+
+    @njit
+    def step(w: Any, g: Any, b: Any, _: Any, __: Any, numbers: Any, shrink: float, pull: float) -> None:
+        lr, mu = np.float32(numbers[0]), np.float32(numbers[2])
+        fresh, kept = np.float32(numbers[3]), np.float32(numbers[4])
+        for i in range(len(w)):
+            slope = g[i] + pull * w[i]
+            if momentum:
+                b[i] = kept * b[i] + fresh * slope
+                slope = slope + mu * b[i] if nesterov else b[i]
+            w[i] = shrink * w[i] - lr * slope
+
+    return step
+
+
+def _adam(spec: UpdateSpec) -> Callable[..., None]:
+    """numbers: lr, decay, beta1, beta2, eps root, rate; root and rate as in ``convolt.optimizers``."""
+
+    @njit
+    def step(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:
+        beta1, beta2 = np.float32(numbers[2]), np.float32(numbers[3])
+        fresh1, fresh2 = np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
+        eps, rate = np.float32(numbers[4]), np.float32(numbers[5])
+        for i in range(len(w)):
+            slope = g[i] + pull * w[i]
+            m[i] = beta1 * m[i] + fresh1 * slope
+            v[i] = beta2 * v[i] + fresh2 * slope * slope
+            w[i] = shrink * w[i] - rate * m[i] / (np.sqrt(v[i]) + eps)
+
+    return step
+
+
+def _rmsprop(spec: UpdateSpec) -> Callable[..., None]:
+    """numbers: lr, decay, alpha, eps, momentum. State: square_avg, then grad_avg, then momentum_buffer."""
+    momentum, centered = spec.momentum, spec.centered
+
+    @njit
+    def step(w: Any, g: Any, square: Any, mean: Any, b: Any, numbers: Any, shrink: float, pull: float) -> None:
+        lr, alpha, fresh = np.float32(numbers[0]), np.float32(numbers[2]), np.float32(1 - numbers[2])
+        eps, mu = np.float32(numbers[3]), np.float32(numbers[4])
+        for i in range(len(w)):
+            slope = g[i] + pull * w[i]
+            square[i] = alpha * square[i] + fresh * slope * slope
+            spread = square[i]
+            if centered:
+                mean[i] = alpha * mean[i] + fresh * slope
+                spread -= mean[i] * mean[i]
+            slope /= np.sqrt(spread) + eps
+            if momentum:
+                b[i] = mu * b[i] + slope
+                slope = b[i]
+            w[i] = shrink * w[i] - lr * slope
+
+    return step

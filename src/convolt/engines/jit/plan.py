@@ -1,0 +1,147 @@
+"""The plan of a step: where the buffers lie, and which tasks run in which order.
+
+A plan is made once for a model and a batch capacity. Every buffer is allocated here, 64-byte aligned. Operations that
+treat images one by one are chained: a chunk of images passes through all of them before the next chunk begins, so
+activations are still in the L2 cache when the next kernel reads them. Where an operation must see the whole batch
+(BatchNorm's statistics, dense layers), a new phase begins. ``serve`` says which kernels an operation gets.
+
+The number of chunks depends on the batch capacity alone, never on the number of threads, and parts are added in chunk
+order: the bits are the same for any number of threads.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convolt.engines.jit.compiler import Compiler
+from convolt.engines.jit.graph import Operation, Tensor
+from convolt.engines.jit.isa import Isa
+from convolt.engines.jit.runtime import Phase, Program
+from convolt.layers import Dropout
+from convolt.params import Params, aligned_zeros
+
+Array = NDArray[Any]
+CHUNKS = 16  # into which a batch is cut
+SLACK = 32  # elements behind a buffer that a vector may read
+KERNELS = "convolt.engines.jit.kernels"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kernel at its place in the plan. by_image: its chunks are runs of images, so it can share a phase."""
+
+    label: str
+    factory: str
+    spec: Any
+    arguments: tuple[int, ...]
+    chunks: int
+    by_image: bool = False
+
+
+class DropoutMask(NamedTuple):
+    """Where the host writes a dropout layer's mask, (capacity, H, W, C), and what draws it."""
+
+    layer: Dropout
+    name: str
+    mask: Array
+
+
+class Plan:
+    """Buffers of one model for batches of up to ``capacity`` samples, and what the kernels need to know of it.
+
+    params: arrays the kernels read. grads: arrays they add to, None for prediction. learning: tensors that need a
+    gradient.
+    """
+
+    def __init__(
+        self, params: Params, grads: Params | None, capacity: int, isa: Isa, threads: int, learning: set[Tensor]
+    ) -> None:
+        self.params, self.grads, self.isa, self.capacity = params, grads, isa, capacity
+        self.learning = learning
+        self.images = -(-capacity // CHUNKS)
+        self.chunks = -(-capacity // self.images)
+        self.buffers: dict[str, Array] = {}
+        self.masks: list[DropoutMask] = []
+        self.state = self.buffer("state", 8, np.int64)
+        self._threads = threads
+        self._written: set[Tensor] = set()
+
+    @property
+    def training(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.grads is not None
+
+    # ------------------------------------------------------------------------------------------------- the buffers
+
+    def buffer(self, name: str, size: int, dtype: Any = np.float32) -> Array:
+        """The array of that name and size, made when it is first asked for; kernels keep its address."""
+        key = f"{name} {size}"
+        if key not in self.buffers:
+            self.buffers[key] = aligned_zeros(size + SLACK, dtype)
+        return self.buffers[key]
+
+    def address(self, name: str, size: int, dtype: Any = np.float32) -> int:
+        """The address of the array of that name."""
+        return address_of(self.buffer(name, size, dtype))
+
+    def value(self, tensor: Tensor) -> int:
+        """The address of a tensor: framed images, or features."""
+        return self.address(f"value {tensor.name}", self.capacity * tensor.size)
+
+    def slope(self, tensor: Tensor) -> int:
+        """The address of a tensor's gradient, without a frame."""
+        return self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
+
+    def begin_slope(self, tensor: Tensor) -> bool:
+        """Whether the gradient of a tensor has been written before, so that this one must be added."""
+        before = tensor in self._written
+        self._written.add(tensor)
+        return before
+
+    def scratch(self, floats: int) -> int:
+        """Memory of the threads' own, ``floats`` each; kernels run one after another, so all share it."""
+        return self.address("scratch", self._threads * floats)
+
+    def parameter(self, operation: Operation, name: str, gradient: bool = False) -> int:
+        """The address of a parameter, or of its gradient."""
+        arrays = self.grads if gradient and self.grads is not None else self.params
+        return address_of(arrays[f"{operation.names[0]}.{name}"])
+
+    def statistic(self, operation: Operation, name: str) -> int:
+        """The address of a buffer of the model, such as a running mean."""
+        return address_of(self.params.buffers[f"{operation.names[0]}.{name}"])
+
+    # ------------------------------------------------------------------------------------------------- the program
+
+    def by_image(self, label: str, factory: str, spec: Any, *arguments: int) -> Task:
+        """A task that treats images one by one."""
+        return Task(label, factory, spec, (address_of(self.state), *arguments), self.chunks, by_image=True)
+
+    def whole(self, label: str, factory: str, spec: Any, chunks: int, *arguments: int) -> Task:
+        """A task with chunks of its own, behind a barrier."""
+        return Task(label, factory, spec, (address_of(self.state), *arguments), chunks)
+
+    def program(self, tasks: Iterable[Task], compiler: Compiler) -> Program:
+        """Tasks as phases: successive ones by image share a phase."""
+        phases: list[tuple[list[str], list[tuple[int, int]], int, bool]] = []
+        keep: list[Any] = [self]
+        for task in tasks:
+            kernel = compiler.kernel(f"{KERNELS}.{task.factory}", task.spec)
+            arguments = np.array(task.arguments, np.int64)
+            keep += [kernel, arguments]
+            entry = (kernel.address, address_of(arguments))
+            if phases and task.by_image and phases[-1][3]:
+                phases[-1][0].append(task.label)
+                phases[-1][1].append(entry)
+            else:
+                phases.append(([task.label], [entry], task.chunks, task.by_image))
+        return Program([Phase(", ".join(labels), tuple(entries), count) for labels, entries, count, _ in phases], keep)
+
+
+def address_of(array: Array) -> int:
+    """Where an array's memory begins."""
+    return int(array.ctypes.data)

@@ -1,0 +1,245 @@
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from convolt.engines.jit.compiler import Compiler
+from convolt.engines.jit.driver import address_of, load
+from convolt.engines.jit.isa import detect
+from convolt.engines.jit.runtime import Phase, Program, Team, Waiting
+from convolt.errors import EngineError
+
+ALWAYS = -(10**15)
+RESTLESS = {
+    "default": Waiting(),
+    "sleep at once": Waiting(yield_after=0, sleep_after=0),
+    "sit out at once": Waiting(sleep_after=0, preempted=ALWAYS, rest=0),
+    "sit out for long": Waiting(preempted=ALWAYS),
+}
+
+
+def count(spec):
+    """arguments: the address of nothing, then one counter for each chunk, then one for each thread."""
+    chunks = spec
+
+    def kernel(arguments, chunk, thread):
+        arguments[chunk] += 1
+        arguments[chunks + thread * 16] += 1  # a line of its own
+
+    return kernel
+
+
+def stir(spec):
+    """arguments: which half is read, then two halves of `chunks` numbers; each number depends on both neighbours'."""
+    chunks = spec
+
+    def kernel(arguments, chunk, thread):
+        read, write = arguments[0] * chunks + 2, (1 - arguments[0]) * chunks + 2
+        left, right = arguments[read + (chunk - 1) % chunks], arguments[read + (chunk + 1) % chunks]
+        arguments[write + chunk] = 3 * left + 5 * right + chunk
+
+    return kernel
+
+
+def swap(spec):
+    """One chunk: the halves change roles."""
+
+    def kernel(arguments, chunk, thread):
+        arguments[0] = 1 - arguments[0]
+
+    return kernel
+
+
+def until_released(spec):
+    """Wait for the caller's other thread."""
+
+    def kernel(arguments, chunk, thread):
+        while load(address_of(arguments)) == 0:
+            pass
+
+    return kernel
+
+
+def order(spec):
+    """arguments: one number for each chunk; `spec` is appended as a decimal digit."""
+
+    def kernel(arguments, chunk, thread):
+        arguments[chunk] = arguments[chunk] * 10 + spec
+
+    return kernel
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    return Compiler(detect(), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(params=[1, 2, 4])
+def team(request, compiler):
+    team = Team(request.param, compiler)
+    yield team
+    team.close()
+
+
+def pair(compiler, factory, spec, words):
+    return compiler.kernel(factory, spec).address, int(words.ctypes.data)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 64, 1000])
+def test_every_chunk_runs_exactly_once(team, compiler, chunks):
+    words = np.zeros(chunks + 16 * team.threads, np.int64)
+    program = Program([Phase("count", (pair(compiler, count, chunks, words),), chunks)], keep=words)
+    for repeat in range(1, 51):
+        team.run(program)
+        assert np.all(words[:chunks] == repeat)
+    assert words[chunks:].sum() == 50 * chunks
+
+
+def stirred(words, chunks, times):
+    now = words[2 : 2 + chunks].copy()
+    for _ in range(times):
+        now = 3 * np.roll(now, 1) + 5 * np.roll(now, -1) + np.arange(chunks)
+    return now
+
+
+@pytest.mark.parametrize("waiting", RESTLESS.values(), ids=RESTLESS)
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("chunks", [2, 7, 40])
+def test_a_phase_sees_all_that_the_phases_before_it_wrote(compiler, threads, chunks, waiting):
+    times = 1000
+    words = np.zeros(2 + 2 * chunks, np.int64)
+    words[2:] = np.arange(2 * chunks)
+    expected = stirred(words, chunks, 3 * times)
+    phases = [
+        Phase("stir", (pair(compiler, stir, chunks, words),), chunks),
+        Phase("swap", (pair(compiler, swap, None, words),), 1),
+    ]
+    program = Program(phases * times, keep=words)
+    team = Team(threads, compiler, waiting)
+    for _ in range(3):
+        team.run(program)
+    team.close()
+    np.testing.assert_array_equal(words[2 + words[0] * chunks :][:chunks], expected)
+
+
+def test_the_kernels_of_a_chunk_run_in_their_order(team, compiler):
+    words = np.zeros(30, np.int64)
+    kernels = tuple(pair(compiler, order, digit, words) for digit in (1, 2, 3))
+    team.run(Program([Phase("a", kernels, 30), Phase("none", (), 5), Phase("b", kernels[::-1], 30)]))
+    assert np.all(words == 123321)
+
+
+def test_other_programs_follow_at_once(team, compiler):
+    """A thread that is late must not run a chunk of the new program with the old one's kernels."""
+    ones, twos = np.zeros(9, np.int64), np.zeros(3, np.int64)
+    for _ in range(300):
+        team.run(Program([Phase("one", (pair(compiler, order, 1, ones),), 9)] * 3))
+        team.run(Program([Phase("two", (pair(compiler, order, 2, twos),), 3)]))
+        assert np.all(ones == 111)
+        assert np.all(twos == 2)
+        ones[:] = twos[:] = 0
+
+
+def test_python_goes_on_while_a_program_runs(compiler):
+    words = np.zeros(1, np.int64)
+    program = Program([Phase("wait", (pair(compiler, until_released, None, words),), 1)])
+    team = Team(1, compiler)
+    runner = threading.Thread(target=team.run, args=(program,))
+    runner.start()
+    words[0] = 1
+    runner.join(timeout=60)
+    assert not runner.is_alive()
+
+
+def test_a_sleeping_thread_is_woken_when_its_help_is_needed(compiler):
+    """Two chunks that wait for each other end only if two threads run them."""
+
+    def meet(spec):
+        def kernel(arguments, chunk, thread):
+            arguments[1 + 16 * chunk] = 1
+            while load(address_of(arguments) + 8 * (1 + 16 * (1 - chunk))) == 0:
+                pass
+            arguments[40 + chunk] = thread
+
+        return kernel
+
+    words = np.zeros(64, np.int64)
+    team = Team(2, compiler, Waiting(yield_after=0, sleep_after=0))
+    program = Program([Phase("meet", (pair(compiler, meet, None, words),), 2)])
+    for _ in range(200):
+        words[:] = 0
+        team.run(program)
+        assert set(words[40:42].tolist()) == {0, 1}
+    team.close()
+
+
+def test_programs_from_several_python_threads_take_turns(compiler):
+    chunks = 50
+    words = np.zeros(chunks + 32, np.int64)
+    program = Program([Phase("count", (pair(compiler, count, chunks, words),), chunks)] * 20, keep=words)
+    team = Team(2, compiler)
+    runners = [threading.Thread(target=lambda: [team.run(program) for _ in range(20)]) for _ in range(3)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join(timeout=60)
+    team.close()
+    assert np.all(words[:chunks] == 3 * 20 * 20)
+
+
+def test_a_profile_has_a_row_for_each_phase_and_a_figure_for_each_kernel(team, compiler):
+    words = np.zeros(64, np.int64)
+    one, two = (pair(compiler, order, digit, words) for digit in (1, 2))
+    program = Program([Phase("a", (one, two), 8), Phase("b", (), 3), Phase("c", (two,), 4)])
+    profile = team.profile(program)
+    assert [(row.name, len(row.kernels)) for row in profile] == [("a", 2), ("b", 0), ("c", 1)]
+    assert all(row.wall > 0 and sum(row.kernels) <= team.threads * row.wall for row in profile)
+    assert all(seconds > 0 for row in profile for seconds in row.kernels)
+    assert words[:8].tolist() == [122] * 4 + [12] * 4
+    team.run(program)  # and measures no more
+    assert words[0] == 122122
+
+
+def test_a_closed_team_refuses(team, compiler):
+    team.close()
+    team.close()
+    with pytest.raises(EngineError, match="closed"):
+        team.run(Program([Phase("nothing", (), 1)]))
+
+
+def test_threads_end_with_the_team(compiler):
+    before = threading.active_count()
+    team = Team(3, compiler)
+    assert threading.active_count() == before + 2
+    del team
+    assert threading.active_count() == before
+
+
+def test_a_process_ends_without_close(tmp_path):
+    text = (
+        "import sys; from pathlib import Path\n"
+        "from convolt.engines.jit.compiler import Compiler\n"
+        "from convolt.engines.jit.isa import detect\n"
+        "from convolt.engines.jit.runtime import Phase, Program, Team\n"
+        "team = Team(3, Compiler(detect('plain'), Path(sys.argv[1])))\n"
+        "team.run(Program([Phase('nothing', (), 100)]))\n"
+    )
+    subprocess.run([sys.executable, "-c", text, str(tmp_path)], timeout=60, check=True)
+
+
+@pytest.mark.parametrize("chunks", [0, -1, 1 << 31])
+def test_a_phase_needs_chunks(chunks):
+    with pytest.raises(EngineError, match="phase conv: chunks must be from 1"):
+        Phase("conv", (), chunks)
+
+
+def test_a_program_needs_a_phase():
+    with pytest.raises(EngineError, match="at least one phase"):
+        Program([])
+
+
+def test_a_team_needs_a_thread(compiler):
+    with pytest.raises(EngineError, match="threads must be at least 1, got 0"):
+        Team(0, compiler)
