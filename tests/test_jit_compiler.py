@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from numba.extending import intrinsic
 from convolt.engines.jit import codegen, compiler
 from convolt.engines.jit.compiler import Compiler, cache_folder, compile_kernel
 from convolt.engines.jit.isa import detect
+from convolt.engines.jit.runtime import Waiting
 from convolt.errors import EngineError
 
 ISA = detect("plain")
@@ -56,14 +56,14 @@ def doubles(kernel):
 @pytest.fixture(scope="module")
 def code():
     """Object code that need not be compiled for every test."""
-    return codegen.object_code(scale(Scale(4)), ISA)
+    return codegen.object_code(scale(Scale(4)), ISA, compiler.SYMBOL)
 
 
 @pytest.fixture
 def compiled(monkeypatch, code):
     """Every compilation gives `code`, at once; the list tells how often."""
     calls = []
-    monkeypatch.setattr(codegen, "object_code", lambda function, isa: calls.append(isa) or code)
+    monkeypatch.setattr(codegen, "object_code", lambda function, isa, symbol: calls.append(isa) or code)
     return calls
 
 
@@ -250,10 +250,12 @@ def test_a_kernel_that_could_raise_is_refused(tmp_path):
 
 def test_a_raise_that_cannot_happen_is_none(tmp_path):
     def careful(spec):
+        n, step = spec.n, spec.factor
+
         def kernel(arguments, chunk, thread):
-            if spec.n < 0:
+            if n < 0:
                 raise ValueError("n must not be negative")
-            for i in range(0, spec.n, spec.factor):
+            for i in range(0, n, step):
                 arguments[i] = 1
 
         return kernel
@@ -293,10 +295,11 @@ def test_a_kernel_that_needs_what_no_library_has_is_refused(tmp_path):
 
         return kernel
 
-    with pytest.raises(EngineError, match=r"kernel .*lost: it needs a symbol .*no_library_has_this"):
+    with pytest.raises(EngineError, match=r"kernel .*lost: it needs a symbol that no C library has"):
         Compiler(ISA, tmp_path).kernel(lost, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_factory_can_be_named(compiled, tmp_path):
-    kernel = Compiler(ISA, tmp_path).kernel("convolt.engines.jit.driver:driver", Path("unused"))
+    kernel = Compiler(ISA, tmp_path).kernel("convolt.engines.jit.driver:driver", Waiting())
     assert kernel.name == "driver"

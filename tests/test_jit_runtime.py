@@ -154,7 +154,7 @@ def test_python_goes_on_while_a_program_runs(compiler):
 
 
 def test_a_sleeping_thread_is_woken_when_its_help_is_needed(compiler):
-    """Two chunks that wait for each other end only if two threads run them."""
+    """Two chunks that wait for each other end only if two threads run them (and none has to sit out)."""
 
     def meet(spec):
         def kernel(arguments, chunk, thread):
@@ -166,7 +166,7 @@ def test_a_sleeping_thread_is_woken_when_its_help_is_needed(compiler):
         return kernel
 
     words = np.zeros(64, np.int64)
-    team = Team(2, compiler, Waiting(yield_after=0, sleep_after=0))
+    team = Team(2, compiler, Waiting(yield_after=0, sleep_after=0, preempted=10**18))
     program = Program([Phase("meet", (pair(compiler, meet, None, words),), 2)])
     for _ in range(200):
         words[:] = 0

@@ -93,9 +93,7 @@ def test_decay_tells_weights_from_the_rest():
     for part, is_weight in runs:
         kinds[part] += 1 + is_weight
     assert runs[0][0].start == 0
-    assert all(
-        left[0].stop == right[0].start and left[1] != right[1] for left, right in pairwise(runs)
-    )
+    assert all(left[0].stop == right[0].start and left[1] != right[1] for left, right in pairwise(runs))
     for name, part in params.slices.items():
         weight = name in {"0.weight", "2.body.0.1.weight", "5.weight"}
         assert (kinds[part] == 1 + weight).all(), name

@@ -69,9 +69,16 @@ def test_workers_see_how_the_caller_handles_overflow():
 
 
 def test_closing_ends_the_threads():
-    before = threading.active_count()
-    workers = Workers(3)
-    workers.each(range(10), lambda worker, tile: None)
+    workers, seen = Workers(3), set()
+    barrier = threading.Barrier(3, timeout=30)
+
+    def look(worker, tile):
+        barrier.wait()
+        seen.add(threading.current_thread())
+
+    workers.each(range(3), look)
+    others = seen - {threading.current_thread()}
+    assert len(others) == 2
     workers.close()
     workers.close()
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in others)

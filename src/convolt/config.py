@@ -9,7 +9,6 @@ import ast
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -49,7 +48,7 @@ def build(cls: type[Built], plain: Mapping[str, Any], where: str, families: Fami
     >>> build(Dropout, {"type": "dropout", "p": 0.25}, "layer", {})
     Dropout(p=0.25)
     """
-    hints = _hints(cls)
+    hints = get_type_hints(cls)
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # every family is of dataclasses
     for key in plain:
         if key not in known and key != "type":
@@ -107,11 +106,6 @@ def _member(members: Iterable[Callable[..., Any]], value: Any, where: str, famil
 def canonical(name: str) -> str:
     """``One-Cycle``, ``one_cycle`` and ``OneCycle`` are all ``onecycle``."""
     return name.lower().replace("-", "").replace("_", "")
-
-
-@cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 # --- merging: file, options, --set ------------------------------------------------------------------------------------

@@ -92,24 +92,29 @@ class Executor(ABC):
         """Put back what ``statistics`` gave."""
         self.params.restore_statistics(statistics)
 
+    def statistics_are_finite(self) -> bool:
+        """Whether the buffers are sound: a variance may overflow where the normalized values do not."""
+        return all(np.isfinite(array).all() for array in self.statistics().values())
+
     def zero_grads(self) -> None:
         """Forget the gradients before a new step."""
         self.grads.flat[...] = 0
 
     def grad_norm(self) -> float:
         """Euclidean norm of the whole gradient; not finite as soon as one element is not."""
-        return math.sqrt(float(np.dot(self.grads.flat, self.grads.flat)))
+        return math.sqrt(float(np.einsum("i,i", self.grads.flat, self.grads.flat)))  # np.dot takes every core it finds
 
     def train_step(
         self, x: Array, y: Any, loss: Loss, scale: float, optimizer: Optimizer, rng: SampleRng | None = None
     ) -> StepResult:
         """A whole step when nothing stands between gradient and update; an engine may fuse it.
 
-        The weights stay untouched when loss or gradient is not finite; the result then holds a loss that is not.
+        The weights stay untouched when the loss, the gradient or a statistic is not finite; the result then holds a
+        loss that is not.
         """
         self.zero_grads()
         result = self.loss_and_grads(x, y, loss, scale, rng)
-        if not math.isfinite(result.loss + self.grad_norm()):
+        if not (math.isfinite(result.loss + self.grad_norm()) and self.statistics_are_finite()):
             return StepResult(math.nan, result.logits)
         self.update(optimizer)
         return result

@@ -23,9 +23,13 @@ class Evaluation(NamedTuple):
     accuracy: float
 
 
-def predict(executor: Executor, images: Array) -> Array:
-    """Logits (N, classes) of any number of images, in batches."""
-    parts = [executor.predict(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+def predict(executor: Executor, images: Array, stop: Callable[[], None] | None = None) -> Array:
+    """Logits (N, classes) of any number of images, in batches; ``stop`` is called before each and may raise."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        if stop is not None:
+            stop()
+        parts.append(executor.predict(images[start : start + BATCH]))
     return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
 

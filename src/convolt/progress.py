@@ -1,17 +1,29 @@
-"""Where a run stands: everything beside the arrays that a checkpoint must know to go on with the same bits.
+"""Where a run stands: all that a checkpoint must hold for the run to go on with the same bits.
 
-Plain numbers only, so that a checkpoint is readable. The order of samples, augmentation and dropout are functions of
-the step and are not here. ``epochs`` counts those that are validated and recorded: after the last step of an epoch it
-lags behind ``step`` until validation is done, and a run that was stopped in between does the validation first.
+``Progress`` is plain numbers, ``State`` adds the arrays: weights, their average, the optimizer's. The order of samples,
+augmentation and dropout are functions of the step and are not here.
+
+``Progress.epochs`` counts the epochs that are validated and recorded. After the last step of an epoch it lags behind
+``step`` until validation is done; a run that was stopped in between does the validation first.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
+import numpy as np
+
+from convolt.checkpoint import Checkpoint
+from convolt.duration import Time, due
 from convolt.early_stopping import EarlyStopping, StoppingState
+from convolt.engine import Executor
+from convolt.errors import TrainingError
 from convolt.metrics import HIGHER_IS_BETTER
+from convolt.optimizers import EMA
+from convolt.run import Run
+
+EMA_WEIGHTS = "weights"  # beside the optimizer's arrays: the weights that are trained, when the average is the model
 
 
 @dataclass
@@ -39,15 +51,6 @@ class Progress:
     best: float | None = None
     stopping: StoppingState | None = None
     monitored: dict[str, list[float]] = field(default_factory=lambda: {"valid_loss": [], "valid_accuracy": []})
-
-    @classmethod
-    def from_plain(cls, state: Mapping[str, Any]) -> "Progress":
-        """What ``plain`` gave; other keys of a checkpoint's state are passed over."""
-        return cls(**{name: state[name] for name in asdict(cls())})
-
-    def plain(self) -> dict[str, Any]:
-        """Numbers, lists and mappings, for a checkpoint."""
-        return asdict(self)
 
     def count(self, loss_sum: float, right: int, images: int, seconds: float) -> None:
         """Add a step that was taken to the sums of its epoch."""
@@ -78,3 +81,62 @@ class Progress:
         if improved:
             self.best = value
         return improved
+
+
+class State:
+    """The executor's weights and optimizer, the average of the weights if there is one, and the progress."""
+
+    def __init__(self, executor: Executor, ema: EMA | None) -> None:
+        self.executor = executor
+        self.ema = ema
+        self.progress = Progress()
+        self.shadow = None if ema is None else executor.params.flat.copy()
+
+    def average(self, now: Time) -> None:
+        """Move the average towards the weights, where there is one and it is due."""
+        if self.ema is not None and self.shadow is not None and due(self.ema.every, now):
+            self.ema.update(self.shadow, self.executor.params.flat)
+
+    @contextmanager
+    def shipped(self) -> Iterator[None]:
+        """Within it the executor holds the weights that would be shipped: the average, where there is one."""
+        if self.shadow is None:
+            yield
+            return
+        params = self.executor.params
+        trained = params.flat.copy()
+        params.flat[...] = self.shadow
+        self.executor.weights_changed()
+        try:
+            yield
+        finally:
+            params.flat[...] = trained
+            self.executor.weights_changed()
+
+    def save(self, run: Run, best: bool) -> None:
+        """Write a checkpoint: the weights that would be shipped, the optimizer, the progress.
+
+        Raises CheckpointError (the checkpoints before it are intact), TrainingError when a weight is not finite.
+        """
+        optimizer = self.executor.optimizer_state()
+        if self.shadow is not None:
+            optimizer[EMA_WEIGHTS] = self.executor.params.flat.copy()
+        with self.shipped():
+            model = self.executor.params.state_dict()
+        step = self.progress.step
+        for name, array in model.items():
+            if not np.isfinite(array).all():
+                raise TrainingError(f"step {step}: {name} is not finite, so it is not saved; lower lr")
+        run.save_checkpoint(step, model, optimizer, asdict(self.progress), best)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint."""
+        params = self.executor.params
+        params.load_state_dict(checkpoint.model)
+        optimizer = dict(checkpoint.optimizer)
+        if self.shadow is not None:
+            self.shadow[...] = params.flat
+            params.flat[...] = optimizer.pop(EMA_WEIGHTS)
+        self.executor.weights_changed()
+        self.executor.load_optimizer_state(optimizer)
+        self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(Progress())})

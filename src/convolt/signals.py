@@ -34,7 +34,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 75
 
 
-class StopAsked(Exception):  # noqa: N818 - a request, not an error
+class StopAsked(Exception):
     """Leaves whatever the loop is in the middle of, once a signal came; never seen outside of training."""
 
 

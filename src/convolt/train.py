@@ -12,8 +12,8 @@ import hashlib
 import math
 import time as clock
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,12 @@ from convolt.metrics import correct
 from convolt.model import Model
 from convolt.optimizers import Optimizer, clip_by_norm, clip_by_value
 from convolt.params import Params
-from convolt.progress import Progress
+from convolt.progress import Progress, State
 from convolt.recipe import Recipe, plain
 from convolt.run import Run
 from convolt.schedules import watched
 from convolt.signals import StopAsked, StopRequest
 
-EMA_WEIGHTS = "weights"  # beside the optimizer's arrays: the weights that are trained, when the average is the model
 SAMPLED_IMAGES = 1024  # how many images of a split, at least, its fingerprint looks at
 
 
@@ -134,9 +133,13 @@ class _Training:
         self.run, self.data, self.recipe, self.executor, self.loader = run, data, recipe, executor, loader
         self.comm, self.stop, self.callbacks, self.checkpoint_every = comm, stop, callbacks, checkpoint_every
         self.total_steps = recipe.epochs * loader.steps_per_epoch
-        self.progress = Progress()
+        self.state = State(executor, recipe.ema)
         self.saved_step: int | None = None
-        self.shadow = executor.params.flat.copy() if recipe.ema else None
+
+    @property
+    def progress(self) -> Progress:
+        """The numbers of the state; another object after a rollback, so it is never kept."""
+        return self.state.progress
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -161,7 +164,7 @@ class _Training:
             if result is None:
                 self.progress.skipped += 1
             else:
-                self.average()
+                self.state.average(self.time(self.progress.step))
                 right = int(correct(result.logits, batch.labels).sum())
                 self.progress.count(result.loss, right, len(batch.labels), clock.perf_counter() - began)
             self.tell(batch, math.nan if result is None else result.loss)
@@ -191,9 +194,9 @@ class _Training:
         return result
 
     def combined(self, parts: list[StepResult]) -> StepResult:
-        """Sums over micro-batches and ranks; the loss is NaN when any gradient is not finite."""
+        """Sums over micro-batches and ranks; the loss is NaN when any gradient or statistic is not finite."""
         self.comm.allreduce(self.executor.grads.flat)
-        loss = np.array([sum(part.loss for part in parts)])
+        loss = np.array([sum(part.loss for part in parts) if self.executor.statistics_are_finite() else math.nan])
         self.comm.allreduce(loss)
         finite = math.isfinite(float(loss[0]) + self.executor.grad_norm())
         logits = np.concatenate([part.logits for part in parts]) if parts else np.zeros((0, self.data.num_classes))
@@ -204,20 +207,15 @@ class _Training:
         batch = self.loader.batch(step)
         return batch if self.teacher is None else with_teacher(batch, self.teacher.predict(batch.images))
 
-    def average(self) -> None:
-        """Move the average of the weights, when the recipe has one."""
-        if self.shadow is not None and self.recipe.ema is not None:
-            if due(self.recipe.ema.every, self.time(self.progress.step)):
-                self.recipe.ema.update(self.shadow, self.executor.params.flat)
-
     def rolled_back(self) -> bool:
         """Apply the policy to a step that is not finite. Raises TrainingError; True when an earlier step comes next."""
         policy, step = self.recipe.non_finite, self.progress.step
         if policy.policy == "raise" or len(self.progress.left_out) >= policy.limit:
             again = f" for the {policy.limit + 1}th time" if policy.policy != "raise" else ""
             raise TrainingError(
-                f"step {step + 1}: the loss or the gradient is not finite{again}; lower lr, clip the gradient"
-                " (clip_norm), or choose a policy (--set non_finite.policy=skip or rollback); the weights are not touched"
+                f"step {step + 1}: the loss, the gradient or a statistic is not finite{again}; the weights are as they"
+                " were before. Lower lr, clip the gradient (clip_norm), or choose another policy:"
+                " --set non_finite.policy=skip or rollback"
             )
         left_out = [*self.progress.left_out, step]
         event = {"step": step + 1, "policy": policy.policy, "left_out": [number + 1 for number in left_out]}
@@ -287,7 +285,7 @@ class _Training:
         """The validation split under the weights that would be shipped."""
         if self.data.valid is None:
             return None
-        with self.shipped():
+        with self.state.shipped():
             return evaluate(self.executor, self.data.valid, self.recipe.loss, self.comm, self.heed)
 
     def heed(self) -> None:
@@ -342,64 +340,31 @@ class _Training:
             callback.on_start(self.run)
 
     def save(self, best: bool) -> None:
-        """A checkpoint: the weights that would be shipped, the optimizer, and where the run stands.
-
-        Raises CheckpointError (the checkpoints before it are intact), TrainingError when a weight is not finite.
-        """
-        optimizer = self.executor.optimizer_state()
-        if self.shadow is not None:
-            optimizer[EMA_WEIGHTS] = self.executor.params.flat.copy()
-        with self.shipped():
-            model = self.executor.params.state_dict()
-        unsound = next((name for name, array in model.items() if not np.isfinite(array).all()), None)
-        if unsound is not None:
-            raise TrainingError(f"step {self.progress.step}: {unsound} is not finite, so it is not saved; lower lr")
-        self.run.save_checkpoint(self.progress.step, model, optimizer, self.progress.plain(), best)
+        """Write a checkpoint of where the run stands."""
+        self.state.save(self.run, best)
         self.saved_step = self.progress.step
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint."""
-        params = self.executor.params
-        params.load_state_dict(checkpoint.model)
-        optimizer = dict(checkpoint.optimizer)
-        if self.shadow is not None:
-            self.shadow[...] = params.flat
-            params.flat[...] = optimizer.pop(EMA_WEIGHTS)
-        self.executor.weights_changed()
-        self.executor.load_optimizer_state(optimizer)
-        self.progress = Progress.from_plain(checkpoint.state)
+        self.state.restore(checkpoint)
         self.saved_step = checkpoint.step
-
-    @contextmanager
-    def shipped(self) -> Iterator[None]:
-        """Within it the executor holds the weights that would be shipped: the average, where there is one."""
-        if self.shadow is None:
-            yield
-            return
-        params = self.executor.params
-        trained = params.flat.copy()
-        params.flat[...] = self.shadow
-        self.executor.weights_changed()
-        try:
-            yield
-        finally:
-            params.flat[...] = trained
-            self.executor.weights_changed()
 
     def finish(self, engine: Engine) -> None:
         """Take the weights that the recipe asks for, look once at the test set, and write the result."""
         progress, executor = self.progress, self.executor
         kept = "last"
-        if self.shadow is not None:
-            executor.params.flat[...] = self.shadow
+        if self.state.shadow is not None:
+            executor.params.flat[...] = self.state.shadow
         if self.recipe.early_stopping is not None and progress.best is not None:
             best = self.run.checkpoints.load("best")
             self.warn(best.warnings)
             executor.params.load_state_dict(best.model)
             kept = "best"
         executor.weights_changed()
-        test = self.data.test and evaluate(executor, self.data.test, self.recipe.loss, self.comm, self.heed)
-        measured = {} if test is None else {"test_accuracy": test.accuracy, "test_loss": test.loss}
+        measured = {}
+        if self.data.test is not None:
+            test = evaluate(executor, self.data.test, self.recipe.loss, self.comm, self.heed)
+            measured = {"test_accuracy": test.accuracy, "test_loss": test.loss}
         result: dict[str, Any] = {
             **measured,
             "epochs": len(self.run.history),

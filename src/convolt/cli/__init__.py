@@ -11,9 +11,11 @@ that Convolt does not raise on purpose is a defect and always shows it.
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -72,7 +74,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = GlobalOptions()
     try:
-        code = cli.main(args, prog_name="convolt", standalone_mode=False, obj=options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = cli.main(args, prog_name="convolt", standalone_mode=False, obj=options)
         sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -96,6 +100,13 @@ def _message(error: Exception) -> str:
     context = error.ctx if isinstance(error, click.UsageError) else None
     hint = f" See: {context.command_path} --help" if context else ""
     return error.format_message() + hint
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning in one line, in place of Python's two with a place in the source."""
+    click.echo(f"convolt: warning: {message}", err=True)
 
 
 def _fail(message: str, code: int) -> int:

@@ -247,7 +247,7 @@ class _Graph:
         total = start.then([_sum(where, body, shortcut, start.shape)], in_place=False)
         if node.target in _IN_PLACE_ADDITIONS:
             a.steps = total.steps
-            return a  # type: ignore[no-any-return]
+            return a
         return total
 
 

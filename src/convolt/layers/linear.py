@@ -13,7 +13,8 @@ from convolt.layers.window import Window
 class Conv2d(Layer):
     """Cross-correlation of C x H x W images with K filters of C/groups x R x S.
 
-    ``y[k, p, q] = b[k] + sum_{c, r, s} w[k, c, r, s] x[c, p stride + r dilation - padding, q stride + s dilation - padding]``
+    ``y[k, p, q] = b[k] + sum_{c, r, s} w[k, c, r, s] x[c, i, j]`` at ``i = p stride + r dilation - padding`` and
+    ``j = q stride + s dilation - padding``.
 
     ``padding`` is one integer, a pair, ``"valid"`` (none) or ``"same"`` (stride 1 only; an even kernel gets the odd
     row and column at the end, as PyTorch does). ``groups`` = ``in_channels`` is a depthwise convolution.

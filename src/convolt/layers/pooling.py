@@ -22,11 +22,8 @@ class _Pool(Layer):
         stride = self.kernel_size if self.stride is None else self.stride
         object.__setattr__(self, "stride", pair(name, "stride", stride, 1))
         object.__setattr__(self, "padding", pair(name, "padding", self.padding, 0))
-        if any(
-            2 * pad > kernel
-            for pad, kernel in zip(self.geometry.pads, self.geometry.kernel, strict=True)
-            for pad in pad
-        ):
+        pads, kernel = self.geometry.pads, self.geometry.kernel
+        if any(2 * max(sides) > extent for sides, extent in zip(pads, kernel, strict=True)):
             raise ConfigError(
                 f"{name}: padding must be at most half of kernel_size; got {self.padding}, {self.kernel_size}"
             )

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from convolt.engine import Engine, EngineRecipe, Executor, resolve_threads
 from convolt.engines.jit.executor import JitExecutor
-from convolt.engines.jit.isa import detect
+from convolt.engines.jit.isa import detect, request_amx
+from convolt.errors import EngineError
 from convolt.model import Model
 from convolt.params import Params
 
@@ -29,7 +30,7 @@ class JIT(Engine):
     threads: int = 0
     isa: str | None = None
     NAME: ClassVar[str] = "jit"
-    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32",)
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threads", resolve_threads(self.threads))
@@ -37,4 +38,10 @@ class JIT(Engine):
     def executor(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Executor:
         """Plans and kernels are made when the first batch shows its size."""
         own = self.initial_params(model, params, recipe)
-        return JitExecutor(model, own, recipe, detect(self.isa), self.threads)
+        isa = detect(self.isa)
+        if recipe.precision == "bf16" and not (isa.amx and request_amx()):
+            raise EngineError(
+                f"engine jit: precision bf16 needs AMX tiles, which this CPU, kernel or isa={isa.name!r} does not offer;"
+                " without them float32 is faster: use precision fp32"
+            )
+        return JitExecutor(model, own, recipe, isa, self.threads)

@@ -3,9 +3,10 @@
     C[m, j] = start + sum over s < segments, t < steps, k < step of
               A[m*a_row + t*a_step + s*a_segment + k] * B[t*step + k, j] of segment s
 
-One call computes at most 32 x 32 elements of C in four tiles (16 x 16 fp32 each). A lies as it is, rows of bf16: a pixel
-of an NHWC image with 32 channels is one tile row, and a tap of the filter is an address. B is packed by `pack_pairs`
-(the layout Intel calls VNNI): for each step and each 16 columns a tile [step/2][16][2], two neighbors in k side by side.
+One call computes at most 32 x 32 elements of C in four tiles (16 x 16 fp32 each). A lies as it is, rows of bf16: a
+pixel of an NHWC image with 32 channels is one tile row, and a tap of the filter is an address. B is packed by
+`pack_pairs` (the layout Intel calls VNNI): for each step and each 16 columns a tile [step/2][16][2], two neighbors in k
+side by side.
 
 Rows, columns and steps that are not full are cut off by the tile configuration (nothing is read or written beyond
 them), so each specification has a `configure`, which a thread calls before its first product with that

@@ -22,6 +22,7 @@ from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop
 
 Source = Literal["fp32", "bf16"]
 TILE = 16
+BFLOAT = type("BFloat", (ir.Type,), {"_to_string": lambda self: "bfloat"})()  # llvmlite does not name this LLVM type
 
 
 @register_jitable
@@ -38,19 +39,6 @@ def bf16_of_float32(x: Any) -> Any:
     rounded = (bits + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     return np.uint16(upper | np.uint32(0x40) if is_nan else rounded)
-
-
-class _BFloat(ir.Type):
-    """LLVM's `bfloat`, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ class Bf16Lanes:
         builder, lanes = self.floats.builder, self.floats.lanes
         kind = ir.VectorType(I32, lanes)
         if self.native:
-            halves = builder.fptrunc(x, ir.VectorType(_BFloat(), lanes))
+            halves = builder.fptrunc(x, ir.VectorType(BFLOAT, lanes))
             return builder.zext(builder.bitcast(halves, ir.VectorType(I16, lanes)), kind)
 
         def constant(value: int) -> Any:

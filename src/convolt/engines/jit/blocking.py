@@ -31,7 +31,7 @@ def blocking(rows: int, columns: int, isa: Isa) -> tuple[int, int]:
 
 
 def parts(total: int, most: int) -> tuple[int, ...]:
-    """`total` as the fewest sizes that are at most `most`, larger ones first, equal but for one: (28, 10) -> 10, 9, 9."""
+    """`total` as the fewest sizes of at most `most`, equal but for one, larger ones first: (28, 10) -> 10, 9, 9."""
     count = -(-total // most)
     size, larger = divmod(total, count)
     return (size + 1,) * larger + (size,) * (count - larger)

@@ -19,7 +19,6 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu_options import FastMathOptions
 from numba.core.registry import cpu_target
 
-from convolt.engines.jit.compiler import SYMBOL
 from convolt.engines.jit.isa import Isa, target
 from convolt.errors import EngineError
 
@@ -56,28 +55,28 @@ def _flags() -> Any:
 
 
 @global_compiler_lock
-def object_code(function: Callable[..., None], isa: Isa) -> bytes:
-    """Object code (ELF) that defines `function` as the C function SYMBOL. Raises EngineError if it could raise."""
-    code: bytes = _library(function, isa).emit_native_object()
+def object_code(function: Callable[..., None], isa: Isa, symbol: str) -> bytes:
+    """Object code (ELF) that defines `function` as the C function `symbol`. Raises EngineError if it could raise."""
+    code: bytes = _library(function, isa, symbol).emit_native_object()
     return code
 
 
 @global_compiler_lock
 def assembly(function: Callable[..., None], isa: Isa) -> str:
     """The same code in assembly language, to see what LLVM made of a kernel."""
-    library = _library(function, isa)
+    library = _library(function, isa, "kernel")
     text: str = library.get_asm_str()
     return text
 
 
-def _library(function: Callable[..., None], isa: Isa) -> Any:
+def _library(function: Callable[..., None], isa: Isa, symbol: str) -> Any:
     """The optimized module, in Numba's wrapping."""
     context = cpu_target.target_context.subtarget(_internal_codegen=_Codegen(isa))
     compiled = compiler.compile_extra(
         cpu_target.typing_context, context, function, SIGNATURE.args, SIGNATURE.return_type, _flags(), {}
     )
     library = compiled.library
-    library.add_ir_module(_c_function(context, compiled.fndesc))
+    library.add_ir_module(_c_function(context, compiled.fndesc, symbol))
     library.get_function(compiled.fndesc.llvm_func_name).linkage = "internal"  # once it is inlined it is gone
     library.finalize()
     if "@llvm.trap" in library.get_llvm_str():
@@ -93,12 +92,12 @@ def _library(function: Callable[..., None], isa: Isa) -> Any:
     return library
 
 
-def _c_function(context: Any, description: Any) -> ir.Module:
+def _c_function(context: Any, description: Any, symbol: str) -> ir.Module:
     """The C function around Numba's own, which returns whether it raised."""
     module = context.create_module("c_function")
     callee = context.declare_function(module, description)
     parameters = [context.get_value_type(kind) for kind in SIGNATURE.args]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), SYMBOL)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), symbol)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     status, _ = context.call_conv.call_function(builder, callee, SIGNATURE.return_type, SIGNATURE.args, function.args)
     with builder.if_then(status.is_error, likely=False):

@@ -114,8 +114,9 @@ class Compiler:
             from_cache = code is not None
             if code is None:
                 code = self._compile(factory, spec)
-                self._save(key, code)
             library = self._link(key, _name(factory), code)
+            if not from_cache:
+                self._save(key, code)
             seconds = time.perf_counter() - start
             self._kernels[key] = Kernel(library[SYMBOL], _name(factory), seconds, from_cache, (self._jit, library))
         return self._kernels[key]
@@ -129,7 +130,7 @@ class Compiler:
         from convolt.engines.jit.codegen import object_code  # imports Numba
 
         self.statistics.compiled += 1
-        return object_code(_resolve(factory)(spec), self.isa)
+        return object_code(_resolve(factory)(spec), self.isa, SYMBOL)
 
     def _link(self, key: str, name: str, code: bytes) -> Any:
         builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process().export_symbol(SYMBOL)

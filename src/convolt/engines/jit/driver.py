@@ -199,17 +199,24 @@ def words(typingctx: Any, address: Any) -> Any:
 
 
 @njit
-def publish(state: Any, ticket: Any) -> None:
-    """Write a ticket and wake those who can use it."""
-    exchange(state + TICKET, ticket)
-    finished = ticket == FINISHED
-    threads = 1 if finished else load(state + ACTIVE)
-    spare = 1 if finished else (ticket & _CHUNKS) - 1  # whoever publishes takes one chunk itself
+def wake(state: Any, threads: Any, count: Any) -> None:
+    """Wake up to `count` sleepers among the first `threads`."""
     for thread in range(threads):
         own = state + THREAD_LINES + thread * THREAD_LINE
-        if spare > 0 and load(own + ASLEEP) == 1 and compare_exchange(own + ASLEEP, 1, 0):
+        if count > 0 and load(own + ASLEEP) == 1 and compare_exchange(own + ASLEEP, 1, 0):
             sem_post(own + SEMAPHORE)
-            spare -= 1
+            count -= 1
+
+
+@njit
+def publish(state: Any, ticket: Any, thread: Any) -> None:
+    """Write a ticket and wake those who can use it; a thread that publishes takes a chunk itself unless it sits out."""
+    exchange(state + TICKET, ticket)
+    active = load(state + ACTIVE)
+    if ticket == FINISHED:
+        wake(state, 1, 1)
+    else:
+        wake(state, active, (ticket & _CHUNKS) - (1 if thread < active else 0))
 
 
 @njit
@@ -221,7 +228,7 @@ def start(state: Any, now: Any, program: Any) -> None:
     if timings != 0:
         words(timings)[load(state + THREADS) * table[1]] = now
     exchange(state + PROGRAM, program)
-    publish(state, table[2])
+    publish(state, table[2], 0)
 
 
 @njit
@@ -244,7 +251,7 @@ def run(state: Any, phase: Any, remaining: Any, thread: Any) -> None:
     if timings != 0:
         ends = load(state + THREADS) * kernels
         words(timings)[ends + following] = nanoseconds(own + CLOCK, _MONOTONIC)
-    publish(state, FINISHED if following == phases else following << 32 | table[2 + 3 * following])
+    publish(state, FINISHED if following == phases else following << 32 | table[2 + 3 * following], thread)
 
 
 @njit
@@ -280,10 +287,11 @@ def wait(state: Any, thread: Any, yield_after: Any, sleep_after: Any) -> None:
 
 @njit
 def step_back(state: Any, until: Any) -> None:
-    """Let one thread less take part, and the last one always."""
+    """Let one thread less take part, but one always; the others wake up, for it may have been about to claim."""
     active = load(state + ACTIVE)
     if active > 1 and compare_exchange(state + ACTIVE, active, active - 1):
         exchange(state + REST_UNTIL, until)
+        wake(state, active - 1, active - 1)
 
 
 def driver(waiting: Waiting) -> Callable[..., None]:

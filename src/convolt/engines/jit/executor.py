@@ -35,10 +35,11 @@ class Programs:
     """One plan and its programs."""
 
     def __init__(
-        self, model: Model, params: Params, grads: Params | None, capacity: int, isa: Isa, threads: int, byte_input: bool
+        self, model: Model, params: Params, grads: Params | None, capacity: int, isa: Isa, threads: int, byte_input: bool,
+        tiles: bool,
     ) -> None:
         first, found = operations(model, training=grads is not None)
-        self.plan = Plan(params, grads, capacity, isa, threads, learning(found))
+        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles)
         self.input, self.byte_input = first, byte_input
         normalize = found[0].layer if found and isinstance(found[0].layer, Normalize) else None
         rest = found[1:] if normalize is not None else found
@@ -86,6 +87,7 @@ class JitExecutor(Executor):
         self.model, self.params = model, params
         self.grads = Params(model, params.dtype)
         self._isa, self._threads, self._progress = isa, threads, progress
+        self._tiles = recipe.precision == "bf16"
         self._compiler = Compiler(isa)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], tuple[Programs, Program, Program | None]] = {}
@@ -178,7 +180,7 @@ class JitExecutor(Executor):
         key = (training, min(fits, default=count), byte_input)
         if key not in self._plans:
             grads = self.grads if training else None
-            programs = Programs(self.model, self.params, grads, count, self._isa, self._threads, byte_input)
+            programs = Programs(self.model, self.params, grads, count, self._isa, self._threads, byte_input, self._tiles)
             plan = programs.plan
             tasks = programs.forward_tasks + programs.backward_tasks
             self._compiler.kernels([(f"convolt.engines.jit.kernels.{t.factory}", t.spec) for t in tasks], self._progress)

@@ -10,7 +10,7 @@ What the letters stand for:
 
                       A                   rows           depth                  segments
     conv forward      x [H, W, C]         pixels         S*C (contiguous)       R filter rows
-    conv dw           x                   channels       pixels of one row      rows of the image
+    conv dw           x                   S*C, or a part pixels of one row      rows of the image
     dense             x [N, in]           samples        a block of inputs      1, or blocks
 
 Each element sums in the same order (s, then k) with one accumulator, whatever the block or the vector width: every

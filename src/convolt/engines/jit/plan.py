@@ -54,13 +54,21 @@ class Plan:
     """Buffers of one model for batches of up to ``capacity`` samples, and what the kernels need to know of it.
 
     params: arrays the kernels read. grads: arrays they add to, None for prediction. learning: tensors that need a
-    gradient.
+    gradient. tiles: whether products run in bf16 on AMX tiles.
     """
 
     def __init__(
-        self, params: Params, grads: Params | None, capacity: int, isa: Isa, threads: int, learning: set[Tensor]
+        self,
+        params: Params,
+        grads: Params | None,
+        capacity: int,
+        isa: Isa,
+        threads: int,
+        learning: set[Tensor],
+        tiles: bool = False,
     ) -> None:
         self.params, self.grads, self.isa, self.capacity = params, grads, isa, capacity
+        self.tiles = tiles
         self.learning = learning
         self.images = -(-capacity // CHUNKS)
         self.chunks = -(-capacity // self.images)

@@ -2,8 +2,9 @@
 
 A training step is a `Program`: phases, one after another; in each, the same kernels for every chunk. A `Team` runs it
 in one call that holds no lock of Python's: `driver` says how chunks are claimed and how threads wait. Which thread runs
-a chunk is left to chance, so kernels must not let it matter: a kernel owns what it writes, or writes to scratch memory
-of its thread that nobody reads after the chunk.
+a chunk is left to chance, so kernels must not let it matter: a chunk owns what it writes, or writes to scratch memory
+of its thread that nobody reads after the chunk. Chunks of a phase must not wait for one another: one thread may run
+them all.
 
 The threads are Python's (so that tools see them), each in the driver from start to `close`.
 """
@@ -58,7 +59,7 @@ class Waiting:
     yield_after: int = 5_000
     sleep_after: int = 1_000_000
     preempted: int = 1_000_000
-    rest: int = 100_000_000
+    rest: int = 20_000_000
 
 
 class Program:

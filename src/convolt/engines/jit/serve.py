@@ -13,6 +13,8 @@ import numpy as np
 
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.kernels.specs import (
+    BLOCK,
+    FLOAT,
     AddSpec,
     ConvSpec,
     DenseSpec,
@@ -23,6 +25,8 @@ from convolt.engines.jit.kernels.specs import (
     PackSpec,
     PoolSpec,
     ReduceSpec,
+    TileBackSpec,
+    TileSpec,
     Windowing,
     round_up,
     turned,
@@ -77,6 +81,8 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
 
 def conv(plan: Plan, operation: Operation) -> Served:
     """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
+    if plan.tiles and cast(Conv2d, operation.layer).groups == 1:
+        return conv_on_tiles(plan, operation)
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
@@ -116,6 +122,54 @@ def conv(plan: Plan, operation: Operation) -> Served:
         tasks.append(
             plan.whole(f"{label} dw", "weights:reduce_parts", reduce, chunks, parts, dw, bias_parts, db)
         )
+        return tasks
+
+    return forward, backward
+
+
+def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
+    """The same on AMX tiles, bf16 products."""
+    spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
+    tiles, source, target = TileSpec(spec), operation.inputs[0], operation.output
+    weight = plan.parameter(operation, "weight")
+    bias = plan.parameter(operation, "bias") if spec.bias else 0
+    packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
+    codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
+    arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
+    forward = [
+        plan.whole(
+            f"{label} pack", "tiles:pack", PackSpec(spec, turned=False), tiles.columns // BLOCK, weight, packed
+        ),
+        plan.by_image(label, "tiles:conv_forward", tiles, *arguments),
+    ]
+
+    def backward() -> Tasks:
+        back = TileBackSpec(_adding(plan, spec, source))
+        parts = plan.address("parts of dw", plan.chunks * back.part)
+        bias_parts = plan.address("parts of db", plan.chunks * spec.K)
+        dx, turned_filters, tasks = 0, 0, []
+        if spec.wants_dx:
+            dx, inputs = plan.slope(source), back.inputs
+            turned_filters = plan.address(f"turned filters {name}", inputs.columns * inputs.depth, np.uint16)
+            tasks.append(
+                plan.whole(
+                    f"{label} pack turned",
+                    "tiles:pack",
+                    PackSpec(back.conv, True),
+                    inputs.columns // BLOCK,
+                    weight,
+                    turned_filters,
+                )
+            )
+        arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
+        scratch = plan.scratch(back.scratch // FLOAT)
+        tasks.append(
+            plan.by_image(f"{label} backward", "tiles:conv_backward", back, *arguments, parts, bias_parts, scratch)
+        )
+        dw = plan.parameter(operation, "weight", gradient=True)
+        db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
+        chunks = -(-spec.K // FILTERS_AT_ONCE)
+        tasks.append(plan.whole(f"{label} dw", "tiles:reduce_parts", back, chunks, parts, dw, bias_parts, db))
         return tasks
 
     return forward, backward

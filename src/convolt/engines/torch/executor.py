@@ -151,6 +151,18 @@ class TorchExecutor(Executor):
         for twin in (self._weights, *self._statistics.values()):
             twin.written_on_host()
 
+    def statistics(self) -> dict[str, Array]:
+        """A copy of the buffers; the weights stay where they are."""
+        for twin in self._statistics.values():
+            twin.on_host()
+        return self._params.statistics()
+
+    def restore_statistics(self, statistics: dict[str, Array]) -> None:
+        """Put back what ``statistics`` gave."""
+        for twin in self._statistics.values():
+            twin.on_host()
+        self._params.restore_statistics(statistics)
+
     def zero_grads(self) -> None:
         """Zeros, written where the gradients are."""
         with self._limited():
@@ -290,6 +302,8 @@ class TorchExecutor(Executor):
                 break
             self._loss_scale, self._good_steps = self._loss_scale / 2, 0
         self._gradient.on_device().add_(gradient, alpha=1 / self._loss_scale)
+        if hopeless:  # a step that is left out leaves the scale's state alone, too
+            return
         self._good_steps = self._good_steps + 1 if good else 0
         if self._good_steps == GROWTH_INTERVAL:
             self._loss_scale, self._good_steps = self._loss_scale * 2, 0

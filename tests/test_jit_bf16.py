@@ -1,0 +1,216 @@
+"""AMX, conversion to bf16 and its layouts against NumPy and PyTorch, on every instruction set that runs here."""
+
+import numpy as np
+import pytest
+import torch
+from jit_kernels import SENTINEL, available, integers, run, started
+
+from convolt.engines.jit import isa as instruction_sets
+from convolt.engines.jit.amx import AmxGemm, amx, configure, release
+from convolt.engines.jit.bf16 import Pairs, bf16_of_float32, float32_of_bf16, pack_pairs, to_bf16
+from convolt.engines.jit.compiler import Compiler
+from convolt.engines.jit.memory import view
+from convolt.engines.jit.transpose import Transpose, transpose
+from convolt.params import aligned_zeros
+
+
+@pytest.fixture(scope="module", params=list(available()), ids=lambda isa: isa.name)
+def compiler(request, tmp_path_factory):
+    return Compiler(request.param, tmp_path_factory.mktemp(request.param.name))
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    """A compiler for a CPU with AMX."""
+    isa = instruction_sets.detect()
+    if not (isa.amx and instruction_sets.request_amx()):
+        pytest.skip("no AMX here")
+    return Compiler(isa, tmp_path_factory.mktemp("amx"))
+
+
+def bf16(x):
+    return torch.from_numpy(np.array(x)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+
+def as_bf16(x):
+    """The bf16 form of an array, aligned."""
+    y = aligned_zeros(x.size, np.uint16).reshape(x.shape)
+    y[...] = bf16(x)
+    return y
+
+
+# -- AMX --------------------------------------------------------------------------------------------------------------
+
+
+def amx_kernel(spec):
+    shape, multiply = configure(spec), amx(spec)
+
+    def kernel(arguments, chunk, thread):
+        shape()
+        multiply(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])
+        release()
+
+    return kernel
+
+
+def pack_kernel(spec):
+    pack = pack_pairs(spec)
+
+    def kernel(arguments, chunk, thread):
+        pack(arguments[0], arguments[1])
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "step", "steps", "segments", "start"),
+    [
+        (32, 32, 32, 2, 3, "zero"),
+        (16, 16, 32, 1, 1, "load"),
+        (20, 32, 24, 3, 2, "bias"),
+        (7, 21, 16, 1, 2, "bias"),
+        (32, 5, 2, 5, 1, "load"),
+        (1, 1, 32, 1, 1, "zero"),
+    ],
+)
+def test_amx(tiles, rows, columns, step, steps, segments, start):
+    column_tiles = -(-columns // 16)
+    depth, b_step, c_row = step * steps, column_tiles * step * 16, columns + 16
+    a, b = integers(rows * segments * depth, 1).reshape(rows, -1), integers(segments * depth * columns, 2)
+    b = b.reshape(-1, columns)
+    packed = aligned_zeros(segments * steps * b_step, np.uint16).reshape(-1, b_step)
+    for t in range(segments * steps):
+        pairs = Pairs(step, columns, columns, 32, step * 16, "fp32")
+        run(tiles, pack_kernel, pairs, b[t * step :], packed[t])
+    c, bias = np.full((rows, c_row), SENTINEL, np.float32), integers(columns, 3)
+    spec = AmxGemm(
+        *(rows, columns, step, steps, segments * depth, step, depth),
+        *(b_step, step * 16, steps * b_step, c_row, start),
+    )
+    expected = started(spec, c[:, :columns], bias) + a.astype(np.float64) @ b
+    run(tiles, amx_kernel, spec, as_bf16(a), packed, c, bias, segments)
+    np.testing.assert_array_equal(c[:, :columns], expected)
+    assert (c[:, columns:] == SENTINEL).all()
+
+
+def test_amx_tiles_apart(tiles):
+    """Two image rows of 8 pixels each are one block; the pixels between them are neither read nor written."""
+    C, K, W, gap = 32, 16, 8, 2
+    x, w = integers(2 * (W + gap) * C, 1).reshape(2, W + gap, C), integers(C * K, 2).reshape(C, K)
+    x[:, W:] = np.nan
+    packed = aligned_zeros(C * K, np.uint16)
+    run(tiles, pack_kernel, Pairs(C, K, K, 32, C * 16, "fp32"), w, packed)
+    y = np.full((2, W + gap, K), SENTINEL, np.float32)
+    spec = AmxGemm(2 * W, K, C, 1, C, 0, 0, 0, C * 16, 0, K, tile=W, a_tile=(W + gap) * C, c_tile=(W + gap) * K)
+    run(tiles, amx_kernel, spec, as_bf16(x), packed, y, 0, 1)
+    np.testing.assert_array_equal(y[:, :W], x[:, :W] @ w)
+    assert (y[:, W:] == SENTINEL).all()
+
+
+# -- bf16 and layouts -------------------------------------------------------------------------------------------------
+
+
+def to_bf16_kernel(spec):
+    count, lanes, native = spec
+    convert = to_bf16(count, lanes, native)
+
+    def kernel(arguments, chunk, thread):
+        convert(arguments[0], arguments[1])
+
+    return kernel
+
+
+def plain_loop_kernel(count):
+    def kernel(arguments, chunk, thread):
+        x = view(arguments[0], (count,), np.float32)
+        y = view(arguments[1], (count,), np.uint16)
+        back = view(arguments[2], (count,), np.float32)
+        for i in range(count):
+            y[i] = bf16_of_float32(x[i])
+            back[i] = float32_of_bf16(y[i])
+
+    return kernel
+
+
+def any_numbers(count):
+    """Random bits: numbers of every size, NaN, infinities, and exact ties; no denormal ones."""
+    rng = np.random.default_rng(5)
+    bits = rng.integers(0, 2**32, count, np.uint64).astype(np.uint32)
+    bits[: count // 2] = bits[: count // 2] & 0xFFFF0000 | 0x8000
+    bits[:4] = [0x7F800000, 0xFF800000, 0x7F800001, 0x80000000]
+    x = bits.view(np.float32)
+    x[(np.abs(x) < np.finfo(np.float32).tiny)] = 0
+    return x
+
+
+def same_bf16(actual, expected):
+    """Equal bits, but any NaN is as good as another."""
+    values = [(bits.astype(np.uint32) << 16).view(np.float32) for bits in (actual, expected)]
+    np.testing.assert_array_equal(*values)
+    finite = ~np.isnan(values[1])
+    np.testing.assert_array_equal(actual[finite], expected[finite])
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_conversion_to_bf16(compiler, native):
+    if native and not compiler.isa.bf16_convert:
+        pytest.skip("this instruction set has no conversion to bf16")
+    x = any_numbers(4099)
+    y = np.full(4100, 7, np.uint16)
+    run(compiler, to_bf16_kernel, (4099, compiler.isa.lanes, native), x, y)
+    same_bf16(y[:-1], bf16(x))
+    assert y[-1] == 7
+
+
+def test_conversion_in_plain_loops(compiler):
+    x, y, back = any_numbers(4099), np.zeros(4099, np.uint16), np.zeros(4099, np.float32)
+    run(compiler, plain_loop_kernel, 4099, x, y, back)
+    same_bf16(y, bf16(x))
+    np.testing.assert_array_equal(back, torch.from_numpy(x).to(torch.bfloat16).float().numpy())
+
+
+@pytest.mark.parametrize("source", ["fp32", "bf16"])
+@pytest.mark.parametrize(("depth", "columns"), [(8, 32), (7, 21)])
+def test_pack_pairs(tiles, source, depth, columns):
+    column_tiles, even_depth = -(-columns // 16), depth + depth % 2
+    x = integers(depth * (columns + 1)).reshape(depth, columns + 1)
+    y = np.full((column_tiles, even_depth // 2, 16, 2), 7, np.uint16)
+    spec = Pairs(depth, columns, columns + 1, 32, even_depth * 16, source)
+    run(tiles, pack_kernel, spec, x if source == "fp32" else bf16(x), y)
+    full = np.zeros((even_depth, column_tiles * 16), np.float32)
+    full[:depth, :columns] = x[:, :columns]
+    expected = full.reshape(even_depth // 2, 2, column_tiles, 16).transpose(2, 0, 3, 1)
+    np.testing.assert_array_equal(y, bf16(expected))
+
+
+def transpose_kernel(spec):
+    turn = transpose(spec)
+
+    def kernel(arguments, chunk, thread):
+        turn(arguments[0], arguments[1])
+
+    return kernel
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (32, 16), (37, 21), (70, 40)])
+def test_transpose(compiler, rows, columns):
+    x = integers(rows * (columns + 1)).reshape(rows, columns + 1)
+    y = np.full((columns, rows + 1), SENTINEL, np.float32)
+    run(compiler, transpose_kernel, Transpose(rows, columns, columns + 1, rows + 1, compiler.isa.lanes), x, y)
+    np.testing.assert_array_equal(y[:, :rows], x[:, :columns].T)
+    assert (y[:, rows:] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("source", ["fp32", "bf16"])
+@pytest.mark.parametrize(("rows", "columns"), [(32, 16), (37, 21), (70, 5)])
+def test_transpose_to_bf16(compiler, source, rows, columns):
+    even = rows + rows % 2
+    x = integers(rows * (columns + 1)).reshape(rows, columns + 1)
+    y = np.full((columns, even + 2), 7, np.uint16)
+    spec = Transpose(
+        rows, columns, columns + 1, even + 2, compiler.isa.lanes, source, "bf16", compiler.isa.bf16_convert
+    )
+    run(compiler, transpose_kernel, spec, x if source == "fp32" else bf16(x), y)
+    np.testing.assert_array_equal(y[:, :rows], bf16(x[:, :columns].T))
+    assert (y[:, rows:even] == 0).all()
+    assert (y[:, even:] == 7).all()
