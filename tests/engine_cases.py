@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from convolt import engines
 from convolt.engine import Engine
+from convolt.engines.jit.isa import detect, request_amx
 from convolt.layers import (
     GELU,
     AvgPool2d,
@@ -50,17 +51,21 @@ class Entry:
 
     owner_computes: every number has one thread that computes it, so the number of threads leaves every bit as it is.
     exact_copies: a convolution with a single pixel copies its weights without rounding.
+    compiles: half a second for each kernel that it has not met before; what is not in ``COMPILED`` is slow then.
+    missing: precisions that the engine knows and this CPU does not.
     """
 
     name: str
     make: Callable[[int], Engine]
     owner_computes: bool = True
     exact_copies: bool = True
+    compiles: bool = False
+    missing: frozenset[str] = frozenset()
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """What the engine says it can compute in."""
-        return self.make(1).PRECISIONS
+        """What the engine can compute in here."""
+        return tuple(name for name in self.make(1).PRECISIONS if name not in self.missing)
 
     @property
     def finest(self) -> str:
@@ -72,6 +77,8 @@ class Entry:
         return not case.ties or (self.exact_copies and precision not in ("bf16", "fp16"))
 
 
+AMX = detect().amx and request_amx()
+WITHOUT_AMX = frozenset() if AMX else frozenset({"bf16"})
 ENGINES = (
     Entry("loops", lambda threads: engines.Loops(threads=threads)),
     Entry("im2col", lambda threads: engines.Im2col(threads=threads)),
@@ -82,6 +89,7 @@ ENGINES = (
         lambda threads: engines.Torch(threads=threads, channels_last=True),
         owner_computes=False,
     ),
+    Entry("jit", lambda threads: engines.JIT(threads=threads), compiles=True, missing=WITHOUT_AMX),
 )
 
 # Largest relative error, in the norm of the whole array: a few roundings of the format, and room for the few masks and
@@ -312,3 +320,22 @@ NETWORKS = (
     Case("residual of features", (4,), (Residual((Dense(4, 4), ReLU(), Dropout(0.25))), Dense(4, 3))),
 )
 CASES = CONV + DENSE + POOLING + ELEMENTWISE + NORMALIZATION + NETWORKS
+
+# Engines that compile meet these in every run of the tests, and the rest in slow ones: every kernel once, and every way
+# through the planner.
+COMPILED = frozenset(
+    {
+        "conv dilation 2, stride 2, padding 2",
+        "conv groups 2, stride 2, dilation 2",
+        "conv channels that fill no vector",
+        "conv-relu-pool",
+        "conv-bn-relu",
+        "relu-normalize",
+        "gelu-silu-leaky",
+        "pools in a row",
+        "flatten-dense-relu-dense",
+        "residual projection",
+        "residual in place on both sides",
+        f"{MaxPool2d(3, 2, 1)} of equals",
+    }
+)

@@ -34,10 +34,11 @@ compress export ensemble
 profile bench ladder scaling
 stats search study studies report
 cli __main__
-"""
+"""  # noqa: E501
 
 # Imports inside a function hide a dependency; these libraries are worth it.
 LAZY = {
+    "convolt.engines.jit.codegen": "it imports numba, and a warm start compiles nothing",
     "convolt.datasets.download": "it imports HTTP and TLS, and most data is already there",
     "PIL": "0.03 s, and most data sets hold no image files",
     "matplotlib": "0.45 s, and only plots need it",

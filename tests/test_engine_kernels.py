@@ -5,7 +5,7 @@ Against PyTorch's functions, finite differences, itself, and the laws that linea
 
 import numpy as np
 import pytest
-from engine_cases import CASES, ENGINES, Case, Entry
+from engine_cases import CASES, COMPILED, ENGINES, Case, Entry
 from engine_checks import (
     CHECKS,
     Inner,
@@ -20,7 +20,9 @@ from engine_checks import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jit_kernels import available
 
+from convolt import engines
 from convolt.engines.im2col import Im2col, windows
 from convolt.errors import ShapeError
 from convolt.layers import AvgPool2d, Conv2d, Dense, Layer, MaxPool2d
@@ -28,7 +30,18 @@ from convolt.layers import AvgPool2d, Conv2d, Dense, Layer, MaxPool2d
 # PyTorch remarks that an even kernel with padding="same" costs it a copy.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
-every_engine = pytest.mark.parametrize("entry", ENGINES, ids=lambda entry: entry.name)
+slow_if = {True: (pytest.mark.slow,), False: ()}
+every_engine = pytest.mark.parametrize(
+    "entry", [pytest.param(entry, marks=slow_if[entry.compiles], id=entry.name) for entry in ENGINES]
+)
+
+
+def forced(isa: str) -> Entry:
+    """The jit engine on narrower vectors than this CPU has."""
+    return Entry(f"jit-{isa}", lambda threads: engines.JIT(threads=threads, isa=isa), compiles=True)
+
+
+FORCED = [forced(isa.name) for isa in list(available())[1:]]
 
 
 def name(value):
@@ -38,8 +51,11 @@ def name(value):
 @pytest.mark.parametrize(
     ("entry", "case", "check"),
     [
-        (entry, case, check)
-        for entry in ENGINES
+        pytest.param(
+            *(entry, case, check),
+            marks=slow_if[entry in FORCED or (entry.compiles and case.name not in COMPILED)],
+        )
+        for entry in (*ENGINES, *FORCED)
         for case in CASES
         for check in CHECKS
         if applies(check, entry.finest, case) and entry.can_judge(case, entry.finest)
@@ -52,7 +68,12 @@ def test_kernels(entry, case, check):
 
 @pytest.mark.parametrize(
     ("entry", "precision"),
-    [(entry, precision) for entry in ENGINES for precision in entry.precisions if precision != entry.finest],
+    [
+        pytest.param(entry, precision, marks=slow_if[entry.compiles])
+        for entry in ENGINES
+        for precision in entry.precisions
+        if precision != entry.finest
+    ],
     ids=name,
 )
 def test_kernels_in_other_precisions(entry, precision):

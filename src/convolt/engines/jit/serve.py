@@ -28,6 +28,8 @@ from convolt.engines.jit.kernels.specs import (
     TileBackSpec,
     TileSpec,
     Windowing,
+    dense_backward_scratch,
+    dense_forward_scratch,
     round_up,
     turned,
 )
@@ -37,6 +39,7 @@ from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Conv2d, Dense, Dropout,
 Tasks = list[Task]
 Served = tuple[Tasks, Callable[[], Tasks]]
 DENSE_CHUNKS = 16
+TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
 FILTERS_AT_ONCE = 16  # filters whose gradient parts one chunk adds up
 
 
@@ -179,13 +182,47 @@ def _adding(plan: Plan, spec: ConvSpec, source: Tensor) -> ConvSpec:
     return replace(spec, add=plan.begin_slope(source)) if spec.wants_dx else spec
 
 
-def dense(plan: Plan, operation: Operation) -> Served:
-    """Dense layer with activation."""
+def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
+    """Dense layer with activation on AMX tiles, bf16 products."""
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
-    label = operation.label
-    block = 4 * plan.isa.lanes
-    run = round_up(-(-layer.out_features // DENSE_CHUNKS), 4)
-    spec = DenseSpec(
+    label, name, N = operation.label, operation.names[0], plan.capacity
+    run = round_up(-(-layer.in_features // DENSE_CHUNKS), BLOCK)
+    chunks = -(-layer.in_features // run)
+    columns, samples = round_up(layer.out_features, BLOCK), round_up(N, BLOCK)
+    spec = _dense_spec(plan, operation, run)
+    weight = plan.parameter(operation, "weight")
+    bias = plan.parameter(operation, "bias") if layer.bias else 0
+    x, y = plan.value(source), plan.value(target)
+    parts = plan.address(f"parts of {name}", chunks * N * columns)
+    scratch = plan.scratch(dense_forward_scratch(spec) // FLOAT)
+    forward = [
+        plan.whole(label, "dense_tiles:forward", spec, chunks, x, weight, parts, scratch),
+        plan.whole(f"{label} total", "dense_tiles:total", spec, 16, parts, bias, y),
+    ]
+
+    def backward() -> Tasks:
+        back = replace(spec, add=spec.wants_dx and plan.begin_slope(source))
+        rows = plan.address(f"bf16 slopes {name}", samples * columns, np.uint16)
+        turned_rows = plan.address(f"bf16 slopes turned {name}", samples * columns, np.uint16)
+        dw = plan.parameter(operation, "weight", gradient=True)
+        db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
+        dx = plan.slope(source) if spec.wants_dx else 0
+        own = plan.scratch(dense_backward_scratch(spec) // FLOAT)
+        dy = plan.slope(target)
+        return [
+            plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db),
+            plan.whole(f"{label} turn", "dense_tiles:turn", back, 1, dy, rows, turned_rows),
+            plan.whole(
+                f"{label} backward", "dense_tiles:backward", back, chunks, x, weight, rows, turned_rows, dw, dx, own
+            ),
+        ]
+
+    return forward, backward
+
+
+def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
+    layer = cast(Dense, operation.layer)
+    return DenseSpec(
         plan.capacity,
         layer.in_features,
         layer.out_features,
@@ -194,8 +231,19 @@ def dense(plan: Plan, operation: Operation) -> Served:
         run,
         plan.isa.lanes,
         plan.isa.registers,
-        wants_dx=source in plan.learning,
+        wants_dx=operation.inputs[0] in plan.learning,
     )
+
+
+def dense(plan: Plan, operation: Operation) -> Served:
+    """Dense layer with activation."""
+    if plan.tiles and cast(Dense, operation.layer).in_features * cast(Dense, operation.layer).out_features >= TILES_PAY:
+        return dense_on_tiles(plan, operation)
+    layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
+    label = operation.label
+    block = 4 * plan.isa.lanes
+    run = round_up(-(-layer.out_features // DENSE_CHUNKS), 4)
+    spec = _dense_spec(plan, operation, run)
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(target)

@@ -407,3 +407,14 @@ class GatherSpec(TileSpec):
     def direct(self) -> bool:
         """Never."""
         return False
+
+
+def dense_forward_scratch(spec: DenseSpec) -> int:
+    """Bytes of scratch memory for each thread."""
+    depth, columns = round_up(spec.run, DEPTH), round_up(spec.outputs, BLOCK)
+    return BF16 * depth * (round_up(spec.N, BLOCK) + 2 * columns)
+
+
+def dense_backward_scratch(spec: DenseSpec) -> int:
+    """Bytes of scratch memory for each thread: 32 columns of x, and of W, in pairs."""
+    return BF16 * BLOCK * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK))

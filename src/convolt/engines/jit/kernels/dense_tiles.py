@@ -1,0 +1,196 @@
+"""Dense layers on AMX tiles: bf16 products, float32 sums and tensors. Layouts as in ``dense``: W (out, in).
+
+Forward splits the sum: a chunk is a run of inputs, whose panels of x and W are rounded and packed in the L2 cache and
+multiplied there; ``total`` then adds the chunks' parts in order, with bias and activation. Every number of x and W is
+read once, where blocks of outputs would read x again for each.
+
+Backward goes over blocks of 32 inputs: dw = dy^T x and dx = dy W share nothing but the packed dy, which ``turn`` makes
+once. The paired operand (x or W, 32 columns) is packed into the L1 cache.
+
+Cost: 2 N in out FLOPs each; bytes: x and W once forward; x and W once, dw and dx once backward.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from convolt.engines.jit.amx import AmxGemm, amx, configure, release
+from convolt.engines.jit.bf16 import Pairs, pack_pairs, to_bf16
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, DenseSpec, dense_backward_scratch, dense_forward_scratch, round_up
+from convolt.engines.jit.memory import view
+from convolt.engines.jit.transpose import Transpose, transpose
+
+LANES = 16  # AMX comes with AVX-512
+TILE_ELEMENTS = 16 * DEPTH
+
+
+def blocks_of(spec: AmxGemm, rows: int) -> Callable[[int, int, int], None]:
+    """A product with any number of rows: ``run(a, b, c)``. The tiles of a last, smaller block get their own shape."""
+    whole, rest = divmod(rows, BLOCK)
+    main, tail = replace(spec, rows=BLOCK), replace(spec, rows=rest or BLOCK)
+    main_shape, main_kernel = configure(main), amx(main)
+    tail_shape, tail_kernel = configure(tail), amx(tail)
+    a_step, c_step = BF16 * BLOCK * spec.a_row, FLOAT * BLOCK * spec.c_row
+
+    @njit
+    def run(a: int, b: int, c: int) -> None:
+        if whole:
+            main_shape()
+            for block in range(whole):
+                main_kernel(a + block * a_step, b, c + block * c_step, 0, 1)
+        if rest:
+            tail_shape()
+            tail_kernel(a + whole * a_step, b, c + whole * c_step, 0, 1)
+
+    return run
+
+
+def forward(spec: DenseSpec) -> Callable[..., None]:
+    """One part of x W^T; arguments: state, x, W, parts (chunks, N, columns), scratch. A chunk is ``run`` inputs."""
+    run, chunks = spec.run, -(-spec.inputs // spec.run)
+    last_run = spec.inputs - (chunks - 1) * run
+    whole, last = _panel(spec, run), _panel(spec, last_run)
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        if chunk + 1 < chunks:
+            whole(arguments, chunk, thread)
+        else:
+            last(arguments, chunk, thread)
+
+    return kernel
+
+
+def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
+    N, outputs, columns, scratch = spec.N, spec.outputs, round_up(spec.outputs, BLOCK), dense_forward_scratch(spec)
+    depth = round_up(inputs, DEPTH)
+    narrow = to_bf16(inputs, LANES, True)
+    turn = transpose(Transpose(16, depth // 2, depth // 2, 16, LANES))  # pairs of bf16 move as one float32
+    tile = depth // 2 * 32
+    shape = AmxGemm(BLOCK, BLOCK, DEPTH, depth // DEPTH, depth, DEPTH, 0, TILE_ELEMENTS, tile, 0, columns)
+    product = blocks_of(shape, N)
+    panel_bytes, weights_bytes = BF16 * round_up(N, BLOCK) * depth, BF16 * columns * depth
+    all_inputs, run = spec.inputs, spec.run
+
+    @njit
+    def panel(arguments: Any, chunk: int, thread: int) -> None:
+        x = arguments[4] + thread * scratch
+        rows = x + panel_bytes
+        packed = rows + weights_bytes
+        view(x, (panel_bytes + weights_bytes,), np.uint8)[:] = np.uint8(0)
+        first = FLOAT * chunk * run
+        for n in range(N):
+            narrow(arguments[1] + FLOAT * n * all_inputs + first, x + BF16 * n * depth)
+        for o in range(outputs):
+            narrow(arguments[2] + FLOAT * o * all_inputs + first, rows + BF16 * o * depth)
+        for o in range(0, columns, 16):
+            turn(rows + BF16 * o * depth, packed + BF16 * o // 16 * tile)
+        for o in range(0, columns, BLOCK):
+            product(x, packed + BF16 * o // 16 * tile, arguments[3] + FLOAT * (chunk * N * columns + o))
+        release()
+
+    return panel
+
+
+def total(spec: DenseSpec) -> Callable[..., None]:
+    """``y = act(bias + sum of parts)``; arguments: state, parts, bias, y. A chunk is a sixteenth of the samples."""
+    N, outputs, columns = spec.N, spec.outputs, round_up(spec.outputs, BLOCK)
+    parts, rows = -(-spec.inputs // spec.run), -(-N // 16)
+    slope, bias = np.float32(spec.slope), spec.bias
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        for n in range(chunk * rows, min((chunk + 1) * rows, N)):
+            y = view(arguments[3] + FLOAT * n * outputs, (outputs,), np.float32)
+            offset = view(arguments[2], (outputs,), np.float32)
+            for o in range(outputs):
+                y[o] = offset[o] if bias else np.float32(0)
+            for part in range(parts):
+                product = view(arguments[1] + FLOAT * (part * N + n) * columns, (outputs,), np.float32)
+                for o in range(outputs):
+                    y[o] += product[o]
+            for o in range(outputs):
+                y[o] = y[o] if y[o] > np.float32(0) else y[o] * slope
+
+    return kernel
+
+
+def turn(spec: DenseSpec) -> Callable[..., None]:
+    """dy as bf16 rows (N, columns) and turned (columns, N); arguments: state, dy, rows, turned. One chunk."""
+    N, outputs = spec.N, spec.outputs
+    columns, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
+    narrow = to_bf16(outputs, LANES, True)
+    across = transpose(Transpose(samples, columns, columns, samples, LANES, "bf16", "bf16", True))
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        for n in range(N):
+            narrow(arguments[1] + FLOAT * n * outputs, arguments[2] + BF16 * n * columns)
+        across(arguments[2], arguments[3])
+
+    return kernel
+
+
+def backward(spec: DenseSpec) -> Callable[..., None]:
+    """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W, dy rows, dy turned, dw, dx, scratch.
+
+    A chunk is ``run`` inputs, a multiple of 32.
+    """
+    run, inputs, scratch = spec.run, spec.inputs, dense_backward_scratch(spec)
+    rest = inputs % BLOCK
+    full, tail = _columns(spec, BLOCK), _columns(spec, rest or BLOCK)
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        own = arguments[7] + thread * scratch
+        view(own, (scratch,), np.uint8)[:] = np.uint8(0)
+        for column in range(chunk * run, min((chunk + 1) * run, inputs), BLOCK):
+            if column + BLOCK <= inputs:
+                full(arguments, column, own)
+            else:
+                tail(arguments, column, own)
+        release()
+
+    return kernel
+
+
+def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
+    """Some columns of dw and of dx: ``both(arguments, first column, scratch)``."""
+    N, inputs, outputs, wants_dx = spec.N, spec.inputs, spec.outputs, spec.wants_dx
+    wide, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
+    start = "load" if spec.accumulate else "zero"
+    shape = AmxGemm(
+        BLOCK, columns, DEPTH, samples // DEPTH, samples, DEPTH, 0, 2 * TILE_ELEMENTS, TILE_ELEMENTS, 0, inputs, start
+    )
+    weights = blocks_of(shape, outputs)
+    slopes = blocks_of(
+        replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N
+    )
+    pair_x, pair_w = _paired(N, columns, inputs), _paired(outputs, columns, inputs)
+    x_bytes = BF16 * BLOCK * samples
+
+    @njit
+    def both(arguments: Any, column: int, scratch: int) -> None:
+        offset = FLOAT * column
+        pair_x(arguments[1] + offset, scratch)
+        weights(arguments[4], scratch, arguments[5] + offset)
+        if wants_dx:
+            pair_w(arguments[2] + offset, scratch + x_bytes)
+            slopes(arguments[3], scratch + x_bytes, arguments[6] + offset)
+
+    return both
+
+
+def _paired(rows: int, columns: int, row: int) -> Callable[[int, int], None]:
+    """Float32 rows as paired bf16 tiles, 32 rows at a time: ``pair(source, target)``; rows behind the last stay zero."""
+    whole, rest = divmod(rows, DEPTH)
+    spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "fp32", True)
+    main, tail = pack_pairs(spec), pack_pairs(replace(spec, depth=rest or DEPTH))
+
+    @njit
+    def pair(source: int, target: int) -> None:
+        for step in range(whole):
+            main(source + FLOAT * step * DEPTH * row, target + BF16 * step * 2 * TILE_ELEMENTS)
+        if rest:
+            tail(source + FLOAT * whole * DEPTH * row, target + BF16 * whole * 2 * TILE_ELEMENTS)
+
+    return pair

@@ -1,0 +1,113 @@
+"""The machine's peaks, measured: multiply-adds and tile products on registers, reads that no cache can serve.
+
+The kernels (``kernels/peaks.py``) run on the same team of threads as a training step. A peak is the *best* of many short
+runs: whatever else the machine does can only lower a run, never raise it.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convolt.engines.jit.compiler import Compiler
+from convolt.engines.jit.isa import Isa, detect, request_amx
+from convolt.engines.jit.plan import address_of
+from convolt.engines.jit.runtime import Phase, Program, Team
+from convolt.params import aligned_zeros
+from convolt.peaks import Peak, Peaks
+
+SUMS = 12  # independent chains: 2 multiply-adds a cycle, 4 cycles each, need 8; AVX2 has 16 registers
+UNROLLED = 4
+TILE_FLOPS = 2 * 16 * 16 * 32
+READ_FLOATS = 1 << 18  # of a chunk: 1 MiB
+READ_CHUNKS = 256  # 256 MiB: beyond the caches
+REPEATS, READ_REPEATS = 40, 8
+CHUNKS = 4  # for each thread, so that one that wakes up late takes fewer
+
+
+@dataclass(frozen=True)
+class MultiplyAdds:
+    """``turns`` times UNROLLED multiply-adds into each of SUMS vectors."""
+
+    lanes: int
+    turns: int = 60_000
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a chunk."""
+        return 2 * self.lanes * SUMS * UNROLLED * self.turns
+
+
+@dataclass(frozen=True)
+class TileProducts:
+    """``turns`` times UNROLLED products into each of four tiles."""
+
+    turns: int = 12_000
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a chunk."""
+        return TILE_FLOPS * 4 * UNROLLED * self.turns
+
+
+@dataclass(frozen=True)
+class Reads:
+    """A sum over READ_FLOATS floats that lie one behind the other."""
+
+    lanes: int
+    floats: int = READ_FLOATS
+
+
+def measure(threads: int) -> Peaks:
+    """All peaks, on one thread and on ``threads``; takes about two seconds."""
+    isa = detect()
+    compiler = Compiler(isa)
+    single, team = Team(1, compiler), Team(threads, compiler)
+    try:
+        memory = aligned_zeros(READ_CHUNKS * READ_FLOATS, np.float32)
+        memory.fill(1)  # pages that were never written share one page of zeros
+        return Peaks(
+            threads,
+            fp32=Peak(*(_gflops(t, compiler, "multiply_adds", MultiplyAdds(isa.lanes)) for t in (single, team))),
+            bf16=_tile_peak(isa, compiler, single, team),
+            memory=Peak(*(_gigabytes(t, compiler, Reads(isa.lanes), memory) for t in (single, team))),
+        )
+    finally:
+        single.close()
+        team.close()
+
+
+def _tile_peak(isa: Isa, compiler: Compiler, single: Team, team: Team) -> Peak | None:
+    if not (isa.amx and request_amx()):
+        return None
+    return Peak(*(_gflops(t, compiler, "tile_products", TileProducts()) for t in (single, team)))
+
+
+def _gflops(team: Team, compiler: Compiler, kernel: str, spec: MultiplyAdds | TileProducts) -> float:
+    chunks = CHUNKS * team.threads
+    program = _program(compiler, kernel, spec, chunks, np.ones(1, np.float32))
+    return chunks * spec.flops / _shortest(team, program, REPEATS) / 1e9
+
+
+def _gigabytes(team: Team, compiler: Compiler, spec: Reads, memory: Any) -> float:
+    program = _program(compiler, "reads", spec, READ_CHUNKS, memory)
+    return memory.nbytes / _shortest(team, program, READ_REPEATS) / 1e9
+
+
+def _program(compiler: Compiler, kernel: str, spec: Any, chunks: int, operand: Any) -> Program:
+    """One phase of one kernel; its arguments are an operand and where each chunk leaves its sums."""
+    made = compiler.kernel(f"convolt.engines.jit.kernels.peaks:{kernel}", spec)
+    sums = aligned_zeros(chunks * 16, np.float32)
+    arguments = np.array([address_of(operand), address_of(sums)], np.int64)
+    return Program([Phase(kernel, ((made.address, address_of(arguments)),), chunks)], [made, arguments, operand, sums])
+
+
+def _shortest(team: Team, program: Program, repeats: int) -> float:
+    """Seconds of the fastest of some runs."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        team.run(program)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
