@@ -23,7 +23,7 @@ CHECKED = ("src", "tests", "examples", "benchmarks")
 # The order of the tree in ARCHITECTURE.md: a module imports from its own line and from the lines above it.
 # `machine` stands at the top because engines choose their kernels by it, `plots` with runs, which draw their curves.
 LAYERS = """
-errors checks config duration durable machine rng
+errors checks config duration durable load machine peaks rng stats
 layers model params zoo convert
 losses optimizers schedules metrics augment precision
 data datasets
@@ -31,8 +31,8 @@ engine chain workers engines
 comm comms
 recipe loader evaluation progress train callbacks early_stopping signals run directory environment checkpoint history plots
 compress export ensemble
-profile bench ladder scaling
-stats search study studies report
+profile contenders bench ladder scaling
+search study studies report
 cli __main__
 """  # noqa: E501
 

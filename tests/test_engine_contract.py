@@ -244,9 +244,10 @@ def test_given_weights_are_copied(entry):
     given = Params.init(NORMS, 9, np.float64)
     before = given.state_dict()
     executor = entry.make(1).executor(NORMS, given, Recipe(precision=entry.finest))
-    np.testing.assert_array_equal(executor.params.flat, given.flat)
+    own = given.flat.astype(executor.params.dtype)
+    np.testing.assert_array_equal(executor.params.flat, own)
     train(executor, Batch(NORMS))
-    assert (executor.params.flat != given.flat).any()
+    assert (executor.params.flat != own).any()
     for name, array in given.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
 
@@ -316,7 +317,8 @@ def test_precisions_are_those_it_lists(entry):
         if name in entry.precisions:
             assert np.isfinite(train(executor_of(entry, NET, name), Batch(NET)).loss)
             continue
-        with pytest.raises(EngineError, match=r"precision must be one of .*; got ") as caught:
+        message = "needs AMX" if name in entry.missing else r"precision must be one of .*; got "
+        with pytest.raises(EngineError, match=message) as caught:
             executor_of(entry, NET, name)
         assert "\n" not in str(caught.value)
 
@@ -340,16 +342,17 @@ def test_updates_smaller_than_a_float32_are_kept(entry):
 def test_number_of_threads_does_not_change_the_bits(entry, model, monkeypatch):
     monkeypatch.setattr(windows, "TILE_BYTES", 1000)  # many small tiles to quarrel about
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 4):
         executor = executor_of(entry, model, "fp32" if "fp32" in entry.precisions else None, threads)
         losses = [train(executor, Batch(model, size=16, seed=seed), Adam(lr=0.01)).loss for seed in range(3)]
         results.append((losses, executor.params.flat.tobytes(), executor.predict(Batch(model).x).tobytes()))
         executor.close()
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results)
 
 
-@every_engine
+@pytest.mark.parametrize("entry", [entry for entry in ENGINES if not entry.compiles], ids=lambda entry: entry.name)
 def test_threads_limit_the_libraries_below_and_give_them_back(entry):
+    """Compiled kernels have no library below them."""
     seen = []
 
     def spy(logits, targets):

@@ -37,6 +37,19 @@ class StepResult(NamedTuple):
     logits: Array
 
 
+class StageTime(NamedTuple):
+    """Wall seconds of one kernel of a step.
+
+    stage: the layers it serves, by the names of the first and the last one, and their types:
+    ``"0-2 Conv2d+ReLU+MaxPool2d"``. The seconds of all kernels add up to those of the step.
+    """
+
+    stage: str
+    direction: str  # "forward", "backward" or "update"
+    kernel: str
+    seconds: float
+
+
 class Executor(ABC):
     """One model made ready on one engine.
 
@@ -118,6 +131,13 @@ class Executor(ABC):
             return StepResult(math.nan, result.logits)
         self.update(optimizer)
         return result
+
+    def profile(self, x: Array, training: bool) -> tuple[StageTime, ...]:
+        """Time every kernel of a step on these images; an engine that cannot gives nothing.
+
+        A training step must have been done before. Weights and gradients are worth nothing afterwards.
+        """
+        return ()
 
     def close(self) -> None:
         """Give back threads and device memory; an executor that holds none does nothing."""

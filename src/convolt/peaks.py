@@ -27,6 +27,10 @@ class Peaks:
     memory: Peak
 
     def gflops(self, products: str) -> float | None:
-        """The most GFLOP/s of all threads for products in this format, None where that was not measured."""
+        """The most GFLOP/s for products in this format, None where that was not measured.
+
+        Where others hold a core, all threads together measure less than they can do; so it is never less than the
+        figure of one core times their number.
+        """
         held = {"fp32": self.fp32, "bf16": self.bf16}.get(products)
-        return None if held is None else held.all_threads
+        return None if held is None else max(held.all_threads, self.threads * held.one_core)

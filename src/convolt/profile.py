@@ -107,7 +107,7 @@ def _rate(
     if direction == "update":
         values = (3 + 2 * len(optimizer.state_names)) * sum(work.parameters for work in works)
         return StageRate(stage, direction, milliseconds, None, _per_second(FLOAT_BYTES * values, milliseconds), kernels)
-    served = _served(stage.split(" ")[0], works)
+    served = _served(stage.partition(" ")[0], works)
     if not served:
         return StageRate(stage, direction, milliseconds, None, None, kernels)
     first, last, parameters = served[0], served[-1], sum(work.parameters for work in served)
@@ -131,5 +131,5 @@ def _served(names: str, works: tuple[Work, ...]) -> tuple[Work, ...]:
 
 
 def _per_second(amount: float, milliseconds: float) -> float | None:
-    """Thousands of millions a second."""
-    return amount / milliseconds / 1e6 if milliseconds > 0 else None
+    """Thousands of millions a second; None for no work, or too little time to tell."""
+    return amount / milliseconds / 1e6 if amount and milliseconds > 0 else None

@@ -26,6 +26,7 @@ VERBS = {
     "train": "Train a network on a data set.",
     "predict": "Classify image files with a trained network.",
     "evaluate": "Measure a trained network: accuracy, top-k, confusion matrix, per class.",
+    "bench": "Compare engines side by side: speed, ratio to PyTorch, part of the peak.",
     "data": "List, fetch and check data sets.",
     "doctor": "Show what this machine offers and what is missing.",
 }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from convolt.engine import Engine
 from convolt.errors import ConfigError, nearest
+from convolt.peaks import Peaks
 
 if TYPE_CHECKING:
     from convolt.engines.im2col import Im2col
@@ -30,7 +31,13 @@ _MODULES = {
     "jit": ("convolt.engines.jit", "JIT"),
     "torch": ("convolt.engines.torch", "Torch"),
 }
-__all__ = ["JIT", "Im2col", "Loops", "Torch", "default_engine", "engine_class", "names"]
+__all__ = ["JIT", "Im2col", "Loops", "Torch", "default_engine", "engine_class", "measured_peaks", "names"]
+
+#: What ``convolt bench`` compares when nothing is named: PyTorch in every form that may be its fastest.
+CONTENDERS = (
+    *("jit-fp32", "jit-bf16", "im2col"),
+    *("torch", "torch-channels_last", "torch-fp32_precision=bf16", "torch-bf16", "torch-channels_last-bf16"),
+)
 
 
 def names() -> tuple[str, ...]:
@@ -50,6 +57,12 @@ def engine_class(name: str) -> type[Engine]:
 def default_engine() -> Engine:
     """The engine of ``convolt train`` when none is named: the fastest, on every core that is allowed."""
     return engine_class("im2col")()
+
+
+def measured_peaks(threads: int) -> Peaks:
+    """What this machine's cores and memory can do at most, measured now, by compiled kernels."""
+    peaks: Peaks = import_module("convolt.engines.jit.peaks").measure(threads)
+    return peaks
 
 
 def __getattr__(attribute: str) -> type[Engine]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convolt.engine import EngineRecipe, Executor, OnReady, StepResult
+from convolt.engine import EngineRecipe, Executor, OnReady, StageTime, StepResult
 from convolt.engines.jit.compiler import Compiler, Progress
-from convolt.engines.jit.graph import Operation, Tensor, learning, operations
+from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import NUMBERS, UpdateSpec
 from convolt.engines.jit.plan import Plan, Task, address_of
@@ -22,7 +22,7 @@ from convolt.errors import ConfigError
 from convolt.layers import Normalize
 from convolt.losses import Loss
 from convolt.model import Model
-from convolt.optimizers import Adam, AdamW, Optimizer, RMSprop, SGD, init_state, step_flat
+from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, step_flat
 from convolt.params import Params
 from convolt.rng import SampleRng
 
@@ -50,11 +50,16 @@ class Programs:
         for forward, _ in served:
             self.forward_tasks += forward
         self.backward_tasks: list[Task] = []
+        self.finals: list[tuple[int, slice]] = []  # after so many of these tasks, this part of the gradient is final
+        self.streamed: list[tuple[Program, slice]] = []
+        self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]
         if grads is not None:
             self.plan.begin_slope(self.output)
             self.plan.slope(self.output)
-            for _, backward in reversed(served):
+            for operation, (_, backward) in zip(reversed(rest), reversed(served), strict=True):
                 self.backward_tasks += backward()
+                if operation.has_parameters:
+                    self.finals.append((len(self.backward_tasks), _gradients_of(operation, grads)))
         size = math.prod(model.input_shape)
         dtype = np.uint8 if byte_input else np.float32
         self.pixels = self.plan.buffer("pixels", capacity * size, dtype)[: capacity * size].reshape(capacity, -1)
@@ -70,6 +75,14 @@ class Programs:
         """Put a batch where the first kernel reads it."""
         self.plan.state[0] = len(x)
         self.pixels[: len(x)] = x.reshape(len(x), -1)
+
+    def check_norms(self, count: int) -> None:
+        """Refuse to train on so few images that a BatchNorm would see one value a channel. Raises ConfigError."""
+        for name, pixels in self._norms:
+            if count * pixels < 2:
+                raise ConfigError(
+                    f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
+                )
 
 
 class JitExecutor(Executor):
@@ -119,6 +132,7 @@ class JitExecutor(Executor):
         """Forward program, loss, backward program."""
         self._check(x)
         programs, forward, backward = self._ready(x, training=True)
+        programs.check_norms(len(x))
         programs.load(x)
         self._draw(programs, rng)
         self._team.run(forward)
@@ -127,10 +141,12 @@ class JitExecutor(Executor):
         total, dlogits = loss(logits, y)
         programs.dlogits[: len(x)] = dlogits * np.float32(scale)
         programs.dlogits[len(x) :] = 0
-        if backward is not None:
-            self._team.run(backward)
         if on_ready is not None:
-            on_ready(slice(0, self.grads.flat.size))
+            for program, part in self._streamed(programs):
+                self._team.run(program)
+                on_ready(part)
+        elif backward is not None:
+            self._team.run(backward)
         return StepResult(total, logits)
 
     def update(self, optimizer: Optimizer) -> None:
@@ -158,6 +174,20 @@ class JitExecutor(Executor):
         self._state = {
             name: array.astype(self.params.dtype) for name, array in state.items() if array.shape == self.params.flat.shape
         }
+
+    def profile(self, x: Array, training: bool) -> tuple[StageTime, ...]:
+        """The programs of a step once more, on what is in their buffers; a phase's time is shared among its kernels."""
+        programs, forward, backward = self._ready(x, training)
+        programs.load(x)
+        update = self._update[1] if training and self._update is not None else None
+        found = []
+        for direction, program in (("forward", forward), ("backward", backward), ("update", update)):
+            for phase in self._team.profile(program) if program is not None else ():
+                part = phase.wall / sum(phase.kernels)
+                for label, seconds in zip(phase.name.split(", "), phase.kernels, strict=True):
+                    where, kind, kernel = [*label.split(" ", 2), "", ""][:3]
+                    found.append(StageTime(f"{where} {kind}".strip(), direction, kernel, seconds * part))
+        return tuple(found)
 
     def close(self) -> None:
         """End the threads."""
@@ -188,6 +218,16 @@ class JitExecutor(Executor):
             backward = plan.program(programs.backward_tasks, self._compiler) if programs.backward_tasks else None
             self._plans[key] = programs, forward, backward
         return self._plans[key]
+
+    def _streamed(self, programs: Programs) -> list[tuple[Program, slice]]:
+        """The backward program cut after each operation with parameters, and the gradient that is final then."""
+        if not programs.streamed:
+            start = 0
+            for stop, part in programs.finals:
+                program = programs.plan.program(programs.backward_tasks[start:stop], self._compiler)
+                programs.streamed.append((program, part))
+                start = stop
+        return programs.streamed
 
     def _draw(self, programs: Programs, rng: SampleRng | None) -> None:
         for layer, name, mask in programs.plan.masks:
@@ -237,6 +277,12 @@ class JitExecutor(Executor):
             for start in range(segment.start, segment.stop, UPDATE_RUN)
         ]
         return np.array(rows, np.int64)
+
+
+def _gradients_of(operation: Operation, grads: Params) -> slice:
+    """The part of the flat gradient that belongs to an operation."""
+    parts = [part for name, part in grads.slices.items() if name.rpartition(".")[0] == operation.names[0]]
+    return slice(parts[0].start, parts[-1].stop)
 
 
 def _state_order(optimizer: Optimizer) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ joins a convolution with its activation. Tensors are NHWC inside this engine; ``
 convolutions reading a tensor want around each image, so that no kernel checks bounds.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -169,5 +170,6 @@ def _joins(before: Operation, operation: Operation) -> bool:
         window = operation.layer.geometry
         disjoint = window.kernel == window.stride and operation.layer.padding == (0, 0)
         monotone = before.activation is None or isinstance(before.activation, ReLU)
-        return before.kind == "Conv2d" and disjoint and monotone
+        few = math.prod(window.kernel) < 255  # its taps are numbered in a byte, and one number means a dead ReLU
+        return before.kind == "Conv2d" and disjoint and monotone and few
     return False

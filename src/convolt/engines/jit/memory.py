@@ -86,3 +86,26 @@ def _reinterpretation(source: Any, target: Any) -> Any:
 float64_of_bits = _reinterpretation(types.int64, types.float64)  # a scalar argument: lr = float64_of_bits(arguments[3])
 float32_of_bits = _reinterpretation(types.uint32, types.float32)
 bits_of_float32 = _reinterpretation(types.float32, types.uint32)
+
+
+def copy(count: int) -> Any:
+    """A function for kernels: ``move(source, target)`` copies `count` bytes between addresses, in whole vectors.
+
+    A rest is copied as 16, 32 or 64 bytes: up to 63 bytes behind both ends are read and overwritten.
+    """
+    whole, rest = divmod(count, 64)
+    sizes = [64] * whole + [next(size for size in (16, 32, 64) if size >= rest)] * (rest > 0)
+
+    @intrinsic
+    def move(typingctx: Any, source: Any, target: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            for i, size in enumerate(sizes):
+                kind = ir.VectorType(ir.IntType(8), size).as_pointer()
+                offset = ir.Constant(ir.IntType(64), 64 * i)
+                value = builder.load(builder.inttoptr(builder.add(args[0], offset), kind), align=1)
+                builder.store(value, builder.inttoptr(builder.add(args[1], offset), kind), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return move

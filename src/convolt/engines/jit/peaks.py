@@ -1,7 +1,7 @@
 """The machine's peaks, measured: multiply-adds and tile products on registers, reads that no cache can serve.
 
-The kernels (``kernels/peaks.py``) run on the same team of threads as a training step. A peak is the *best* of many short
-runs: whatever else the machine does can only lower a run, never raise it.
+The kernels (``kernels/peaks.py``) run on the same team of threads as a training step. A peak is the *best* of many
+short runs: whatever else the machine does can only lower a run, never raise it.
 """
 
 import time

@@ -15,6 +15,7 @@ from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
+    WIDE,
     AddSpec,
     ConvSpec,
     DenseSpec,
@@ -187,6 +188,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
     label, name, N = operation.label, operation.names[0], plan.capacity
     run = round_up(-(-layer.in_features // DENSE_CHUNKS), BLOCK)
+    wide_run = round_up(run, WIDE)
     chunks = -(-layer.in_features // run)
     columns, samples = round_up(layer.out_features, BLOCK), round_up(N, BLOCK)
     spec = _dense_spec(plan, operation, run)
@@ -201,19 +203,20 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
     ]
 
     def backward() -> Tasks:
-        back = replace(spec, add=spec.wants_dx and plan.begin_slope(source))
+        back = replace(spec, run=wide_run, add=spec.wants_dx and plan.begin_slope(source))
         rows = plan.address(f"bf16 slopes {name}", samples * columns, np.uint16)
         turned_rows = plan.address(f"bf16 slopes turned {name}", samples * columns, np.uint16)
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
         dx = plan.slope(source) if spec.wants_dx else 0
         own = plan.scratch(dense_backward_scratch(spec) // FLOAT)
+        wide_chunks = -(-layer.in_features // wide_run)
         dy = plan.slope(target)
         return [
             plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db),
             plan.whole(f"{label} turn", "dense_tiles:turn", back, 1, dy, rows, turned_rows),
             plan.whole(
-                f"{label} backward", "dense_tiles:backward", back, chunks, x, weight, rows, turned_rows, dw, dx, own
+                f"{label} backward", "dense_tiles:backward", back, wide_chunks, x, weight, rows, turned_rows, dw, dx, own
             ),
         ]
 
@@ -326,7 +329,8 @@ def pool(plan: Plan, operation: Operation) -> Served:
         plan.images,
         count_include_pad=largest or cast(AvgPool2d, layer).count_include_pad,
     )
-    codes = plan.address(f"codes {operation.names[0]}", plan.capacity * P * Q * target.shape[0], np.uint8)
+    size = plan.capacity * P * Q * target.shape[0] * spec.code_bytes
+    codes = plan.address(f"codes {operation.names[0]}", size, np.uint8)
     factory = "pooling:max_pool" if largest else "pooling:average_pool"
     forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target), codes)]
 
@@ -382,7 +386,7 @@ def shaping(plan: Plan, operation: Operation) -> Served:
     """Flatten and global average."""
     source, target = operation.inputs[0], operation.output
     factory = "images:flatten" if operation.kind == "Flatten" else "images:global_average"
-    spec = MapSpec(operation.kind, Frame.of(source), Frame.of(target), plan.images)
+    spec = MapSpec(operation.kind, Frame.of(source), Frame.of(target), plan.images, lanes=plan.isa.lanes)
     forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target))]
 
     def backward() -> Tasks:

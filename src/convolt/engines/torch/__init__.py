@@ -31,12 +31,14 @@ class Torch(Engine):
 
     device: ``"auto"`` takes CUDA if there is one. channels_last: images lie as N H W C in memory, which many
     convolutions prefer. compile: ``torch.compile``, which needs a C++ compiler and a long run to pay for itself.
+    fp32_precision: ``"bf16"`` multiplies float32 tensors in bf16 where the CPU can do that (torch.backends.mkldnn).
     """
 
     threads: int = field(default_factory=allowed_cores)
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     channels_last: bool = False
     compile: bool = False
+    fp32_precision: Literal["ieee", "bf16"] = "ieee"
     NAME: ClassVar[str] = "torch"
     PRECISIONS: ClassVar[tuple[str, ...]] = ("fp64", "fp32", "bf16", "fp16")
 
@@ -45,6 +47,7 @@ class Torch(Engine):
         check_choice(self, "device", ("cpu", "cuda", "auto"))
         check_flag(self, "channels_last")
         check_flag(self, "compile")
+        check_choice(self, "fp32_precision", ("ieee", "bf16"))
 
     def executor(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Executor:
         """Native modules around views of the flat weights."""
@@ -62,6 +65,7 @@ class Torch(Engine):
             self.threads,
             torch.channels_last if self.channels_last else torch.contiguous_format,
             self.compile,
+            self.fp32_precision,
         )
 
 

@@ -86,10 +86,12 @@ class TorchExecutor(Executor):
         threads: int,
         memory_format: torch.memory_format,
         compiled: bool,
+        fp32_precision: str,
     ) -> None:
         formats = precision(precision_name)
         self.model = model
         self._device, self._threads, self._memory_format = device, threads, memory_format
+        self._fp32_precision = fp32_precision
         self._dtype = torch.float64 if formats.compute == np.float64 else torch.float32
         self._half = None if formats.half is None else getattr(torch, formats.half)
         self._params, self._grads = params, Params(model, formats.compute)
@@ -264,13 +266,18 @@ class TorchExecutor(Executor):
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        """PyTorch keeps to ``threads`` inside and gets its own number back: a write, too cheap to be measured."""
-        before = torch.get_num_threads()
+        """PyTorch keeps to ``threads`` and the precision inside and gets its own back: too cheap to be measured."""
+        products = torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul
+        before, kept = torch.get_num_threads(), [kind.fp32_precision for kind in products]
         torch.set_num_threads(self._threads)
+        for kind in products:
+            kind.fp32_precision = self._fp32_precision
         try:
             yield
         finally:
             torch.set_num_threads(before)
+            for kind, own in zip(products, kept, strict=True):
+                kind.fp32_precision = own
 
     # --- backward ---
 

@@ -119,7 +119,7 @@ def dense_slopes(spec: DenseSpec) -> Callable[..., None]:
 
 
 def dense_backward(spec: DenseSpec) -> Callable[..., None]:
-    """``dw (+)= dy^T x`` and ``dx = dy W``; arguments: state, x, W, dy, dw, dx. A chunk is ``run`` inputs."""
+    """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W, dy, dw, dx. A chunk is ``run`` inputs."""
     run, inputs = spec.run, spec.inputs
     block = VECTORS * spec.lanes
     full = _columns(spec, block) if inputs >= block else None
@@ -146,7 +146,11 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int], None]:
         outputs,
         spec.registers,
     )
-    slopes = register_rows(Gemm(0, columns, outputs, outputs, 1, 0, inputs, 0, inputs, spec.lanes), N, spec.registers)
+    slopes = register_rows(
+        Gemm(0, columns, outputs, outputs, 1, 0, inputs, 0, inputs, spec.lanes, "load" if spec.add else "zero"),
+        N,
+        spec.registers,
+    )
 
     @njit
     def both(arguments: Any, column: int) -> None:

@@ -4,8 +4,8 @@ Forward splits the sum: a chunk is a run of inputs, whose panels of x and W are 
 multiplied there; ``total`` then adds the chunks' parts in order, with bias and activation. Every number of x and W is
 read once, where blocks of outputs would read x again for each.
 
-Backward goes over blocks of 32 inputs: dw = dy^T x and dx = dy W share nothing but the packed dy, which ``turn`` makes
-once. The paired operand (x or W, 32 columns) is packed into the L1 cache.
+Backward goes over blocks of 128 inputs: dw = dy^T x and dx = dy W share nothing but the packed dy, which ``turn`` makes
+once. The paired operand (x or W, 128 columns) is packed into the L1 cache.
 
 Cost: 2 N in out FLOPs each; bytes: x and W once forward; x and W once, dw and dx once backward.
 """
@@ -19,12 +19,13 @@ from numba import njit
 
 from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import Pairs, pack_pairs, to_bf16
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, DenseSpec, dense_backward_scratch, dense_forward_scratch, round_up
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, WIDE, DenseSpec, dense_backward_scratch, dense_forward_scratch, round_up
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
 
 LANES = 16  # AMX comes with AVX-512
 TILE_ELEMENTS = 16 * DEPTH
+PAIRED_STEP = WIDE // 16 * TILE_ELEMENTS  # elements of 32 paired rows of a wide block
 
 
 def blocks_of(spec: AmxGemm, rows: int) -> Callable[[int, int, int], None]:
@@ -134,17 +135,17 @@ def turn(spec: DenseSpec) -> Callable[..., None]:
 def backward(spec: DenseSpec) -> Callable[..., None]:
     """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W, dy rows, dy turned, dw, dx, scratch.
 
-    A chunk is ``run`` inputs, a multiple of 32.
+    A chunk is ``run`` inputs, a multiple of 128: rows of 512 bytes, which the hardware fetches ahead.
     """
     run, inputs, scratch = spec.run, spec.inputs, dense_backward_scratch(spec)
-    rest = inputs % BLOCK
-    full, tail = _columns(spec, BLOCK), _columns(spec, rest or BLOCK)
+    rest = inputs % WIDE
+    full, tail = _columns(spec, WIDE), _columns(spec, rest or WIDE)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         own = arguments[7] + thread * scratch
         view(own, (scratch,), np.uint8)[:] = np.uint8(0)
-        for column in range(chunk * run, min((chunk + 1) * run, inputs), BLOCK):
-            if column + BLOCK <= inputs:
+        for column in range(chunk * run, min((chunk + 1) * run, inputs), WIDE):
+            if column + WIDE <= inputs:
                 full(arguments, column, own)
             else:
                 tail(arguments, column, own)
@@ -157,16 +158,16 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     """Some columns of dw and of dx: ``both(arguments, first column, scratch)``."""
     N, inputs, outputs, wants_dx = spec.N, spec.inputs, spec.outputs, spec.wants_dx
     wide, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
-    start = "load" if spec.accumulate else "zero"
     shape = AmxGemm(
-        BLOCK, columns, DEPTH, samples // DEPTH, samples, DEPTH, 0, 2 * TILE_ELEMENTS, TILE_ELEMENTS, 0, inputs, start
+        BLOCK, BLOCK, DEPTH, samples // DEPTH, samples, DEPTH, 0, PAIRED_STEP, TILE_ELEMENTS, 0, inputs,
+        "load" if spec.accumulate else "zero",
     )
-    weights = blocks_of(shape, outputs)
-    slopes = blocks_of(
-        replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N
+    weights = _product(shape, outputs, columns)
+    slopes = _product(
+        replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N, columns
     )
     pair_x, pair_w = _paired(N, columns, inputs), _paired(outputs, columns, inputs)
-    x_bytes = BF16 * BLOCK * samples
+    x_bytes = BF16 * WIDE * samples
 
     @njit
     def both(arguments: Any, column: int, scratch: int) -> None:
@@ -180,6 +181,40 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     return both
 
 
+def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int], None]:
+    """A product with any number of rows and up to 128 columns: ``run(a, b, c)``, row blocks outermost."""
+    whole, rest = divmod(rows, BLOCK)
+    across, edge = divmod(columns, BLOCK)
+    main = replace(spec, rows=BLOCK)
+    specs = [
+        replace(spec, rows=height or BLOCK, columns=width or BLOCK) for height in (BLOCK, rest) for width in (BLOCK, edge)
+    ]
+    shape, shape_edge, shape_rest, shape_corner = (configure(each) for each in specs)
+    kernel, kernel_edge, kernel_rest, kernel_corner = (amx(each) for each in specs)
+    a_step, b_step, c_step = BF16 * BLOCK * main.a_row, BF16 * 2 * TILE_ELEMENTS, FLOAT * BLOCK * main.c_row
+
+    @njit
+    def run(a: int, b: int, c: int) -> None:
+        for block in range(whole):
+            shape()
+            for j in range(across):
+                kernel(a + block * a_step, b + j * b_step, c + block * c_step + FLOAT * BLOCK * j, 0, 1)
+            if edge:
+                shape_edge()
+                place = c + block * c_step + FLOAT * BLOCK * across
+                kernel_edge(a + block * a_step, b + across * b_step, place, 0, 1)
+        if rest:
+            shape_rest()
+            for j in range(across):
+                kernel_rest(a + whole * a_step, b + j * b_step, c + whole * c_step + FLOAT * BLOCK * j, 0, 1)
+            if edge:
+                shape_corner()
+                place = c + whole * c_step + FLOAT * BLOCK * across
+                kernel_corner(a + whole * a_step, b + across * b_step, place, 0, 1)
+
+    return run
+
+
 def _paired(rows: int, columns: int, row: int) -> Callable[[int, int], None]:
     """Float32 rows as paired bf16 tiles, 32 rows at a time: ``pair(source, target)``; rows behind the last stay zero."""
     whole, rest = divmod(rows, DEPTH)
@@ -189,8 +224,8 @@ def _paired(rows: int, columns: int, row: int) -> Callable[[int, int], None]:
     @njit
     def pair(source: int, target: int) -> None:
         for step in range(whole):
-            main(source + FLOAT * step * DEPTH * row, target + BF16 * step * 2 * TILE_ELEMENTS)
+            main(source + FLOAT * step * DEPTH * row, target + BF16 * step * PAIRED_STEP)
         if rest:
-            tail(source + FLOAT * whole * DEPTH * row, target + BF16 * whole * 2 * TILE_ELEMENTS)
+            tail(source + FLOAT * whole * DEPTH * row, target + BF16 * whole * PAIRED_STEP)
 
     return pair

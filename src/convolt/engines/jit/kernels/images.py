@@ -14,6 +14,7 @@ from numba import njit
 
 from convolt.engines.jit.kernels.specs import FLOAT, AddSpec, InputSpec, MapSpec
 from convolt.engines.jit.memory import view
+from convolt.engines.jit.transpose import Transpose, transpose
 
 
 def unpack(spec: InputSpec) -> Callable[..., None]:
@@ -186,16 +187,15 @@ def flatten(spec: MapSpec) -> Callable[..., None]:
     """(H, W, C) to features in PyTorch's order (C, H, W); arguments: state, x, y."""
     x, images = spec.x, spec.images
     C, H, W = x.C, x.H, x.W
+    rows, at_once = (1, H * W) if x.columns == W else (H, W)
+    turn = transpose(Transpose(at_once, C, C, H * W, spec.lanes))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            y = view(arguments[2] + FLOAT * image * C * H * W, (C, H, W), np.float32)
-            for h in range(H):
-                row = view(arguments[1] + FLOAT * (image * size + origin + h * pitch), (W, C), np.float32)
-                for w in range(W):
-                    for c in range(C):
-                        y[c, h, w] = row[w, c]
+            for h in range(rows):
+                source = arguments[1] + FLOAT * (image * size + origin + h * pitch)
+                turn(source, arguments[2] + FLOAT * (image * C * H * W + h * W))
 
     size, origin, pitch = x.size, x.origin, x.pitch
     return kernel
@@ -205,16 +205,20 @@ def flatten_backward(spec: MapSpec) -> Callable[..., None]:
     """Features to (H, W, C); arguments: state, dy, dx."""
     x, images, adds = spec.x, spec.images, spec.add
     C, H, W = x.C, x.H, x.W
+    turn = transpose(Transpose(C, H * W, H * W, C, spec.lanes))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            dy = view(arguments[1] + FLOAT * image * C * H * W, (C, H, W), np.float32)
-            dx = view(arguments[2] + FLOAT * image * C * H * W, (H, W, C), np.float32)
-            for h in range(H):
-                for w in range(W):
+            offset = FLOAT * image * C * H * W
+            if adds:
+                dy = view(arguments[1] + offset, (C, H * W), np.float32)
+                dx = view(arguments[2] + offset, (H * W, C), np.float32)
+                for pixel in range(H * W):
                     for c in range(C):
-                        dx[h, w, c] = dx[h, w, c] + dy[c, h, w] if adds else dy[c, h, w]
+                        dx[pixel, c] += dy[c, pixel]
+            else:
+                turn(arguments[1] + offset, arguments[2] + offset)
 
     return kernel
 

@@ -1,6 +1,7 @@
 """Max- and average-pooling over any window, for pools that are not fused behind a convolution.
 
-Windows are cut off at the image's edge, so no padding is ever read. Max-pooling keeps the winning tap as one byte.
+Windows are cut off at the image's edge, so no padding is ever read. Max-pooling keeps the winning tap, as
+one byte unless a window has more taps than a byte counts.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from numba import njit
 
 from convolt.engines.jit.kernels.specs import FLOAT, PoolSpec
 from convolt.engines.jit.memory import view
+
+_CODES = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 @njit
@@ -25,6 +28,7 @@ def max_pool(spec: PoolSpec) -> Callable[..., None]:
     x, y, window, P, Q, images = spec.x, spec.y, spec.window, spec.P, spec.Q, spec.images
     C, H, W, S = x.C, x.H, x.W, window.S
     R, stride_h, stride_w, top, left = window.R, window.stride_h, window.stride_w, window.top, window.left
+    code_bytes, number = spec.code_bytes, _CODES[spec.code_bytes]
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -36,7 +40,7 @@ def max_pool(spec: PoolSpec) -> Callable[..., None]:
                     best = view(
                         arguments[2] + FLOAT * (image * y_size + y_origin + p * y_pitch + q * C), (C,), np.float32
                     )
-                    code = view(arguments[3] + ((image * P + p) * Q + q) * C, (C,), np.uint8)
+                    code = view(arguments[3] + code_bytes * ((image * P + p) * Q + q) * C, (C,), number)
                     best[:] = np.float32(-np.inf)
                     for r in range(r_first, r_last):
                         for s in range(s_first, s_last):
@@ -46,7 +50,7 @@ def max_pool(spec: PoolSpec) -> Callable[..., None]:
                                 (C,),
                                 np.float32,
                             )
-                            tap = np.uint8(r * S + s)
+                            tap = number(r * S + s)
                             for c in range(C):
                                 better = pixel[c] > best[c]
                                 code[c] = tap if better else code[c]
@@ -62,6 +66,7 @@ def max_pool_backward(spec: PoolSpec) -> Callable[..., None]:
     x, window, P, Q, images, adds = spec.x, spec.window, spec.P, spec.Q, spec.images, spec.add
     C, H, W, S = x.C, x.H, x.W, window.S
     R, stride_h, stride_w, top, left = window.R, window.stride_h, window.stride_w, window.top, window.left
+    code_bytes, number = spec.code_bytes, _CODES[spec.code_bytes]
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -74,11 +79,11 @@ def max_pool_backward(spec: PoolSpec) -> Callable[..., None]:
                 for q in range(Q):
                     s_first, s_last = _taps(q, stride_w, left, S, W)
                     dy = view(arguments[1] + FLOAT * ((image * P + p) * Q + q) * C, (C,), np.float32)
-                    code = view(arguments[2] + ((image * P + p) * Q + q) * C, (C,), np.uint8)
+                    code = view(arguments[2] + code_bytes * ((image * P + p) * Q + q) * C, (C,), number)
                     for r in range(r_first, r_last):
                         for s in range(s_first, s_last):
                             h, w = p * stride_h - top + r, q * stride_w - left + s
-                            tap = np.uint8(r * S + s)
+                            tap = number(r * S + s)
                             for c in range(C):
                                 target[h, w, c] += dy[c] if code[c] == tap else np.float32(0)
 

@@ -185,6 +185,7 @@ class MapSpec:
     images: int
     number: float = 0.0
     add: bool = False
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,12 @@ class PoolSpec:
     images: int
     count_include_pad: bool = True
     add: bool = False
+
+    @property
+    def code_bytes(self) -> int:
+        """Of the number of a tap."""
+        taps = self.window.R * self.window.S
+        return 1 if taps <= 1 << 8 else 2 if taps <= 1 << 16 else 4
 
 
 @dataclass(frozen=True)
@@ -274,6 +281,7 @@ class UpdateSpec:
 BF16 = 2  # bytes
 DEPTH = 32  # bf16 numbers in a tile row
 BLOCK = 32  # rows and columns of one product: two tiles each way
+WIDE = 128  # columns of a dense layer's backward that are packed together
 GROUP = 256  # output pixels whose columns are gathered at a time
 
 
@@ -387,9 +395,14 @@ class TileBackSpec:
 
     @property
     def slopes_bytes(self) -> int:
-        """dy of one image as bf16 rows (pixels, K in whole blocks), with zeros behind."""
+        """dy of one image as bf16 rows (pixels, K in whole blocks), with zeros behind, and room for a row of floats."""
         pixels = self.conv.P * self.conv.Q + self.gather.pixels
-        return round_up(BF16 * pixels * self.slopes_columns, 64)
+        return round_up(BF16 * pixels * self.slopes_columns, 64) + self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Room for a row of slopes."""
+        return round_up(FLOAT * self.conv.Q * self.slopes_columns, 64)
 
     @property
     def scratch(self) -> int:
@@ -416,5 +429,5 @@ def dense_forward_scratch(spec: DenseSpec) -> int:
 
 
 def dense_backward_scratch(spec: DenseSpec) -> int:
-    """Bytes of scratch memory for each thread: 32 columns of x, and of W, in pairs."""
-    return BF16 * BLOCK * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK))
+    """Bytes of scratch memory for each thread: 128 columns of x, and of W, in pairs."""
+    return BF16 * WIDE * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK))

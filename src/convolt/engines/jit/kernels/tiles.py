@@ -32,7 +32,7 @@ from convolt.engines.jit.kernels.specs import (
     TileBackSpec,
     TileSpec,
 )
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.memory import copy, view
 from convolt.engines.jit.transpose import Transpose, transpose
 
 LANES = 16  # AMX comes with AVX-512
@@ -154,30 +154,29 @@ def _load(x: Frame, spec: TileSpec) -> Callable[[int, int], None]:
 def _gather(spec: TileSpec) -> Callable[[int, int, int, int], None]:
     """Columns of ``group_rows`` output rows of an image: ``gather(image, columns, p, place in the group)``.
 
-    Columns (pixels, depth): taps in order r, s, c; what lies behind the last tap stays zero.
+    Columns (pixels, depth): taps in order r, s, c. What lies behind the last tap is of no meaning: the filters are zero
+    there, and nobody reads dw there. A copy may run over its end; the next one, or the next pixel, comes after.
     """
     conv, window, depth = spec.conv, spec.conv.window, spec.depth
     Q, P, rows, channels, pitch = conv.Q, conv.P, spec.group_rows, spec.channels, conv.x.columns
     corner = conv.x.origin // conv.x.C - window.top * pitch - window.left
     contiguous = window.dilation_w == 1
-    R, S, run, pieces = window.R, window.S, (window.S if contiguous else 1) * channels, 1 if contiguous else window.S
+    R, S, pieces = window.R, window.S, 1 if contiguous else window.S
+    move = copy(BF16 * (window.S if contiguous else 1) * channels)
     stride_h, stride_w, dilation_h, dilation_w = window.stride_h, window.stride_w, window.dilation_h, window.dilation_w
-    used = R * S * channels
 
     @njit
     def gather(image: int, columns: int, p: int, place: int) -> None:
         for i in range(min(rows, P - p)):
             for q in range(Q):
                 target = columns + BF16 * ((place * rows + i) * Q + q) * depth
-                pixel = corner + (p + i) * stride_h * pitch + q * stride_w
+                source = image + BF16 * (corner + (p + i) * stride_h * pitch + q * stride_w) * channels
                 for r in range(R):
                     for s in range(pieces):
-                        a = view(image + BF16 * (pixel + r * dilation_h * pitch + s * dilation_w) * channels, (run,), np.uint16)
-                        b = view(target + BF16 * (r * S + s) * channels, (run,), np.uint16)
-                        for c in range(run):
-                            b[c] = a[c]
-                if used < depth:
-                    view(target + BF16 * used, (depth - used,), np.uint16)[:] = np.uint16(0)
+                        move(
+                            source + BF16 * (r * dilation_h * pitch + s * dilation_w) * channels,
+                            target + BF16 * (r * S + s) * channels,
+                        )
 
     return gather
 
@@ -281,6 +280,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     weights, inputs = _weight_gradient(spec), _input_gradient(spec) if conv.wants_dx else None
     images, together, rows_together, P, Q, K = conv.images, gather.group_images, gather.group_rows, conv.P, conv.Q, conv.K
     image_bytes, slopes_bytes, gathered_bytes = gather.image_bytes, spec.slopes_bytes, gather.gathered_bytes
+    row_bytes = spec.row_bytes
     scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
 
@@ -289,6 +289,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
         own = arguments[9] + thread * scratch
         dy = own + together * image_bytes
         columns = dy + together * slopes_bytes
+        room = columns - row_bytes
         rest = columns + 2 * gathered_bytes + (BF16 * wide * pixels + 63) // 64 * 64
         view(own, (scratch,), np.uint8)[:] = np.uint8(0)
         dw = arguments[7] + FLOAT * chunk * part
@@ -302,7 +303,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
             for image in range(first, end):
                 load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
                 # Slopes of the images of a group lie one behind another, as their columns do.
-                slopes(arguments, image, dy + BF16 * (image - first) * P * Q * wide, db)
+                slopes(arguments, image, dy + BF16 * (image - first) * P * Q * wide, db, room)
             for p in range(0, P, rows_together):
                 for image in range(first, end):
                     collect(own + (image - first) * image_bytes, columns, p, image - first)
@@ -320,8 +321,8 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     return kernel
 
 
-def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int], None]:
-    """The gradient of the convolution's output as bf16 rows (pixels, K in blocks), and db."""
+def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int, int], None]:
+    """The gradient of the convolution's output as bf16 rows (pixels, K in blocks), and db; ``room`` holds a row."""
     conv, y, wide = spec.conv, spec.conv.y, spec.slopes_columns
     pool_h, pool_w = conv.pool
     K, P, Q = conv.K, conv.P, conv.Q
@@ -329,27 +330,31 @@ def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int], None]:
     pooled, bias, slope = conv.pool != (1, 1), conv.bias, np.float32(conv.slope)
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
 
+    narrow, narrow_pixel = to_bf16(QQ * K, LANES, True), to_bf16(K, LANES, True)
+
     @njit
-    def pooled_slopes(arguments: Any, image: int, target: int, db: int) -> None:
+    def pooled_slopes(arguments: Any, image: int, target: int, db: int, room: int) -> None:
         rows = view(target, (P, Q, wide), np.uint16)
         total = view(db, (K,), np.float32)
+        small = view(room, (QQ, K), np.uint16)
         for p in range(PP):
             source = view(arguments[3] + FLOAT * (image * PP + p) * QQ * K, (QQ, K), np.float32)
             code = view(arguments[5] + (image * PP + p) * QQ * K, (QQ, K), np.uint8)
+            narrow(arguments[3] + FLOAT * (image * PP + p) * QQ * K, room)
             for q in range(QQ):
                 for i in range(pool_h):
                     for j in range(pool_w):
                         tap = np.uint8(i * pool_w + j)
                         for k in range(K):
-                            value = bf16_of_float32(source[q, k])
+                            value = small[q, k]
                             rows[p * pool_h + i, q * pool_w + j, k] = value if code[q, k] == tap else np.uint16(0)
                 if bias:
                     for k in range(K):
                         total[k] += source[q, k] if code[q, k] != np.uint8(DEAD) else np.float32(0)
 
     @njit
-    def plain_slopes(arguments: Any, image: int, target: int, db: int) -> None:
-        rows = view(target, (P, Q, wide), np.uint16)
+    def plain_slopes(arguments: Any, image: int, target: int, db: int, room: int) -> None:
+        small = view(room, (K,), np.float32)
         total = view(db, (K,), np.float32)
         for p in range(P):
             source = view(arguments[3] + FLOAT * (image * P + p) * Q * K, (Q, K), np.float32)
@@ -359,9 +364,10 @@ def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int], None]:
                     value = source[q, k]
                     if slope != np.float32(1):
                         value = value if output[q, k] > np.float32(0) else value * slope
-                    rows[p, q, k] = bf16_of_float32(value)
+                    small[k] = value
                     if bias:
                         total[k] += value
+                narrow_pixel(room, target + BF16 * (p * Q + q) * wide)
 
     return pooled_slopes if pooled else plain_slopes
 
@@ -429,10 +435,10 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]:
     def inputs(dy: int, filters: int, dx: int, scratch: int) -> None:
         for p in range(P):
             for q in range(Q):
-                source = view(dy + BF16 * (p * Q + q) * wide, (K,), np.uint16)
+                source = view(dy + BF16 * (p * Q + q) * wide, (channels,), np.uint16)
                 place = origin + p * stride_h * pitch + q * stride_w
-                target = view(scratch + BF16 * place * channels, (K,), np.uint16)
-                for k in range(K):
+                target = view(scratch + BF16 * place * channels, (channels,), np.uint16)
+                for k in range(channels):
                     target[k] = source[k]
         columns = scratch + image_bytes
         result = columns + gathered_bytes
