@@ -254,6 +254,28 @@ def test_figures_follow_from_seconds(clock):
         assert (result.peak_part, result.impossible) == (None, False)
 
 
+def test_ratios_are_to_the_fastest_and_to_the_fastest_alike(monkeypatch):
+    """Seconds of a slice by engine: PyTorch 4 in float32, 2 in bf16; im2col 8."""
+    seconds = {"im2col": 8.0, "torch": 4.0, "torch-channels_last": 5.0, "torch-bf16": 2.0}
+    slow = iter(seconds.values())
+    times = {}
+
+    def slice_of(executor, workload, length):
+        return times.setdefault(id(executor), next(slow, None))
+
+    monkeypatch.setattr(benchmark, "_slice", slice_of)
+    monkeypatch.setattr(benchmark, "permutation", lambda seed, number, n: range(n))
+    report = bench(WORKLOAD, [contender(name, 1) for name in seconds], rounds=2)
+    found = {r.name: (r.ratio.median, r.ratio_alike.median, r.peer_alike) for r in report.results}
+    assert report.peer == "torch-bf16"
+    assert found == {
+        "im2col": (0.25, 0.5, "torch"),
+        "torch": (0.5, 1.0, "torch"),
+        "torch-channels_last": (0.4, 0.8, "torch"),
+        "torch-bf16": (1.0, 1.0, "torch-bf16"),
+    }
+
+
 @pytest.mark.parametrize(("peak", "impossible"), [(1.01, False), (0.99, True)])
 def test_figure_above_the_peak_is_flagged(clock, peak, impossible):
     ceiling = Peak(peak * WORKLOAD.flops / 1e9, 0.0)

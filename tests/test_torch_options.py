@@ -28,6 +28,7 @@ class Wanted:
         ({"threads": 0}, "Torch: threads must be an integer >= 1; got 0"),
         ({"threads": 1, "device": "gpu"}, "Torch: device got 'gpu'; "),
         ({"threads": 1, "compile": "yes"}, "Torch: compile must be true or false; got 'yes'"),
+        ({"threads": 1, "fp32_precision": "tf32"}, "Torch: fp32_precision got 'tf32'; "),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -77,3 +78,20 @@ def test_missing_compiler_is_one_line(monkeypatch):
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
     with pytest.raises(EngineError, match=r"compile=True needs a C\+\+ compiler; install g\+\+"):
         Torch(threads=1, compile=True).executor(MODEL, None, Wanted())
+
+
+def test_products_of_float32_are_in_bf16_during_calls_alone(monkeypatch):
+    kinds = torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul
+    seen = []
+    linear = torch.nn.Linear.forward
+
+    def watched(module, x):
+        seen.extend(kind.fp32_precision for kind in kinds)
+        return linear(module, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    before = [kind.fp32_precision for kind in kinds]
+    executor = Torch(threads=1, fp32_precision="bf16").executor(MODEL, None, Wanted("fp32"))
+    executor.predict(np.ones((2, 4), np.float32))
+    assert seen == ["bf16", "bf16"]
+    assert [kind.fp32_precision for kind in kinds] == before

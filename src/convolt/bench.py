@@ -112,7 +112,8 @@ class Result:
     """What became of a contender.
 
     status: ``timed``; ``unavailable`` here; ``failed`` in its first step; ``wrong``, and therefore not timed. ratio:
-    how many times faster than the fastest PyTorch, in pairs of slices. first_step: seconds from nothing to the end of
+    how many times faster than the fastest PyTorch, in pairs of slices; ratio_alike: than the fastest one that
+    multiplies in the same format, whose name is peer_alike. first_step: seconds from nothing to the end of
     the first step. peak_part: of the measured peak. impossible: above it.
     """
 
@@ -126,6 +127,8 @@ class Result:
     milliseconds: Estimate | None = None
     images_per_second: Estimate | None = None
     ratio: Estimate | None = None
+    ratio_alike: Estimate | None = None
+    peer_alike: str | None = None
     gflops: float | None = None
     peak_part: float | None = None
     impossible: bool = False
@@ -192,7 +195,8 @@ def bench(
         peer = _fastest_peer(racing)
         for entrant in racing:
             stages = _profiled(entrant, workload) if profiled else ()
-            results[entrant.contender.name] = _result(entrant, workload, peer, peaks, stages)
+            alike = _fastest_peer(racing, entrant.contender.products)
+            results[entrant.contender.name] = _result(entrant, workload, (peer, alike), peaks, stages)
     finally:
         for entrant in ready:
             entrant.executor.close()
@@ -336,8 +340,10 @@ def _slice(executor: Executor, workload: Workload, seconds: float) -> float:
             return elapsed / steps
 
 
-def _fastest_peer(racing: Sequence[Entrant]) -> Entrant | None:
-    peers = [entrant for entrant in racing if entrant.contender.engine.NAME == PEER]
+def _fastest_peer(racing: Sequence[Entrant], products: str | None = None) -> Entrant | None:
+    """The fastest PyTorch, or the fastest of those that multiply in one format."""
+    contenders = ((entrant, entrant.contender) for entrant in racing)
+    peers = [entrant for entrant, each in contenders if each.engine.NAME == PEER and products in (None, each.products)]
     return min(peers, key=lambda entrant: median(entrant.seconds), default=None)
 
 
@@ -349,9 +355,14 @@ def _profiled(entrant: Entrant, workload: Workload) -> tuple[StageRate, ...]:
 
 
 def _result(
-    entrant: Entrant, workload: Workload, peer: Entrant | None, peaks: Peaks | None, stages: tuple[StageRate, ...]
+    entrant: Entrant,
+    workload: Workload,
+    peers: tuple[Entrant | None, Entrant | None],
+    peaks: Peaks | None,
+    stages: tuple[StageRate, ...],
 ) -> Result:
-    """The figures of one contender."""
+    """The figures of one contender; peers: the fastest of all, and the fastest alike."""
+    ratio, ratio_alike = (None if peer is None else paired_ratio(peer.seconds, entrant.seconds) for peer in peers)
     each, seconds = entrant.contender, entrant.seconds
     gflops = workload.flops / median(seconds) / 1e9
     peak = None if peaks is None else peaks.gflops(each.products)
@@ -364,7 +375,9 @@ def _result(
         seconds=tuple(seconds),
         milliseconds=estimate([1e3 * t for t in seconds]),
         images_per_second=estimate([workload.batch_size / t for t in seconds]),
-        ratio=None if peer is None else paired_ratio(peer.seconds, seconds),
+        ratio=ratio,
+        ratio_alike=ratio_alike,
+        peer_alike=None if peers[1] is None else peers[1].contender.name,
         gflops=gflops,
         peak_part=None if peak is None else gflops / peak,
         impossible=peak is not None and gflops > peak,

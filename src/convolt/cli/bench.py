@@ -213,7 +213,7 @@ def contender_table(timed: list[Result], peer: str | None) -> Table:
     """One line for each contender, the fastest first."""
     table = Table("contender", box=SIMPLE_HEAD)
     against = "ratio" if peer is None else f"times {peer}"
-    for column in ("ms/step", "images/s", against, "GFLOP/s", "of peak", "first step"):
+    for column in ("ms/step", "images/s", against, "like for like", "GFLOP/s", "of peak", "first step"):
         table.add_column(column, justify="right")
     for result in sorted(timed, key=lambda result: result.milliseconds.median if result.milliseconds else 0.0):
         table.add_row(Text(result.name), *cells(result))
@@ -222,10 +222,11 @@ def contender_table(timed: list[Result], peer: str | None) -> Table:
 
 def cells(result: Result) -> Iterator[str]:
     """The figures of a contender that was timed."""
-    time, speed, ratio = result.milliseconds, result.images_per_second, result.ratio
+    time, speed = result.milliseconds, result.images_per_second
     yield "" if time is None else f"{time.median:.3f} [{time.low:.3f}, {time.high:.3f}]"
     yield "" if speed is None else f"{speed.median:,.0f}"
-    yield "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+    for ratio in (result.ratio, result.ratio_alike):
+        yield "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
     yield "" if result.gflops is None else f"{result.gflops:,.1f}"
     part = "" if result.peak_part is None else f"{result.peak_part:.1%}"
     yield f"{part} IMPOSSIBLE" if result.impossible else part

@@ -41,7 +41,7 @@ class JIT(Engine):
         isa = detect(self.isa)
         if recipe.precision == "bf16" and not (isa.amx and request_amx()):
             raise EngineError(
-                f"engine jit: precision bf16 needs AMX tiles, which this CPU, kernel or isa={isa.name!r} does not offer;"
-                " without them float32 is faster: use precision fp32"
+                f"engine jit: precision bf16 needs AMX tiles, which this CPU, kernel or isa={isa.name!r} does not offer"
+                "; without them float32 is faster: use precision fp32"
             )
         return JitExecutor(model, own, recipe, isa, self.threads)

@@ -16,9 +16,10 @@ from convolt.model import Model
 
 @dataclass(eq=False)
 class Tensor:
-    """What one operation makes and others read. shape: (C, H, W) or (F,). border: rows above, below, columns left, right.
+    """What one operation makes and others read. shape: (C, H, W) or (F,).
 
-    readers: operations that read it; with more than one its gradient is a sum.
+    border: rows above and below, columns left and right. readers: operations that read it; with more than one its
+    gradient is a sum.
     """
 
     name: str
@@ -121,9 +122,7 @@ def learning(found: Iterable[Operation]) -> set[Tensor]:
     return tensors
 
 
-def _append(
-    layers: tuple[Layer, ...], tensor: Tensor, found: list[Operation], prefix: str, training: bool
-) -> Tensor:
+def _append(layers: tuple[Layer, ...], tensor: Tensor, found: list[Operation], prefix: str, training: bool) -> Tensor:
     for name, layer, _, shape in walk(layers, tensor.shape, prefix):
         if isinstance(layer, Dropout) and not training:
             continue

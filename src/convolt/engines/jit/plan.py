@@ -76,6 +76,7 @@ class Plan:
         self.masks: list[DropoutMask] = []
         self.state = self.buffer("state", 8, np.int64)
         self._threads = threads
+        self.accumulate = True
         self._written: set[Tensor] = set()
 
     @property
@@ -103,6 +104,11 @@ class Plan:
     def slope(self, tensor: Tensor) -> int:
         """The address of a tensor's gradient, without a frame."""
         return self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
+
+    def begin_backward(self, accumulate: bool) -> None:
+        """Before the tasks of a backward pass are made: whether it adds to the gradients of the parameters."""
+        self.accumulate = accumulate
+        self._written.clear()
 
     def begin_slope(self, tensor: Tensor) -> bool:
         """Whether the gradient of a tensor has been written before, so that this one must be added."""

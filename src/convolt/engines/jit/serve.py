@@ -118,7 +118,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
             plan.by_image(f"{label} backward", "conv:conv_backward", back, *arguments, parts, bias_parts, scratch)
         )
         reduce = ReduceSpec(
-            spec.K, spec.channels, window.R, window.S, plan.images, FILTERS_AT_ONCE, accumulate=True, bias=spec.bias
+            spec.K, spec.channels, window.R, window.S, plan.images, FILTERS_AT_ONCE, accumulate=plan.accumulate, bias=spec.bias
         )
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
@@ -148,7 +148,7 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
     ]
 
     def backward() -> Tasks:
-        back = TileBackSpec(_adding(plan, spec, source))
+        back = TileBackSpec(_adding(plan, spec, source), plan.accumulate)
         parts = plan.address("parts of dw", plan.chunks * back.part)
         bias_parts = plan.address("parts of db", plan.chunks * spec.K)
         dx, turned_filters, tasks = 0, 0, []
@@ -203,7 +203,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
     ]
 
     def backward() -> Tasks:
-        back = replace(spec, run=wide_run, add=spec.wants_dx and plan.begin_slope(source))
+        back = replace(spec, run=wide_run, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
         rows = plan.address(f"bf16 slopes {name}", samples * columns, np.uint16)
         turned_rows = plan.address(f"bf16 slopes turned {name}", samples * columns, np.uint16)
         dw = plan.parameter(operation, "weight", gradient=True)
@@ -255,7 +255,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
 
     def backward() -> Tasks:
         columns = round_up(-(-layer.in_features // DENSE_CHUNKS), block)
-        back = replace(spec, run=columns, add=spec.wants_dx and plan.begin_slope(source))
+        back = replace(spec, run=columns, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
         dx = plan.slope(source) if spec.wants_dx else 0
@@ -298,7 +298,7 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
     ]
 
     def backward() -> Tasks:
-        back = replace(spec, add=plan.begin_slope(source))
+        back = replace(spec, add=plan.begin_slope(source), accumulate=plan.accumulate)
         means = plan.address("means of slopes", 2 * C)
         dweight, dbias = (
             plan.parameter(operation, key, gradient=True) if layer.affine else 0 for key in ("weight", "bias")
@@ -306,7 +306,7 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
         x, y, dy, dx = plan.value(source), plan.value(target), plan.slope(target), plan.slope(source)
         return [
             plan.by_image(f"{label} slopes", "normalization:slopes", spec, x, y, dy, constants, sums),
-            plan.whole(f"{label} fold", "normalization:fold_slopes", spec, 1, sums, dweight, dbias, means),
+            plan.whole(f"{label} fold", "normalization:fold_slopes", back, 1, sums, dweight, dbias, means),
             plan.by_image(
                 f"{label} backward", "normalization:normalize_backward", back, x, dy, constants, means, dx
             ),

@@ -16,7 +16,7 @@ Cost: 2 K C/groups R S P Q FLOPs for each image and each of the three.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numba import njit
@@ -62,8 +62,7 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
     """
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
-    full = _forward_block(spec, block) if whole else None
-    tail = _forward_block(spec, rest) if rest else None
+    full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
     images, groups = spec.images, spec.groups
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -87,7 +86,7 @@ def _forward_block(spec: ConvSpec, columns: int) -> Callable[..., None]:
     pool_h, pool_w = spec.pool
     pooled = spec.pool != (1, 1)
     row = _output_row(spec, columns, c_row=columns if pooled else K)
-    finish = _pool_rows(spec, columns) if pooled else _activate_row(spec, columns)
+    finish: Callable[..., None] = _pool_rows(spec, columns) if pooled else _activate_row(spec, columns)
     packed = spec.packed_columns
     corner = x.origin - window.top * x.pitch - window.left * x.C
     group_filters = window.R * window.S * C * packed
@@ -122,7 +121,7 @@ def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int,
     """One row of Q output pixels: ``row(a, b, c, bias)``."""
     window, C, packed = spec.window, spec.channels, spec.packed_columns
     R, S = window.R, window.S
-    start = "load" if spec.add else "bias" if spec.bias else "zero"
+    start: Literal["zero", "load", "bias"] = "load" if spec.add else "bias" if spec.bias else "zero"
     relu = spec.merged and spec.slope == 0
     merged = Gemm(
         rows=0,
@@ -311,8 +310,8 @@ def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
         start="load",
     )
     whole, rest = divmod(filters, block)
-    full = register_rows(base, rows_at_once, spec.registers) if whole else None
-    tail = register_rows(replace(base, columns=rest), rows_at_once, spec.registers) if rest else None
+    full = register_rows(base, rows_at_once, spec.registers)
+    tail = register_rows(replace(base, columns=rest or block), rows_at_once, spec.registers)
     corner = x.origin - window.top * x.pitch - window.left * x.C
     taps = 1 if spec.merged else S
     groups, P, origin = spec.groups, spec.P, framed.origin
@@ -341,8 +340,7 @@ def _input_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     back = turned(spec)
     block = VECTORS * spec.lanes
     whole, rest = divmod(back.filters, block)
-    full = _output_row(back, block, c_row=back.K) if whole else None
-    tail = _output_row(back, rest, c_row=back.K) if rest else None
+    full, tail = _output_row(back, block, c_row=back.K), _output_row(back, rest or block, c_row=back.K)
     groups, C, H = spec.groups, back.filters, back.P
     source_channels, packed = back.channels, back.packed_columns
     group_filters = spec.window.R * spec.window.S * source_channels * packed

@@ -141,10 +141,11 @@ def slopes(spec: NormSpec) -> Callable[..., None]:
 
 
 def fold_slopes(spec: NormSpec) -> Callable[..., None]:
-    """dweight, dbias, and the means of dy and of dy xhat; arguments: state, parts, dweight, dbias, means (2, C). One chunk.
+    """Gradients dweight and dbias, which are added, and the means of dy and of dy xhat. One chunk.
 
-    Gradients are added.
+    Arguments: state, parts, dweight, dbias, means (2, C).
     """
+    accumulate = spec.accumulate
     C, images, pixels, affine = spec.x.C, spec.images, spec.x.H * spec.x.W, spec.affine
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -159,8 +160,9 @@ def fold_slopes(spec: NormSpec) -> Callable[..., None]:
                 total += sums[0, c]
                 products += sums[1, c]
             if affine:
-                view(arguments[2], (C,), np.float32)[c] += np.float32(products)
-                view(arguments[3], (C,), np.float32)[c] += np.float32(total)
+                dweight, dbias = view(arguments[2], (C,), np.float32), view(arguments[3], (C,), np.float32)
+                dweight[c] = np.float32(products) + (dweight[c] if accumulate else np.float32(0))
+                dbias[c] = np.float32(total) + (dbias[c] if accumulate else np.float32(0))
             means[0, c], means[1, c] = np.float32(total / M), np.float32(products / M)
 
     return kernel

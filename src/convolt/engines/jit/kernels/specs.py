@@ -81,7 +81,8 @@ class ConvSpec:
     """Everything a convolution kernel is compiled for.
 
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
-    pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added to what is there.
+    pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added to what is
+    there.
     """
 
     x: Frame
@@ -223,7 +224,10 @@ class PoolSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """BatchNorm with an activation of this slope (1 for none) behind it; add: whether dx is added to what is there."""
+    """BatchNorm with an activation of this slope (1 for none) behind it.
+
+    add: whether dx is added to what is there; accumulate: whether dweight and dbias are.
+    """
 
     x: Frame
     y: Frame
@@ -232,6 +236,7 @@ class NormSpec:
     slope: float
     images: int
     add: bool = False
+    accumulate: bool = True
 
 
 @dataclass(frozen=True)
@@ -266,8 +271,20 @@ class ReduceSpec:
 
 
 @dataclass(frozen=True)
+class LossSpec:
+    """Cross-entropy of N samples at most, or (``square_sum``) nothing that depends on the model."""
+
+    N: int = 0
+    classes: int = 0
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
 class UpdateSpec:
-    """An optimizer step; ``kind`` is the optimizer's class name in lower case. decoupled: weight decay beside the gradient."""
+    """An optimizer step; ``kind`` is the optimizer's class name in lower case.
+
+    decoupled: weight decay beside the gradient.
+    """
 
     kind: str
     momentum: bool = False
@@ -276,7 +293,7 @@ class UpdateSpec:
     decoupled: bool = False
 
 
-# --- bf16 on matrix tiles ----------------------------------------------------------------------------------------------
+# --- bf16 on matrix tiles --------------------------------------------------------------------------------------------
 
 BF16 = 2  # bytes
 DEPTH = 32  # bf16 numbers in a tile row
@@ -369,9 +386,10 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class TileBackSpec:
-    """The backward pass of a convolution on AMX tiles; ``conv`` is the forward's."""
+    """The backward pass of a convolution on AMX tiles; ``conv`` is the forward's. accumulate: whether dw is added."""
 
     conv: ConvSpec
+    accumulate: bool = True
 
     @property
     def gather(self) -> "TileSpec":
@@ -395,7 +413,7 @@ class TileBackSpec:
 
     @property
     def slopes_bytes(self) -> int:
-        """dy of one image as bf16 rows (pixels, K in whole blocks), with zeros behind, and room for a row of floats."""
+        """Slopes of one image as bf16 rows (pixels, K in whole blocks), zeros behind, and room for a row of floats."""
         pixels = self.conv.P * self.conv.Q + self.gather.pixels
         return round_up(BF16 * pixels * self.slopes_columns, 64) + self.row_bytes
 

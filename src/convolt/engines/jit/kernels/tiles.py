@@ -459,10 +459,10 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]:
 
 
 def reduce_parts(spec: TileBackSpec) -> Callable[..., None]:
-    """``dw += sum of parts``; arguments: state, parts, dw (K, C, R, S), db parts, db. A chunk is 16 filters."""
+    """``dw (+)= sum of parts``; arguments: state, parts, dw (K, C, R, S), db parts, db. A chunk is 16 filters."""
     conv, gather = spec.conv, spec.gather
     K, C, R, S, images, depth, part = conv.K, conv.x.C, conv.window.R, conv.window.S, conv.images, gather.depth, spec.part
-    bias = conv.bias
+    bias, accumulate = conv.bias, spec.accumulate
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -477,9 +477,12 @@ def reduce_parts(spec: TileBackSpec) -> Callable[..., None]:
             for c in range(C):
                 for r in range(R):
                     for s in range(S):
-                        dw[k, c, r, s] += total[(r * S + s) * C + c]
+                        value = total[(r * S + s) * C + c]
+                        dw[k, c, r, s] = dw[k, c, r, s] + value if accumulate else value
             if bias:
                 db = view(arguments[4], (K,), np.float32)
+                if not accumulate:
+                    db[k] = np.float32(0)
                 for i in range(parts):
                     db[k] += view(arguments[3] + FLOAT * i * K, (K,), np.float32)[k]
 

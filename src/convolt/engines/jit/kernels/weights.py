@@ -17,8 +17,8 @@ from convolt.engines.jit.memory import view
 def pack(spec: PackSpec) -> Callable[..., None]:
     """Filters (K, C/groups, R, S) to (groups, R, S, depth, columns); arguments: state, w, packed.
 
-    Forward: depth = C/groups, columns = K/groups. Turned: depth = K/groups, columns = C/groups, taps in reverse. A chunk
-    is one tap (r, s); columns behind the last filter stay zero.
+    Forward: depth = C/groups, columns = K/groups. Turned: depth = K/groups, columns = C/groups, taps in reverse. A
+    chunk is one tap (r, s); columns behind the last filter stay zero.
     """
     conv = spec.conv
     R, S, groups = conv.window.R, conv.window.S, conv.groups

@@ -1,0 +1,143 @@
+"""The programs of one plan: forward, backward, backward in slices, and the whole step in one."""
+
+import math
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convolt.engines.jit.compiler import Compiler
+from convolt.engines.jit.graph import Operation, learning, operations
+from convolt.engines.jit.isa import Isa
+from convolt.engines.jit.kernels.specs import LossSpec
+from convolt.engines.jit.plan import KERNELS, Plan, Task, address_of
+from convolt.engines.jit.runtime import Program
+from convolt.engines.jit.serve import SERVICES, input_tasks
+from convolt.errors import ConfigError
+from convolt.layers import Normalize
+from convolt.losses import CrossEntropy
+from convolt.model import Model
+from convolt.params import Params
+
+Array = NDArray[Any]
+
+
+class Programs:
+    """One plan of a model, for batches of up to ``capacity`` samples, and what can be run of it.
+
+    grads: what a backward pass adds to; None for prediction alone.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        grads: Params | None,
+        capacity: int,
+        byte_input: bool,
+        tiles: bool,
+        isa: Isa,
+        threads: int,
+        compiler: Compiler,
+    ) -> None:
+        first, found = operations(model, training=grads is not None)
+        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles)
+        self._grads, self._compiler = grads, compiler
+        normalize = found[0].layer if found and isinstance(found[0].layer, Normalize) else None
+        self._operations = found[1:] if normalize is not None else found
+        start = found[0].output if normalize is not None else first
+        self._output = self._operations[-1].output if self._operations else start
+        self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
+        self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
+        self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]
+        size = math.prod(model.input_shape)
+        self._pixels = self._array("pixels", size, np.uint8 if byte_input else np.float32)
+        outputs = math.prod(self._output.shape)
+        self.logits = self._array(f"value {self._output.name}", outputs)
+        self.dlogits = self._array(f"slope {self._output.name}", outputs)
+        self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(1), np.zeros(1)
+        self._steps: dict[float, Program] = {}
+
+    def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
+        capacity = self.plan.capacity
+        return self.plan.buffer(name, capacity * size, dtype)[: capacity * size].reshape(capacity, size)
+
+    def load(self, x: Array) -> None:
+        """Put a batch where the first kernel reads it."""
+        self.plan.state[0] = len(x)
+        self._pixels[: len(x)] = x.reshape(len(x), -1)
+
+    def check_norms(self, count: int) -> None:
+        """Refuse to train on so few images that a BatchNorm would see one value a channel. Raises ConfigError."""
+        for name, pixels in self._norms:
+            if count * pixels < 2:
+                raise ConfigError(
+                    f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
+                )
+
+    @cached_property
+    def forward_tasks(self) -> list[Task]:
+        """From the images to the logits."""
+        return [*self._input_tasks, *(task for forward, _ in self._served for task in forward)]
+
+    def backward_tasks(self, accumulate: bool) -> list[tuple[Task, Operation]]:
+        """From the gradient of the logits to those of the parameters, each task with its operation."""
+        self.plan.begin_backward(accumulate)
+        self.plan.begin_slope(self._output)
+        return [
+            (task, operation)
+            for operation, (_, backward) in zip(reversed(self._operations), reversed(self._served), strict=True)
+            for task in backward()
+        ]
+
+    @cached_property
+    def forward(self) -> Program:
+        """The forward pass."""
+        return self._program(self.forward_tasks)
+
+    @cached_property
+    def backward(self) -> Program | None:
+        """The backward pass; gradients are added."""
+        tasks = [task for task, _ in self.backward_tasks(accumulate=True)]
+        return self._program(tasks) if tasks else None
+
+    @cached_property
+    def slices(self) -> list[tuple[Program, slice]]:
+        """The backward pass cut after each operation with parameters, and the gradient that is final then."""
+        assert self._grads is not None
+        found: list[tuple[Program, slice]] = []
+        pending: list[Task] = []
+        tasks = self.backward_tasks(accumulate=True)
+        for i, (task, operation) in enumerate(tasks):
+            pending.append(task)
+            last = i + 1 == len(tasks) or tasks[i + 1][1] is not operation
+            if last and operation.has_parameters:
+                found.append((self._program(pending), _gradients_of(operation, self._grads)))
+                pending = []
+        return found
+
+    def step(self, loss: CrossEntropy, norm: Task) -> Program:
+        """Forward, loss, backward and the gradient's norm; gradients are written, not added."""
+        if loss.label_smoothing not in self._steps:
+            spec = LossSpec(self.plan.capacity, self.logits.shape[1], loss.label_smoothing)
+            arrays = self.logits, self.labels, self.dlogits, self.loss, self.scale
+            criterion = self.plan.whole("loss", "loss:cross_entropy", spec, 1, *map(address_of, arrays))
+            backward = [task for task, _ in self.backward_tasks(accumulate=False)]
+            program = self._program([*self.forward_tasks, criterion, *backward, norm])
+            program.keep += [self.labels, self.loss, self.scale]
+            self._steps[loss.label_smoothing] = program
+        return self._steps[loss.label_smoothing]
+
+    def requests(self, tasks: list[Task]) -> list[tuple[str, Any]]:
+        """What the compiler is asked for."""
+        return [(f"{KERNELS}.{task.factory}", task.spec) for task in tasks]
+
+    def _program(self, tasks: list[Task]) -> Program:
+        return self.plan.program(tasks, self._compiler)
+
+
+def _gradients_of(operation: Operation, grads: Params) -> slice:
+    """The part of the flat gradient that belongs to an operation."""
+    parts = [part for name, part in grads.slices.items() if name.rpartition(".")[0] == operation.names[0]]
+    return slice(parts[0].start, parts[-1].stop)
