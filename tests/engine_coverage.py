@@ -21,7 +21,9 @@ Each cell is the number of cases, that is of geometries and neighbors, in which 
 them the gradients are compared with finite differences too. All cases also check that gradients are added, that
 buffers survive a change of the batch size, and that leaving out the first layer's input gradient changes nothing.
 
-Every kernel is known to be looked at: `tests/test_mutants.py` breaks each of them and sees the checks fail.
+Every kernel is known to be looked at: `tests/test_mutants.py` and `tests/test_jit_mutants.py` break each of them and
+see the checks fail. Of the engine that compiles, `make test` runs some cases and `make test-slow` all of them, on every
+set of vectors that the CPU has.
 
 {table}
 

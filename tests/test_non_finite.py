@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,9 @@ def events(folder: Path) -> list[dict]:
 
 def test_raise_ends_the_run_in_one_line_and_keeps_sound_checkpoints(sick, tmp_path):
     sick(SICK)
-    with pytest.raises(TrainingError, match=f"^step {SICK + 1}: the loss, the gradient or a statistic is not finite; .*") as caught:
+    with pytest.raises(
+        TrainingError, match=f"^step {SICK + 1}: the loss, the gradient or a statistic is not finite; .*"
+    ) as caught:
         fit(MODEL, DATA, recipe("raise"), engine=ENGINE, out=tmp_path / "run", checkpoint_every="1ba")
     assert "\n" not in str(caught.value)
     run = Run.load(tmp_path / "run")
@@ -214,9 +217,26 @@ def test_rollback_before_the_first_epoch_returns_to_the_start(sick, tmp_path):
 
 def test_rollback_over_an_epoch_takes_its_record_back(sick, tmp_path):
     sick(SICK)
-    run = fit(MODEL, DATA, recipe("rollback"), engine=ENGINE, out=tmp_path / "run", checkpoint_every="3ep")
+    without = replace(DATA, valid=None)  # no best checkpoint at the end of the first epoch
+    run = fit(MODEL, without, recipe("rollback"), engine=ENGINE, out=tmp_path / "run", checkpoint_every="3ep")
+    assert events(run.folder)[0]["back_to"] == 0
     assert [epoch.epoch for epoch in run.history] == [1, 2, 3]
-    assert events(run.folder)[0]["back_to"] == STEPS_PER_EPOCH  # the best one, saved whatever checkpoint_every says
+
+
+def test_statistic_that_overflows_is_not_finite(tmp_path, monkeypatch):
+    """The variance is infinite, so the normalized values are 0, and loss and gradient are finite."""
+    batch = Loader.batch
+
+    def bright(loader: Loader, step: int):
+        made = batch(loader, step)
+        if step == SICK:
+            made.images[...] *= 1e25
+        return made
+
+    monkeypatch.setattr(Loader, "batch", bright)
+    run = fit(MODEL, DATA, recipe("skip"), engine=ENGINE, out=tmp_path / "run", checkpoint_every="1ba")
+    assert [event["step"] for event in events(run.folder)] == [SICK + 1]
+    assert_sound(run)
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])

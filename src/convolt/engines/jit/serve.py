@@ -40,6 +40,8 @@ from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Conv2d, Dense, Dropout,
 Tasks = list[Task]
 Served = tuple[Tasks, Callable[[], Tasks]]
 DENSE_CHUNKS = 16
+LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
+FEW_CHUNKS = 4
 TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
 FILTERS_AT_ONCE = 16  # filters whose gradient parts one chunk adds up
 
@@ -149,8 +151,12 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
 
     def backward() -> Tasks:
         back = TileBackSpec(_adding(plan, spec, source), plan.accumulate)
-        parts = plan.address("parts of dw", plan.chunks * back.part)
-        bias_parts = plan.address("parts of db", plan.chunks * spec.K)
+        chunks = plan.chunks
+        if back.part > LARGE_PART:  # fewer parts: to write and add up sixteen of them would take longer than to compute
+            chunks = min(plan.chunks, FEW_CHUNKS)
+            back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
+        parts = plan.address("parts of dw", chunks * back.part)
+        bias_parts = plan.address("parts of db", chunks * spec.K)
         dx, turned_filters, tasks = 0, 0, []
         if spec.wants_dx:
             dx, inputs = plan.slope(source), back.inputs
@@ -167,13 +173,15 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
             )
         arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
         scratch = plan.scratch(back.scratch // FLOAT)
-        tasks.append(
-            plan.by_image(f"{label} backward", "tiles:conv_backward", back, *arguments, parts, bias_parts, scratch)
-        )
+        pieces = (*arguments, parts, bias_parts, scratch)
+        if chunks == plan.chunks:
+            tasks.append(plan.by_image(f"{label} backward", "tiles:conv_backward", back, *pieces))
+        else:
+            tasks.append(plan.whole(f"{label} backward", "tiles:conv_backward", back, chunks, *pieces))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
-        chunks = -(-spec.K // FILTERS_AT_ONCE)
-        tasks.append(plan.whole(f"{label} dw", "tiles:reduce_parts", back, chunks, parts, dw, bias_parts, db))
+        filters = -(-spec.K // FILTERS_AT_ONCE)
+        tasks.append(plan.whole(f"{label} dw", "tiles:reduce_parts", back, filters, parts, dw, bias_parts, db))
         return tasks
 
     return forward, backward

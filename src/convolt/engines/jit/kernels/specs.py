@@ -81,8 +81,7 @@ class ConvSpec:
     """Everything a convolution kernel is compiled for.
 
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
-    pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added to what is
-    there.
+    pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added.
     """
 
     x: Frame
@@ -398,8 +397,8 @@ class TileBackSpec:
 
     @property
     def inputs(self) -> TileSpec:
-        """The convolution that makes dx of the framed dy, image by image."""
-        return TileSpec(replace(turned(self.conv), images=1))
+        """The convolution that makes dx of the framed dy."""
+        return TileSpec(replace(turned(self.conv), images=self.gather.group_images))
 
     @property
     def slopes_columns(self) -> int:
@@ -428,7 +427,7 @@ class TileBackSpec:
         gather, inputs = self.gather, self.inputs
         own = gather.group_images * (gather.image_bytes + self.slopes_bytes)
         columns = 2 * gather.gathered_bytes + round_up(BF16 * self.slopes_columns * gather.pixels, 64)
-        return own + columns + (inputs.scratch + inputs.image_bytes if self.conv.wants_dx else 0)
+        return own + columns + (inputs.scratch if self.conv.wants_dx else 0)
 
 
 class GatherSpec(TileSpec):

@@ -280,7 +280,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     weights, inputs = _weight_gradient(spec), _input_gradient(spec) if conv.wants_dx else None
     images, together, rows_together, P, Q, K = conv.images, gather.group_images, gather.group_rows, conv.P, conv.Q, conv.K
     image_bytes, slopes_bytes, gathered_bytes = gather.image_bytes, spec.slopes_bytes, gather.gathered_bytes
-    row_bytes = spec.row_bytes
+    row_bytes, inputs_together = spec.row_bytes, spec.inputs.group_images
     scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
 
@@ -310,12 +310,13 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
                 count_pixels = (end - first) * P * Q if together > 1 else min(rows_together, P - p) * Q
                 weights(columns, dy + BF16 * p * Q * wide, dw, count_pixels)
             if wants_dx:
-                for image in range(first, end):
+                for image in range(first, end, inputs_together):
                     inputs(
                         dy + BF16 * (image - first) * P * Q * wide,
                         arguments[2],
                         arguments[6] + FLOAT * image * bare,
                         rest,
+                        min(inputs_together, end - image),
                     )
 
     return kernel
@@ -408,18 +409,17 @@ def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]
             pair(columns + BF16 * i * DEPTH * depth, pairs + BF16 * i * DEPTH * depth)
             turn(dy + BF16 * i * DEPTH * wide, turned + BF16 * i * DEPTH)
         begin()
-        for k in range(0, wide, BLOCK):
-            for j in range(depth // BLOCK):
-                kernel(
-                    turned + BF16 * k * pixels, pairs + BF16 * j * step, dw + FLOAT * (k * depth + j * BLOCK), 0, steps
-                )
+        for j in range(depth // BLOCK):
+            for k in range(0, wide, BLOCK):
+                place = dw + FLOAT * (k * depth + j * BLOCK)
+                kernel(turned + BF16 * k * pixels, pairs + BF16 * j * step, place, 0, steps)
         release()
 
     return weights
 
 
-def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]:
-    """``dx`` of one image: ``inputs(dy, filters, dx, scratch)``: dy spread into its frame, then a convolution."""
+def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int], None]:
+    """``dx`` of some images: ``inputs(dy, filters, dx, scratch, images)``: dy spread into frames, then a convolution."""
     tiles = spec.inputs
     conv, framed, window = tiles.conv, spec.conv.framed, spec.conv.window
     gather, multiply, begin = _gather(tiles), _multiply(tiles), configure(product(tiles))
@@ -428,31 +428,38 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]:
     P, Q, K, wide, channels = spec.conv.P, spec.conv.Q, spec.conv.K, spec.slopes_columns, tiles.channels
     origin, pitch = framed.origin // K, framed.columns
     stride_h, stride_w = window.stride_h, window.stride_w
-    rows_together, H, direct = tiles.group_rows, conv.P, tiles.direct
+    rows_together, together, H, direct = tiles.group_rows, tiles.group_images, conv.P, tiles.direct
     image_bytes, gathered_bytes, filters_bytes = tiles.image_bytes, tiles.gathered_bytes, BF16 * tiles.depth * BLOCK
 
     @njit
-    def inputs(dy: int, filters: int, dx: int, scratch: int) -> None:
+    def spread(dy: int, frame: int) -> None:
         for p in range(P):
             for q in range(Q):
                 source = view(dy + BF16 * (p * Q + q) * wide, (channels,), np.uint16)
                 place = origin + p * stride_h * pitch + q * stride_w
-                target = view(scratch + BF16 * place * channels, (channels,), np.uint16)
+                target = view(frame + BF16 * place * channels, (channels,), np.uint16)
                 for k in range(channels):
                     target[k] = source[k]
-        columns = scratch + image_bytes
+
+    @njit
+    def inputs(dy: int, filters: int, dx: int, scratch: int, images: int) -> None:
+        columns = scratch + together * image_bytes
         result = columns + gathered_bytes
         arguments = (0, 0, 0, 0, dx, 0)
+        for image in range(images):
+            spread(dy + BF16 * image * P * Q * wide, scratch + image * image_bytes)
         begin()
         for h in range(0, H, rows_together):
             if not direct:
-                gather(scratch, columns, h, 0)
+                for image in range(images):
+                    gather(scratch + image * image_bytes, columns, h, image)
             for block in range(whole + (1 if rest else 0)):
-                multiply(scratch, columns, filters + block * filters_bytes, result, h, 1)
-                if block < whole:
-                    full(arguments, result, 0, 0, h, block * BLOCK)
-                else:
-                    tail(arguments, result, 0, 0, h, block * BLOCK)
+                multiply(scratch, columns, filters + block * filters_bytes, result, h, images)
+                for image in range(images):
+                    if block < whole:
+                        full(arguments, result, image, image, h, block * BLOCK)
+                    else:
+                        tail(arguments, result, image, image, h, block * BLOCK)
         release()
 
     return inputs
