@@ -308,17 +308,23 @@ MUTANTS = (
     JitMutant(
         "columns not strided",
         TILED,
-        "def _gather",
+        "def gather_rows",
         " + q * stride_w) * channels",
         " + q) * channels",
         "few channels, wide filter, stride 2",
     ),
     JitMutant(
-        "code of a dead ReLU", TILED, "def _finish", "else np.uint8(DEAD)", "else winner", "whole tiles", quick=True
+        "code of a dead ReLU",
+        TILED,
+        "def finish_group",
+        "else np.uint8(DEAD)",
+        "else winner",
+        "whole tiles",
+        quick=True,
     ),
     JitMutant(
         "a part not added",
-        TILED,
+        "kernels/tiles_backward.py",
         "def reduce_parts",
         "range(1, parts)",
         "range(2, parts)",
@@ -354,7 +360,7 @@ MUTANTS = (
     ),
     JitMutant(
         "size of the last batch",
-        "executor.py",
+        "programs.py",
         "    def load(self, x",
         "self.plan.state[0] = len(x)",
         "self.plan.state[0] = self.plan.capacity",

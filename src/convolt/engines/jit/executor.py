@@ -99,7 +99,8 @@ class JitExecutor(Executor):
         self._team.run(programs.step(loss, self._updater.norm_task()))
         self._count_batches()
         total, logits = float(programs.loss[0]), programs.logits[: len(x)].copy()
-        if not math.isfinite(total + float(self._updater.square_sums.sum())):
+        finite = math.isfinite(total + float(self._updater.square_sums.sum())) and self.statistics_are_finite()
+        if not finite:
             return StepResult(math.nan, logits)
         self._updater.update(optimizer)
         return StepResult(total, logits)
@@ -202,4 +203,4 @@ def _are_labels(y: Any, count: int, output_shape: tuple[int, ...]) -> bool:
     """Whether targets are one valid class index for each sample: what the compiled loss takes."""
     if not (isinstance(y, np.ndarray) and y.shape == (count,) and y.dtype.kind in "iu" and len(output_shape) == 1):
         return False
-    return count == 0 or (0 <= int(y.min()) and int(y.max()) < output_shape[0])
+    return count == 0 or (int(y.min()) >= 0 and int(y.max()) < output_shape[0])

@@ -10,7 +10,7 @@ order: the bits are the same for any number of threads.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +40,10 @@ class Task:
     arguments: tuple[int, ...]
     chunks: int
     by_image: bool = False
+
+
+Tasks = list[Task]
+Served = tuple[Tasks, Callable[[], Tasks]]  # forward, and what makes the backward tasks
 
 
 class DropoutMask(NamedTuple):

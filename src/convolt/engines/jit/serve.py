@@ -13,37 +13,17 @@ import numpy as np
 
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.kernels.specs import (
-    BLOCK,
-    FLOAT,
-    WIDE,
     AddSpec,
-    ConvSpec,
-    DenseSpec,
     Frame,
     InputSpec,
     MapSpec,
     NormSpec,
-    PackSpec,
     PoolSpec,
-    ReduceSpec,
-    TileBackSpec,
-    TileSpec,
     Windowing,
-    dense_backward_scratch,
-    dense_forward_scratch,
-    round_up,
-    turned,
 )
-from convolt.engines.jit.plan import DropoutMask, Plan, Task
-from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Conv2d, Dense, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
-
-Tasks = list[Task]
-Served = tuple[Tasks, Callable[[], Tasks]]
-DENSE_CHUNKS = 16
-LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
-FEW_CHUNKS = 4
-TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
-FILTERS_AT_ONCE = 16  # filters whose gradient parts one chunk adds up
+from convolt.engines.jit.plan import DropoutMask, Plan, Served, Tasks
+from convolt.engines.jit.products import conv, dense
+from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
 
 def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normalize | None) -> Tasks:
@@ -60,229 +40,6 @@ def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normali
     pixels = plan.address("pixels", plan.capacity * frame.C * frame.H * frame.W, np.uint8 if byte_input else np.float32)
     scales = int(constants.ctypes.data)
     return [plan.by_image("input", "images:unpack", spec, pixels, plan.value(tensor), scales, scales + 4 * frame.C)]
-
-
-def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
-    """What a convolution's kernels are compiled for."""
-    layer, source = cast(Conv2d, operation.layer), operation.inputs[0]
-    window = layer.geometry
-    _, P, Q = layer.output_shape(source.shape)
-    return ConvSpec(
-        x=Frame.of(source),
-        y=Frame.of(operation.output),
-        window=Windowing.of(layer),
-        groups=layer.groups,
-        K=layer.out_channels,
-        P=P,
-        Q=Q,
-        bias=layer.bias,
-        slope=operation.slope,
-        pool=(1, 1) if operation.pool is None else operation.pool.geometry.kernel,
-        images=plan.images,
-        lanes=plan.isa.lanes,
-        registers=plan.isa.registers,
-        wants_dx=source in plan.learning,
-    )
-
-
-def conv(plan: Plan, operation: Operation) -> Served:
-    """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
-    if plan.tiles and cast(Conv2d, operation.layer).groups == 1:
-        return conv_on_tiles(plan, operation)
-    spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
-    window, source, target = spec.window, operation.inputs[0], operation.output
-    taps = window.R * window.S
-    weight = plan.parameter(operation, "weight")
-    bias = plan.parameter(operation, "bias") if spec.bias else 0
-    packed = plan.address(f"filters {name}", taps * spec.groups * spec.channels * spec.packed_columns)
-    codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
-    scratch = plan.scratch(spec.scratch)
-    arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
-    forward = [
-        plan.whole(f"{label} pack", "weights:pack", PackSpec(spec, turned=False), taps, weight, packed),
-        plan.by_image(label, "conv:conv_forward", spec, *arguments),
-    ]
-
-    def backward() -> Tasks:
-        back = _adding(plan, spec, source)
-        columns = turned(back).packed_columns
-        reverse = plan.address(f"turned filters {name}", taps * spec.groups * spec.filters * columns)
-        parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
-        bias_parts = plan.address("parts of db", plan.chunks * spec.K)
-        dx = plan.slope(source) if back.wants_dx else 0
-        tasks = []
-        if back.wants_dx:
-            tasks.append(
-                plan.whole(f"{label} pack turned", "weights:pack", PackSpec(back, True), taps, weight, reverse)
-            )
-        arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
-        tasks.append(
-            plan.by_image(f"{label} backward", "conv:conv_backward", back, *arguments, parts, bias_parts, scratch)
-        )
-        reduce = ReduceSpec(
-            spec.K, spec.channels, window.R, window.S, plan.images, FILTERS_AT_ONCE, accumulate=plan.accumulate, bias=spec.bias
-        )
-        dw = plan.parameter(operation, "weight", gradient=True)
-        db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
-        chunks = -(-spec.K // FILTERS_AT_ONCE)
-        tasks.append(
-            plan.whole(f"{label} dw", "weights:reduce_parts", reduce, chunks, parts, dw, bias_parts, db)
-        )
-        return tasks
-
-    return forward, backward
-
-
-def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
-    """The same on AMX tiles, bf16 products."""
-    spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
-    tiles, source, target = TileSpec(spec), operation.inputs[0], operation.output
-    weight = plan.parameter(operation, "weight")
-    bias = plan.parameter(operation, "bias") if spec.bias else 0
-    packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
-    codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
-    arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
-    forward = [
-        plan.whole(
-            f"{label} pack", "tiles:pack", PackSpec(spec, turned=False), tiles.columns // BLOCK, weight, packed
-        ),
-        plan.by_image(label, "tiles:conv_forward", tiles, *arguments),
-    ]
-
-    def backward() -> Tasks:
-        back = TileBackSpec(_adding(plan, spec, source), plan.accumulate)
-        chunks = plan.chunks
-        if back.part > LARGE_PART:  # fewer parts: to write and add up sixteen of them would take longer than to compute
-            chunks = min(plan.chunks, FEW_CHUNKS)
-            back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
-        parts = plan.address("parts of dw", chunks * back.part)
-        bias_parts = plan.address("parts of db", chunks * spec.K)
-        dx, turned_filters, tasks = 0, 0, []
-        if spec.wants_dx:
-            dx, inputs = plan.slope(source), back.inputs
-            turned_filters = plan.address(f"turned filters {name}", inputs.columns * inputs.depth, np.uint16)
-            tasks.append(
-                plan.whole(
-                    f"{label} pack turned",
-                    "tiles:pack",
-                    PackSpec(back.conv, True),
-                    inputs.columns // BLOCK,
-                    weight,
-                    turned_filters,
-                )
-            )
-        arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
-        scratch = plan.scratch(back.scratch // FLOAT)
-        pieces = (*arguments, parts, bias_parts, scratch)
-        if chunks == plan.chunks:
-            tasks.append(plan.by_image(f"{label} backward", "tiles:conv_backward", back, *pieces))
-        else:
-            tasks.append(plan.whole(f"{label} backward", "tiles:conv_backward", back, chunks, *pieces))
-        dw = plan.parameter(operation, "weight", gradient=True)
-        db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
-        filters = -(-spec.K // FILTERS_AT_ONCE)
-        tasks.append(plan.whole(f"{label} dw", "tiles:reduce_parts", back, filters, parts, dw, bias_parts, db))
-        return tasks
-
-    return forward, backward
-
-
-def _adding(plan: Plan, spec: ConvSpec, source: Tensor) -> ConvSpec:
-    return replace(spec, add=plan.begin_slope(source)) if spec.wants_dx else spec
-
-
-def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
-    """Dense layer with activation on AMX tiles, bf16 products."""
-    layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
-    label, name, N = operation.label, operation.names[0], plan.capacity
-    run = round_up(-(-layer.in_features // DENSE_CHUNKS), BLOCK)
-    wide_run = round_up(run, WIDE)
-    chunks = -(-layer.in_features // run)
-    columns, samples = round_up(layer.out_features, BLOCK), round_up(N, BLOCK)
-    spec = _dense_spec(plan, operation, run)
-    weight = plan.parameter(operation, "weight")
-    bias = plan.parameter(operation, "bias") if layer.bias else 0
-    x, y = plan.value(source), plan.value(target)
-    parts = plan.address(f"parts of {name}", chunks * N * columns)
-    scratch = plan.scratch(dense_forward_scratch(spec) // FLOAT)
-    forward = [
-        plan.whole(label, "dense_tiles:forward", spec, chunks, x, weight, parts, scratch),
-        plan.whole(f"{label} total", "dense_tiles:total", spec, 16, parts, bias, y),
-    ]
-
-    def backward() -> Tasks:
-        back = replace(spec, run=wide_run, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
-        rows = plan.address(f"bf16 slopes {name}", samples * columns, np.uint16)
-        turned_rows = plan.address(f"bf16 slopes turned {name}", samples * columns, np.uint16)
-        dw = plan.parameter(operation, "weight", gradient=True)
-        db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
-        dx = plan.slope(source) if spec.wants_dx else 0
-        own = plan.scratch(dense_backward_scratch(spec) // FLOAT)
-        wide_chunks = -(-layer.in_features // wide_run)
-        dy = plan.slope(target)
-        return [
-            plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db),
-            plan.whole(f"{label} turn", "dense_tiles:turn", back, 1, dy, rows, turned_rows),
-            plan.whole(
-                f"{label} backward", "dense_tiles:backward", back, wide_chunks, x, weight, rows, turned_rows, dw, dx, own
-            ),
-        ]
-
-    return forward, backward
-
-
-def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
-    layer = cast(Dense, operation.layer)
-    return DenseSpec(
-        plan.capacity,
-        layer.in_features,
-        layer.out_features,
-        layer.bias,
-        operation.slope,
-        run,
-        plan.isa.lanes,
-        plan.isa.registers,
-        wants_dx=operation.inputs[0] in plan.learning,
-    )
-
-
-def dense(plan: Plan, operation: Operation) -> Served:
-    """Dense layer with activation."""
-    if plan.tiles and cast(Dense, operation.layer).in_features * cast(Dense, operation.layer).out_features >= TILES_PAY:
-        return dense_on_tiles(plan, operation)
-    layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
-    label = operation.label
-    block = 4 * plan.isa.lanes
-    run = round_up(-(-layer.out_features // DENSE_CHUNKS), 4)
-    spec = _dense_spec(plan, operation, run)
-    weight = plan.parameter(operation, "weight")
-    bias = plan.parameter(operation, "bias") if layer.bias else 0
-    x, y = plan.value(source), plan.value(target)
-    chunks = -(-layer.out_features // run)
-    forward = [plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, bias, y)]
-
-    def backward() -> Tasks:
-        columns = round_up(-(-layer.in_features // DENSE_CHUNKS), block)
-        back = replace(spec, run=columns, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
-        dw = plan.parameter(operation, "weight", gradient=True)
-        db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
-        dx = plan.slope(source) if spec.wants_dx else 0
-        return [
-            plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, plan.slope(target), db),
-            plan.whole(
-                f"{label} backward",
-                "dense:dense_backward",
-                back,
-                -(-layer.in_features // columns),
-                x,
-                weight,
-                plan.slope(target),
-                dw,
-                dx,
-            ),
-        ]
-
-    return forward, backward
 
 
 def batch_norm(plan: Plan, operation: Operation) -> Served:
@@ -315,9 +72,7 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
         return [
             plan.by_image(f"{label} slopes", "normalization:slopes", spec, x, y, dy, constants, sums),
             plan.whole(f"{label} fold", "normalization:fold_slopes", back, 1, sums, dweight, dbias, means),
-            plan.by_image(
-                f"{label} backward", "normalization:normalize_backward", back, x, dy, constants, means, dx
-            ),
+            plan.by_image(f"{label} backward", "normalization:normalize_backward", back, x, dy, constants, means, dx),
         ]
 
     return forward, backward
@@ -363,9 +118,7 @@ def elementwise(plan: Plan, operation: Operation) -> Served:
         mask = plan.address(f"mask {operation.names[0]}", size)
         held = plan.buffer(f"mask {operation.names[0]}", size)[:size].reshape(plan.capacity, *_nhwc(source))
         plan.masks.append(DropoutMask(layer, operation.names[0], held))
-    forward = [
-        plan.by_image(operation.label, "images:elementwise", spec, plan.value(source), plan.value(target), mask)
-    ]
+    forward = [plan.by_image(operation.label, "images:elementwise", spec, plan.value(source), plan.value(target), mask)]
 
     def backward() -> Tasks:
         if source not in plan.learning:

@@ -59,13 +59,16 @@ def dense_forward(spec: DenseSpec) -> Callable[..., None]:
 def _dot_panel(spec: DenseSpec, depth: int) -> Callable[[int, int, int, int, int], None]:
     """``y[:, first:end] += x W^T`` over some inputs: ``panel(x, w, y, first, end)``."""
     N, inputs, outputs = spec.N, spec.inputs, spec.outputs
-    sizes = {}
-    for rows in {DOT_ROWS, N % DOT_ROWS} - {0}:
-        for columns in (DOT_COLUMNS, 1):
-            sizes[rows, columns] = dot(Dot(rows, columns, depth, inputs, inputs, outputs, spec.lanes, start="load"))
     row_blocks, row_rest = divmod(N, DOT_ROWS)
-    main, edge = sizes.get((DOT_ROWS, DOT_COLUMNS)), sizes.get((DOT_ROWS, 1))
-    rest_main, rest_edge = sizes.get((row_rest, DOT_COLUMNS), main), sizes.get((row_rest, 1), edge)
+
+    def tile(rows: int, columns: int) -> Callable[[int, int, int, int], None]:
+        found: Callable[[int, int, int, int], None] = dot(
+            Dot(rows, columns, depth, inputs, inputs, outputs, spec.lanes, start="load")
+        )
+        return found
+
+    main, edge = tile(DOT_ROWS, DOT_COLUMNS), tile(DOT_ROWS, 1)
+    rest_main, rest_edge = tile(row_rest or DOT_ROWS, DOT_COLUMNS), tile(row_rest or DOT_ROWS, 1)
 
     @njit
     def panel(x: int, w: int, y: int, first: int, end: int) -> None:
@@ -122,9 +125,8 @@ def dense_backward(spec: DenseSpec) -> Callable[..., None]:
     """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W, dy, dw, dx. A chunk is ``run`` inputs."""
     run, inputs = spec.run, spec.inputs
     block = VECTORS * spec.lanes
-    full = _columns(spec, block) if inputs >= block else None
     rest = inputs % block
-    tail = _columns(spec, rest) if rest else None
+    full, tail = _columns(spec, block), _columns(spec, rest or block)
     whole = inputs // block
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:

@@ -19,7 +19,17 @@ from numba import njit
 
 from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import Pairs, pack_pairs, to_bf16
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, WIDE, DenseSpec, dense_backward_scratch, dense_forward_scratch, round_up
+from convolt.engines.jit.kernels.specs import (
+    BF16,
+    BLOCK,
+    DEPTH,
+    FLOAT,
+    WIDE,
+    DenseSpec,
+    dense_backward_scratch,
+    dense_forward_scratch,
+    round_up,
+)
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
 
@@ -118,7 +128,7 @@ def total(spec: DenseSpec) -> Callable[..., None]:
 
 
 def turn(spec: DenseSpec) -> Callable[..., None]:
-    """dy as bf16 rows (N, columns) and turned (columns, N); arguments: state, dy, rows, turned. One chunk."""
+    """Dy as bf16 rows (N, columns) and turned (columns, N); arguments: state, dy, rows, turned. One chunk."""
     N, outputs = spec.N, spec.outputs
     columns, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
     narrow = to_bf16(outputs, LANES, True)
@@ -159,13 +169,21 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     N, inputs, outputs, wants_dx = spec.N, spec.inputs, spec.outputs, spec.wants_dx
     wide, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
     shape = AmxGemm(
-        BLOCK, BLOCK, DEPTH, samples // DEPTH, samples, DEPTH, 0, PAIRED_STEP, TILE_ELEMENTS, 0, inputs,
+        BLOCK,
+        BLOCK,
+        DEPTH,
+        samples // DEPTH,
+        samples,
+        DEPTH,
+        0,
+        PAIRED_STEP,
+        TILE_ELEMENTS,
+        0,
+        inputs,
         "load" if spec.accumulate else "zero",
     )
     weights = _product(shape, outputs, columns)
-    slopes = _product(
-        replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N, columns
-    )
+    slopes = _product(replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N, columns)
     pair_x, pair_w = _paired(N, columns, inputs), _paired(outputs, columns, inputs)
     x_bytes = BF16 * WIDE * samples
 
@@ -187,7 +205,9 @@ def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int]
     across, edge = divmod(columns, BLOCK)
     main = replace(spec, rows=BLOCK)
     specs = [
-        replace(spec, rows=height or BLOCK, columns=width or BLOCK) for height in (BLOCK, rest) for width in (BLOCK, edge)
+        replace(spec, rows=height or BLOCK, columns=width or BLOCK)
+        for height in (BLOCK, rest)
+        for width in (BLOCK, edge)
     ]
     shape, shape_edge, shape_rest, shape_corner = (configure(each) for each in specs)
     kernel, kernel_edge, kernel_rest, kernel_corner = (amx(each) for each in specs)
@@ -216,7 +236,7 @@ def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int]
 
 
 def _paired(rows: int, columns: int, row: int) -> Callable[[int, int], None]:
-    """Float32 rows as paired bf16 tiles, 32 rows at a time: ``pair(source, target)``; rows behind the last stay zero."""
+    """Float32 rows as paired bf16 tiles, 32 at a time: ``pair(source, target)``; the rest stays zero."""
     whole, rest = divmod(rows, DEPTH)
     spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "fp32", True)
     main, tail = pack_pairs(spec), pack_pairs(replace(spec, depth=rest or DEPTH))

@@ -1,0 +1,272 @@
+"""The backward pass of a convolution on AMX tiles: dx, dw and db of a chunk of images.
+
+dw = dy^T columns: the sum runs over pixels, so the columns of x are gathered and paired (VNNI) and dy is transposed,
+for a few hundred pixels at a time. dx is a convolution of dy, spread by the stride into a frame, with turned filters.
+Parts of dw, one a chunk, are added in chunk order.
+
+Cost: 2 K C R S P Q FLOPs for each image, once for dw and once for dx.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from convolt.engines.jit.amx import AmxGemm, amx, configure, release
+from convolt.engines.jit.bf16 import Pairs, pack_pairs, to_bf16
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT
+from convolt.engines.jit.kernels.tile_specs import TileBackSpec
+from convolt.engines.jit.kernels.tiles import (
+    LANES,
+    TILE_ELEMENTS,
+    finish_group,
+    gather_rows,
+    load_image,
+    multiply_group,
+    product,
+)
+from convolt.engines.jit.memory import view
+from convolt.engines.jit.transpose import Transpose, transpose
+
+
+def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
+    """dx, and this chunk's part of dw and db.
+
+    Arguments: state, x, turned filters, dy, y, codes, dx, dw parts, db parts, scratch. Parts are (chunks, filters in
+    whole blocks, depth), with depth in order r, s, c.
+    """
+    conv, gather = spec.conv, spec.gather
+    load, collect, slopes = load_image(conv.x, gather), gather_rows(gather), _slopes(spec)
+    weights, inputs = _weight_gradient(spec), _input_gradient(spec)
+    images, together, rows_together, P, Q, K = (
+        conv.images,
+        gather.group_images,
+        gather.group_rows,
+        conv.P,
+        conv.Q,
+        conv.K,
+    )
+    image_bytes, slopes_bytes, gathered_bytes = gather.image_bytes, spec.slopes_bytes, gather.gathered_bytes
+    row_bytes, inputs_together = spec.row_bytes, spec.inputs.group_images
+    scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
+    x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        own = arguments[9] + thread * scratch
+        dy = own + together * image_bytes
+        columns = dy + together * slopes_bytes
+        room = columns - row_bytes
+        rest = columns + 2 * gathered_bytes + (BF16 * wide * pixels + 63) // 64 * 64
+        view(own, (scratch,), np.uint8)[:] = np.uint8(0)
+        dw = arguments[7] + FLOAT * chunk * part
+        view(dw, (part,), np.float32)[:] = np.float32(0)
+        db = arguments[8] + FLOAT * chunk * K
+        if bias:
+            view(db, (K,), np.float32)[:] = np.float32(0)
+        last = min((chunk + 1) * images, count)
+        for first in range(chunk * images, last, together):
+            end = min(first + together, last)
+            for image in range(first, end):
+                load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
+                # Slopes of the images of a group lie one behind another, as their columns do.
+                slopes(arguments, image, dy + BF16 * (image - first) * P * Q * wide, db, room)
+            for p in range(0, P, rows_together):
+                for image in range(first, end):
+                    collect(own + (image - first) * image_bytes, columns, p, image - first)
+                count_pixels = (end - first) * P * Q if together > 1 else min(rows_together, P - p) * Q
+                weights(columns, dy + BF16 * p * Q * wide, dw, count_pixels)
+            if wants_dx:
+                for image in range(first, end, inputs_together):
+                    inputs(
+                        dy + BF16 * (image - first) * P * Q * wide,
+                        arguments[2],
+                        arguments[6] + FLOAT * image * bare,
+                        rest,
+                        min(inputs_together, end - image),
+                    )
+
+    return kernel
+
+
+def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int, int], None]:
+    """The gradient of the convolution's output as bf16 rows (pixels, K in blocks), and db; ``room`` holds a row."""
+    conv, y, wide = spec.conv, spec.conv.y, spec.slopes_columns
+    pool_h, pool_w = conv.pool
+    K, P, Q = conv.K, conv.P, conv.Q
+    PP, QQ = P // pool_h, Q // pool_w
+    pooled, bias, slope = conv.pool != (1, 1), conv.bias, np.float32(conv.slope)
+    y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
+
+    narrow, narrow_pixel = to_bf16(QQ * K, LANES, True), to_bf16(K, LANES, True)
+
+    @njit
+    def pooled_slopes(arguments: Any, image: int, target: int, db: int, room: int) -> None:
+        rows = view(target, (P, Q, wide), np.uint16)
+        total = view(db, (K,), np.float32)
+        small = view(room, (QQ, K), np.uint16)
+        for p in range(PP):
+            source = view(arguments[3] + FLOAT * (image * PP + p) * QQ * K, (QQ, K), np.float32)
+            code = view(arguments[5] + (image * PP + p) * QQ * K, (QQ, K), np.uint8)
+            narrow(arguments[3] + FLOAT * (image * PP + p) * QQ * K, room)
+            for q in range(QQ):
+                for i in range(pool_h):
+                    for j in range(pool_w):
+                        tap = np.uint8(i * pool_w + j)
+                        for k in range(K):
+                            value = small[q, k]
+                            rows[p * pool_h + i, q * pool_w + j, k] = value if code[q, k] == tap else np.uint16(0)
+                if bias:
+                    for k in range(K):
+                        total[k] += source[q, k] if code[q, k] != np.uint8(DEAD) else np.float32(0)
+
+    @njit
+    def plain_slopes(arguments: Any, image: int, target: int, db: int, room: int) -> None:
+        small = view(room, (K,), np.float32)
+        total = view(db, (K,), np.float32)
+        for p in range(P):
+            source = view(arguments[3] + FLOAT * (image * P + p) * Q * K, (Q, K), np.float32)
+            output = view(arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch), (Q, K), np.float32)
+            for q in range(Q):
+                for k in range(K):
+                    value = source[q, k]
+                    if slope != np.float32(1):
+                        value = value if output[q, k] > np.float32(0) else value * slope
+                    small[k] = value
+                    if bias:
+                        total[k] += value
+                narrow_pixel(room, target + BF16 * (p * Q + q) * wide)
+
+    return pooled_slopes if pooled else plain_slopes
+
+
+def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]:
+    """``dw += dy^T columns`` of a group: ``weights(columns, dy, dw, pixels)``; columns are followed by their pairs."""
+    gather = spec.gather
+    depth, pixels, wide = gather.depth, gather.pixels, spec.slopes_columns
+    step = 2 * TILE_ELEMENTS
+    shape = AmxGemm(
+        rows=BLOCK,
+        columns=BLOCK,
+        step=DEPTH,
+        steps=1,
+        a_row=pixels,
+        a_step=DEPTH,
+        a_segment=DEPTH,
+        b_step=depth * DEPTH,
+        b_tile=TILE_ELEMENTS,
+        b_segment=depth * DEPTH,
+        c_row=depth,
+        start="load",
+    )
+    kernel, begin = amx(shape), configure(shape)
+    pair = pack_pairs(Pairs(DEPTH, depth, depth, DEPTH, TILE_ELEMENTS))
+    turn = transpose(Transpose(DEPTH, wide, wide, pixels, LANES, "bf16", "bf16", True))
+    gathered_bytes = gather.gathered_bytes
+
+    @njit
+    def weights(columns: int, dy: int, dw: int, count: int) -> None:
+        pairs = columns + gathered_bytes
+        turned = pairs + gathered_bytes
+        steps = (count + DEPTH - 1) // DEPTH
+        for i in range(steps):
+            if (i + 1) * DEPTH > count:  # rows behind the group's last pixel count for nothing
+                for row in range(count, steps * DEPTH):
+                    view(columns + BF16 * row * depth, (depth,), np.uint16)[:] = np.uint16(0)
+            pair(columns + BF16 * i * DEPTH * depth, pairs + BF16 * i * DEPTH * depth)
+            turn(dy + BF16 * i * DEPTH * wide, turned + BF16 * i * DEPTH)
+        begin()
+        for j in range(depth // BLOCK):
+            for k in range(0, wide, BLOCK):
+                place = dw + FLOAT * (k * depth + j * BLOCK)
+                kernel(turned + BF16 * k * pixels, pairs + BF16 * j * step, place, 0, steps)
+        release()
+
+    return weights
+
+
+def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int], None]:
+    """``dx`` of some images: dy in frames, then a convolution: ``inputs(dy, filters, dx, scratch, images)``."""
+    tiles = spec.inputs
+    conv, framed, window = tiles.conv, spec.conv.framed, spec.conv.window
+    gather, multiply, begin = gather_rows(tiles), multiply_group(tiles), configure(product(tiles))
+    whole, rest = divmod(conv.K, BLOCK)
+    full, tail = finish_group(tiles, BLOCK), finish_group(tiles, rest or BLOCK)
+    P, Q, K, wide, channels = spec.conv.P, spec.conv.Q, spec.conv.K, spec.slopes_columns, tiles.channels
+    origin, pitch = framed.origin // K, framed.columns
+    stride_h, stride_w = window.stride_h, window.stride_w
+    rows_together, together, H, direct = tiles.group_rows, tiles.group_images, conv.P, tiles.direct
+    image_bytes, gathered_bytes, filters_bytes = tiles.image_bytes, tiles.gathered_bytes, BF16 * tiles.depth * BLOCK
+
+    @njit
+    def spread(dy: int, frame: int) -> None:
+        for p in range(P):
+            for q in range(Q):
+                source = view(dy + BF16 * (p * Q + q) * wide, (channels,), np.uint16)
+                place = origin + p * stride_h * pitch + q * stride_w
+                target = view(frame + BF16 * place * channels, (channels,), np.uint16)
+                for k in range(channels):
+                    target[k] = source[k]
+
+    @njit
+    def inputs(dy: int, filters: int, dx: int, scratch: int, images: int) -> None:
+        columns = scratch + together * image_bytes
+        result = columns + gathered_bytes
+        arguments = (0, 0, 0, 0, dx, 0)
+        for image in range(images):
+            spread(dy + BF16 * image * P * Q * wide, scratch + image * image_bytes)
+        begin()
+        for h in range(0, H, rows_together):
+            if not direct:
+                for image in range(images):
+                    gather(scratch + image * image_bytes, columns, h, image)
+            for block in range(whole + (1 if rest else 0)):
+                multiply(scratch, columns, filters + block * filters_bytes, result, h, images)
+                for image in range(images):
+                    if block < whole:
+                        full(arguments, result, image, image, h, block * BLOCK)
+                    else:
+                        tail(arguments, result, image, image, h, block * BLOCK)
+        release()
+
+    return inputs
+
+
+def reduce_parts(spec: TileBackSpec) -> Callable[..., None]:
+    """``dw (+)= sum of parts``; arguments: state, parts, dw (K, C, R, S), db parts, db. A chunk is 16 filters."""
+    conv, gather = spec.conv, spec.gather
+    K, C, R, S, images, depth, part = (
+        conv.K,
+        conv.x.C,
+        conv.window.R,
+        conv.window.S,
+        conv.images,
+        gather.depth,
+        spec.part,
+    )
+    bias, accumulate = conv.bias, spec.accumulate
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        parts = (count + images - 1) // images
+        dw = view(arguments[2], (K, C, R, S), np.float32)
+        for k in range(chunk * 16, min((chunk + 1) * 16, K)):
+            total = view(arguments[1] + FLOAT * k * depth, (depth,), np.float32)
+            for i in range(1, parts):
+                other = view(arguments[1] + FLOAT * (i * part + k * depth), (depth,), np.float32)
+                for d in range(depth):
+                    total[d] += other[d]
+            for c in range(C):
+                for r in range(R):
+                    for s in range(S):
+                        value = total[(r * S + s) * C + c]
+                        dw[k, c, r, s] = dw[k, c, r, s] + value if accumulate else value
+            if bias:
+                db = view(arguments[4], (K,), np.float32)
+                if not accumulate:
+                    db[k] = np.float32(0)
+                for i in range(parts):
+                    db[k] += view(arguments[3] + FLOAT * i * K, (K,), np.float32)[k]
+
+    return kernel
