@@ -131,7 +131,10 @@ def test_trajectory_equals_that_of_torch(entry, name):
     assert relative_error(weights, expected(name)[1]) < 1e-9
 
 
-@pytest.mark.parametrize("entry", ENGINES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, marks=[pytest.mark.slow] if entry.compiles else [], id=entry.name) for entry in ENGINES],
+)
 @pytest.mark.parametrize("name", ["sgd-momentum-onecycle", "adam-cosine", "adamw-restarts", "rmsprop"])
 def test_trajectory_in_float32(entry, name):
     losses, weights = trajectory(entry, replace(RECIPES[name], precision="fp32"))

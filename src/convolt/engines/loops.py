@@ -36,6 +36,8 @@ from convolt.layers import (
 from convolt.model import Model
 from convolt.params import Params
 
+DRAWS = 1 << 14  # of dropout at a time: no array as large as the batch's activations
+
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 
@@ -347,11 +349,14 @@ def dropout_mask(ctx: Context, layer: Dropout, x: Array) -> Array | None:
         return None
     if ctx.phase.rng is None:
         raise ConfigError(f"layer {ctx.name}: Dropout needs rng=SampleRng(seed, epoch, indices) in loss_and_grads")
-    shape = x.shape[1:] if ctx.phase.layout == "NCHW" else x.shape[:-1]
-    kept = ctx.phase.rng.uniform(f"dropout:{ctx.name}", shape) >= layer.p
-    if ctx.phase.layout == "CHWN":
-        kept = np.moveaxis(kept, 0, -1)
-    return kept * x.dtype.type(1 / (1 - layer.p))
+    mask = ctx.buffer("mask", x.shape, x.dtype)
+    samples = mask if ctx.phase.layout == "NCHW" else np.moveaxis(mask, -1, 0)
+    at_once = max(1, DRAWS // math.prod(samples.shape[1:]))
+    for start in range(0, len(samples), at_once):
+        part = slice(start, start + at_once)
+        kept = ctx.phase.rng[part].uniform(f"dropout:{ctx.name}", samples.shape[1:]) >= layer.p
+        np.multiply(kept, x.dtype.type(1 / (1 - layer.p)), out=samples[part])
+    return mask
 
 
 # --- shape and composition -------------------------------------------------------------------------------------------
