@@ -317,6 +317,12 @@ NETWORKS = (
         (2, 4, 4),
         (Residual((Residual((ReLU(), Conv2d(2, 2, 3, padding=1))), ReLU()), (Residual((SiLU(),)), Flatten())[:1]),),
     ),
+    Case("residual that begins with a norm", (2, 4, 4), (Residual((BatchNorm2d(2), ReLU(), Conv2d(2, 2, 1))),)),
+    Case(
+        "residual of poolings",
+        (2, 4, 5),
+        (Residual((MaxPool2d(3, 1, 1),), (AvgPool2d(3, 1, 1),)), Residual((Normalize((0.1, 0.2), (0.5, 2)),))),
+    ),
     Case("residual of features", (4,), (Residual((Dense(4, 4), ReLU(), Dropout(0.25))), Dense(4, 3))),
 )
 CASES = CONV + DENSE + POOLING + ELEMENTWISE + NORMALIZATION + NETWORKS

@@ -4,14 +4,18 @@ They are functions for the reason that ``engine_checks`` gives: the mutants of t
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 from engine_cases import Case
 from engine_checks import assert_near, executor_of, oracle_step, step_on
 
 from convolt.engines import JIT
+from convolt.engines.jit.plan import Plan
 from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Shape
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, step_flat
@@ -79,6 +83,28 @@ def equals_float64(case: Rounded) -> None:
     images = executor.params.slices["0.weight"]
     assert_near(got.gradient[images.stop :], want.gradient[images.stop :], tolerance, "gradient of the parameters")
     assert_near(got.gradient[images], want.gradient[images], 2**-8, "gradient of the images")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+UNWRITTEN = ("scratch", "parts of", "sums", "means of slopes", "slope ")  # buffers that start without meaning
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that a kernel must not read before something has written it is full of NaN."""
+    make = Plan.buffer
+
+    def buffer(plan, name, size, dtype=np.float32):
+        is_new = f"{name} {size}" not in plan.buffers
+        array = make(plan, name, size, dtype)
+        if is_new and name.startswith(UNWRITTEN):
+            array.view(np.uint8)[...] = 255
+        return array
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "buffer", buffer)
+        yield
 
 
 # --- optimizers ------------------------------------------------------------------------------------------------------

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from engine_cases import AMX, CASES, Case
 from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
-from jit_cases import OPTIMIZERS, TILES, equals_float64, update_is_that_of_the_optimizer
+from jit_cases import OPTIMIZERS, TILES, equals_float64, poisoned, update_is_that_of_the_optimizer
 
 from convolt.engines import JIT
-from convolt.engines.jit import compiler as compilers
 from convolt.engines.jit.compiler import FOLDER, Compiler
 from convolt.errors import ConvoltError
 from convolt.layers import AvgPool2d, MaxPool2d, Normalize
@@ -86,6 +85,8 @@ class JitMutant:
             case = _CASES[self.by]
             for one in (equals_pytorch, adds_gradients, reuses_buffers, needs_no_input_gradient):
                 one(JIT(threads=2), "fp32", case)
+            with poisoned():
+                equals_pytorch(JIT(threads=2), "fp32", case)
 
 
 _CASES: dict[str, Case] = {case.name: case for case in CASES}
@@ -273,7 +274,14 @@ MUTANTS = (
         "value",
         SUM,
     ),
-    JitMutant("a branch overwritten", IMAGES, "def add_backward", "db[i] + value if adds_b else value", "value", SUM),
+    JitMutant(
+        "a branch overwritten",
+        IMAGES,
+        "def add_backward",
+        "db[i] + value if adds_b else value",
+        "value",
+        "residual of nothing",
+    ),
     JitMutant(
         "gate kept constant", IMAGES, "    def gelu(v", " + v * density * np.exp(-half * v * v)", "", "gelu-silu-leaky"
     ),
@@ -291,7 +299,15 @@ MUTANTS = (
         "weight not in dx", NORM, "def normalize_backward", "constants[2, c] * (dy", "constants[1, c] * (dy", NORMED
     ),
     # dense
-    JitMutant("a sample too many", DENSE, "def dense_slopes", "if n >= count:", "if n > count:", FEATURES, quick=True),
+    JitMutant(
+        "a sample too many",
+        DENSE,
+        "def dense_slopes",
+        "if n >= count:",
+        "if n > count:",
+        "residual of features",
+        quick=True,
+    ),
     JitMutant("last inputs dropped", DENSE, "def dense_backward", "tail(arguments, whole * block)", "pass", FEATURES),
     JitMutant(
         "dx overwritten", DENSE, "def _columns", '"load" if spec.add else "zero"', '"zero"', "residual of features"
@@ -356,7 +372,7 @@ MUTANTS = (
         "def batch_norm(",
         "add=plan.begin_slope(source)",
         "add=False",
-        "residual projection",
+        "residual that begins with a norm",
     ),
     JitMutant(
         "size of the last batch",
@@ -383,7 +399,7 @@ def caught(mutant: JitMutant | None, judge: JitMutant) -> str | None:
     with os.fdopen(reader, "rb") as pipe:
         message = pipe.read().decode()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return f"ended by signal {-status}" if status else message or None
+    return f"ended with status {status}" if status else message or None
 
 
 def _outcome(mutant: JitMutant | None, judge: JitMutant) -> str | None:
@@ -408,5 +424,4 @@ def judged(numbers: Iterable[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    assert compilers.SYMBOL
     print(json.dumps(judged(map(int, sys.argv[1:]))))

@@ -54,7 +54,11 @@ DROPS = Model((2, 6, 6), (Flatten(), Dense(72, 9), ReLU(), Dropout(0.4), Dense(9
 every_engine = pytest.mark.parametrize("entry", ENGINES, ids=lambda entry: entry.name)
 every_precision = pytest.mark.parametrize(
     ("entry", "precision_name"),
-    [(entry, name) for entry in ENGINES for name in entry.precisions],
+    [
+        pytest.param(entry, name, marks=[pytest.mark.slow] if entry.compiles and name != entry.finest else [])
+        for entry in ENGINES
+        for name in entry.precisions
+    ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 

@@ -32,12 +32,12 @@ from jit_cases import (
     Rounded,
     equals_float64,
     on_tiles,
+    poisoned,
     update_is_that_of_the_optimizer,
     updated,
 )
 
 from convolt.engines import JIT, Im2col, Torch
-from convolt.engines.jit.plan import Plan
 from convolt.errors import EngineError
 from convolt.layers import (
     BatchNorm2d,
@@ -226,33 +226,18 @@ def test_bf16_first_layer_has_the_same_gradients():
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-UNWRITTEN = ("scratch", "parts of", "sums", "means of slopes", "slope ")  # buffers that start without meaning
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that a kernel must not read before something has written it is full of NaN."""
-    make = Plan.buffer
-
-    def buffer(plan, name, size, dtype=np.float32):
-        is_new = f"{name} {size}" not in plan.buffers
-        array = make(plan, name, size, dtype)
-        if is_new and name.startswith(UNWRITTEN):
-            array.view(np.uint8)[...] = 255
-        return array
-
-    monkeypatch.setattr(Plan, "buffer", buffer)
-
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in COMPILED], ids=lambda case: case.name)
-def test_nothing_is_read_before_it_is_written(case, poisoned):
-    equals_pytorch(JIT(threads=2), "fp32", case)
+def test_nothing_is_read_before_it_is_written(case):
+    with poisoned():
+        equals_pytorch(JIT(threads=2), "fp32", case)
 
 
 @needs_amx
 @pytest.mark.parametrize("case", TILES.values(), ids=TILES)
-def test_no_tile_is_read_before_it_is_written(case, poisoned):
-    equals_float64(case)
+def test_no_tile_is_read_before_it_is_written(case):
+    with poisoned():
+        equals_float64(case)
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------

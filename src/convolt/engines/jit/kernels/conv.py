@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numba import njit
 
+from convolt.engines.jit.epilogue import MaxOf, Through, Unpool, max_of, through, unpool
 from convolt.engines.jit.gemm import Gemm, gemm
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec, turned
 from convolt.engines.jit.memory import view
@@ -176,31 +177,19 @@ def _activate_row(spec: ConvSpec, columns: int) -> Callable[[int], None]:
 
 def _pool_rows(spec: ConvSpec, columns: int) -> Callable[[int, int, int, int, int, int], None]:
     """Max-pool of ``pool_h`` finished rows and ReLU: ``finish(rows, y, codes, image, p, channel)``."""
-    y, K, Q = spec.y, spec.K, spec.Q
+    frame, K, Q = spec.y, spec.K, spec.Q
     pool_h, pool_w = spec.pool
     PP, QQ = spec.P // pool_h, Q // pool_w
-    relu = spec.slope == 0
-    y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
+    places = tuple((i * Q + j) * columns for i in range(pool_h) for j in range(pool_w))
+    pool = max_of(MaxOf(columns, places, DEAD, spec.lanes, bias=False, relu=spec.slope == 0))
+    y_size, y_origin, y_pitch = frame.size, frame.origin, frame.pitch
 
     @njit
     def finish(rows: int, y: int, codes: int, image: int, p: int, channel: int) -> None:
-        values = view(rows, (pool_h, Q, columns), np.float32)
-        target = view(y + FLOAT * (image * y_size + y_origin + p * y_pitch + channel), (QQ, K), np.float32)
-        code = view(codes + ((image * PP + p) * QQ * K + channel), (QQ, K), np.uint8)
+        target = y + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
+        code = codes + ((image * PP + p) * QQ * K + channel)
         for q in range(QQ):
-            for k in range(columns):
-                best, winner = values[0, q * pool_w, k], np.uint8(0)
-                for i in range(pool_h):
-                    for j in range(pool_w):
-                        value = values[i, q * pool_w + j, k]
-                        better = value > best
-                        winner = np.uint8(i * pool_w + j) if better else winner
-                        best = value if better else best
-                if relu:
-                    winner = winner if best > np.float32(0) else np.uint8(DEAD)
-                    best = max(best, np.float32(0))
-                target[q, k] = best
-                code[q, k] = winner
+            pool(rows + FLOAT * q * pool_w * columns, 0, target + FLOAT * q * K, code + q * K)
 
     return finish
 
@@ -247,47 +236,30 @@ def _spread(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
     framed, y, window, K, P, Q = spec.framed, spec.y, spec.window, spec.K, spec.P, spec.Q
     pool_h, pool_w = spec.pool
     PP, QQ = P // pool_h, Q // pool_w
-    pooled, bias, slope = spec.pool != (1, 1), spec.bias, np.float32(spec.slope)
     row_step, column_step = window.stride_h * framed.pitch, window.stride_w * K
+    taps = tuple(i * row_step + j * column_step for i in range(pool_h) for j in range(pool_w))
+    send = unpool(Unpool(K, taps, DEAD, spec.lanes, False, spec.bias, half=False))
+    let_through = through(Through(K, spec.slope, spec.lanes, False, spec.bias, half=False))
     framed_origin, y_size, y_origin, y_pitch = framed.origin, y.size, y.origin, y.pitch
 
     @njit
     def pool_spread(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(PP):
-            source = view(arguments[3] + FLOAT * (image * PP + p) * QQ * K, (QQ, K), np.float32)
-            code = view(arguments[5] + (image * PP + p) * QQ * K, (QQ, K), np.uint8)
-            for i in range(pool_h):
-                row = target + FLOAT * (framed_origin + (p * pool_h + i) * row_step)
-                for q in range(QQ):
-                    for j in range(pool_w):
-                        pixel = view(row + FLOAT * (q * pool_w + j) * column_step, (K,), np.float32)
-                        tap = np.uint8(i * pool_w + j)
-                        for k in range(K):
-                            pixel[k] = source[q, k] if code[q, k] == tap else np.float32(0)
-            if bias:
-                total = view(db, (K,), np.float32)
-                for q in range(QQ):
-                    for k in range(K):
-                        total[k] += source[q, k] if code[q, k] != np.uint8(DEAD) else np.float32(0)
+            first = (image * PP + p) * QQ * K
+            for q in range(QQ):
+                place = target + FLOAT * (framed_origin + p * pool_h * row_step + q * pool_w * column_step)
+                send(arguments[3] + FLOAT * (first + q * K), arguments[5] + first + q * K, place, db)
 
     @njit
     def plain_spread(arguments: Any, image: int, target: int, db: int) -> None:
-        total = view(db, (K,), np.float32)
         for p in range(P):
-            source = view(arguments[3] + FLOAT * (image * P + p) * Q * K, (Q, K), np.float32)
-            output = view(arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch), (Q, K), np.float32)
-            row = target + FLOAT * (framed_origin + p * row_step)
+            dy = arguments[3] + FLOAT * (image * P + p) * Q * K
+            output = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch)
             for q in range(Q):
-                pixel = view(row + FLOAT * q * column_step, (K,), np.float32)
-                for k in range(K):
-                    slopes = source[q, k]
-                    if slope != np.float32(1):
-                        slopes = slopes if output[q, k] > np.float32(0) else slopes * slope
-                    pixel[k] = slopes
-                    if bias:
-                        total[k] += slopes
+                place = target + FLOAT * (framed_origin + p * row_step + q * column_step)
+                let_through(dy + FLOAT * q * K, output + FLOAT * q * K, place, db)
 
-    return pool_spread if pooled else plain_spread
+    return pool_spread if spec.pool != (1, 1) else plain_spread
 
 
 def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:

@@ -121,12 +121,7 @@ class TileBackSpec:
     def slopes_bytes(self) -> int:
         """Slopes of one image as bf16 rows (pixels, K in whole blocks), zeros behind, and room for a row of floats."""
         pixels = self.conv.P * self.conv.Q + self.gather.pixels
-        return round_up(BF16 * pixels * self.slopes_columns, 64) + self.row_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Room for a row of slopes."""
-        return round_up(FLOAT * self.conv.Q * self.slopes_columns, 64)
+        return round_up(BF16 * pixels * self.slopes_columns, 64)
 
     @property
     def scratch(self) -> int:

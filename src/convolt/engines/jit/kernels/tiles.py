@@ -20,6 +20,7 @@ from numba import njit
 
 from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import bf16_of_float32, to_bf16
+from convolt.engines.jit.epilogue import MaxOf, max_of
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, Frame, PackSpec
 from convolt.engines.jit.kernels.tile_specs import TileBackSpec, TileSpec
 from convolt.engines.jit.memory import copy, view
@@ -204,36 +205,19 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
     pooled, bias, slope, relu = conv.pool != (1, 1), conv.bias, np.float32(conv.slope), conv.slope == 0
     y_size, y_origin, y_pitch, adds = y.size, y.origin, y.pitch, conv.add
 
+    places = tuple((i * row_pixels + j) * BLOCK for i in range(pool_h) for j in range(pool_w))
+    pool = max_of(MaxOf(columns, places, DEAD, LANES, bias, relu))
+
     @njit
     def finish_pooled(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
-        offset = view(arguments[3] + FLOAT * channel, (BLOCK,), np.float32)
+        offset = arguments[3] + FLOAT * channel
         for i in range(min(rows, P - p) // pool_h):
             pp = p // pool_h + i
-            values = view(
-                result + FLOAT * (place * rows + i * pool_h) * row_pixels * BLOCK,
-                (pool_h, row_pixels, BLOCK),
-                np.float32,
-            )
-            target = view(
-                arguments[4] + FLOAT * (image * y_size + y_origin + pp * y_pitch + channel), (QQ, K), np.float32
-            )
-            code = view(arguments[5] + (image * PP + pp) * QQ * K + channel, (QQ, K), np.uint8)
+            values = result + FLOAT * (place * rows + i * pool_h) * row_pixels * BLOCK
+            target = arguments[4] + FLOAT * (image * y_size + y_origin + pp * y_pitch + channel)
+            code = arguments[5] + (image * PP + pp) * QQ * K + channel
             for q in range(QQ):
-                for k in range(columns):
-                    best, winner = values[0, q * pool_w, k], np.uint8(0)
-                    for a in range(pool_h):
-                        for b in range(pool_w):
-                            value = values[a, q * pool_w + b, k]
-                            better = value > best
-                            winner = np.uint8(a * pool_w + b) if better else winner
-                            best = value if better else best
-                    if bias:
-                        best += offset[k]
-                    if relu:
-                        winner = winner if best > np.float32(0) else np.uint8(DEAD)
-                        best = max(best, np.float32(0))
-                    target[q, k] = best
-                    code[q, k] = winner
+                pool(values + FLOAT * q * pool_w * BLOCK, offset, target + FLOAT * q * K, code + q * K)
 
     @njit
     def finish_plain(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from numba import njit
 
 from convolt.engines.jit.amx import AmxGemm, amx, configure, release
-from convolt.engines.jit.bf16 import Pairs, pack_pairs, to_bf16
+from convolt.engines.jit.bf16 import Pairs, pack_pairs
+from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT
 from convolt.engines.jit.kernels.tile_specs import TileBackSpec
 from convolt.engines.jit.kernels.tiles import (
@@ -48,7 +49,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
         conv.K,
     )
     image_bytes, slopes_bytes, gathered_bytes = gather.image_bytes, spec.slopes_bytes, gather.gathered_bytes
-    row_bytes, inputs_together = spec.row_bytes, spec.inputs.group_images
+    inputs_together = spec.inputs.group_images
     scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
 
@@ -57,7 +58,6 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
         own = arguments[9] + thread * scratch
         dy = own + together * image_bytes
         columns = dy + together * slopes_bytes
-        room = columns - row_bytes
         rest = columns + 2 * gathered_bytes + (BF16 * wide * pixels + 63) // 64 * 64
         view(own, (scratch,), np.uint8)[:] = np.uint8(0)
         dw = arguments[7] + FLOAT * chunk * part
@@ -71,7 +71,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
             for image in range(first, end):
                 load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
                 # Slopes of the images of a group lie one behind another, as their columns do.
-                slopes(arguments, image, dy + BF16 * (image - first) * P * Q * wide, db, room)
+                slopes(arguments, image, dy + BF16 * (image - first) * P * Q * wide, db)
             for p in range(0, P, rows_together):
                 for image in range(first, end):
                     collect(own + (image - first) * image_bytes, columns, p, image - first)
@@ -90,55 +90,35 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     return kernel
 
 
-def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int, int], None]:
-    """The gradient of the convolution's output as bf16 rows (pixels, K in blocks), and db; ``room`` holds a row."""
+def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int], None]:
+    """The gradient of the convolution's output as bf16 rows (pixels, K in blocks), and db."""
     conv, y, wide = spec.conv, spec.conv.y, spec.slopes_columns
     pool_h, pool_w = conv.pool
     K, P, Q = conv.K, conv.P, conv.Q
     PP, QQ = P // pool_h, Q // pool_w
-    pooled, bias, slope = conv.pool != (1, 1), conv.bias, np.float32(conv.slope)
+    taps = tuple((i * Q + j) * wide for i in range(pool_h) for j in range(pool_w))
+    spread = unpool(Unpool(K, taps, DEAD, LANES, True, conv.bias))
+    let_through = through(Through(K, conv.slope, LANES, True, conv.bias))
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
 
-    narrow, narrow_pixel = to_bf16(QQ * K, LANES, True), to_bf16(K, LANES, True)
-
     @njit
-    def pooled_slopes(arguments: Any, image: int, target: int, db: int, room: int) -> None:
-        rows = view(target, (P, Q, wide), np.uint16)
-        total = view(db, (K,), np.float32)
-        small = view(room, (QQ, K), np.uint16)
+    def pooled_slopes(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(PP):
-            source = view(arguments[3] + FLOAT * (image * PP + p) * QQ * K, (QQ, K), np.float32)
-            code = view(arguments[5] + (image * PP + p) * QQ * K, (QQ, K), np.uint8)
-            narrow(arguments[3] + FLOAT * (image * PP + p) * QQ * K, room)
+            first = (image * PP + p) * QQ * K
             for q in range(QQ):
-                for i in range(pool_h):
-                    for j in range(pool_w):
-                        tap = np.uint8(i * pool_w + j)
-                        for k in range(K):
-                            value = small[q, k]
-                            rows[p * pool_h + i, q * pool_w + j, k] = value if code[q, k] == tap else np.uint16(0)
-                if bias:
-                    for k in range(K):
-                        total[k] += source[q, k] if code[q, k] != np.uint8(DEAD) else np.float32(0)
+                place = target + BF16 * (p * pool_h * Q + q * pool_w) * wide
+                spread(arguments[3] + FLOAT * (first + q * K), arguments[5] + first + q * K, place, db)
 
     @njit
-    def plain_slopes(arguments: Any, image: int, target: int, db: int, room: int) -> None:
-        small = view(room, (K,), np.float32)
-        total = view(db, (K,), np.float32)
+    def plain_slopes(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(P):
-            source = view(arguments[3] + FLOAT * (image * P + p) * Q * K, (Q, K), np.float32)
-            output = view(arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch), (Q, K), np.float32)
+            dy = arguments[3] + FLOAT * (image * P + p) * Q * K
+            output = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch)
             for q in range(Q):
-                for k in range(K):
-                    value = source[q, k]
-                    if slope != np.float32(1):
-                        value = value if output[q, k] > np.float32(0) else value * slope
-                    small[k] = value
-                    if bias:
-                        total[k] += value
-                narrow_pixel(room, target + BF16 * (p * Q + q) * wide)
+                place = target + BF16 * (p * Q + q) * wide
+                let_through(dy + FLOAT * q * K, output + FLOAT * q * K, place, db)
 
-    return pooled_slopes if pooled else plain_slopes
+    return pooled_slopes if conv.pool != (1, 1) else plain_slopes
 
 
 def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]:
