@@ -1,8 +1,8 @@
 """Engines: how operations are computed. A folder means "pick one of these".
 
 ==========  =========================================================================================
-``loops``   the living definition: NumPy and Python loops over positions, one thread, never optimised
-``im2col``  vectorised NumPy over BLAS, batch innermost, every buffer reused
+``loops``   the living definition: NumPy and Python loops over positions, one thread, never optimized
+``im2col``  vectorized NumPy over BLAS, batch innermost, every buffer reused
 ``jit``     fused kernels compiled for this CPU: the fastest
 ``torch``   PyTorch on CPU or CUDA: the oracle of the tests and the peer of the benchmarks
 ==========  =========================================================================================

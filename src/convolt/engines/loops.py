@@ -2,7 +2,7 @@
 
 Plain NumPy in NCHW with Python loops over output positions, written to be read beside the equation. It is the
 single-threaded start of every ladder and the reference that other engines are tested against, so it is never
-optimised. Dimension letters follow cuDNN: N batch, C and K channels in and out, H W input, R S filter, P Q output.
+optimized. Dimension letters follow cuDNN: N batch, C and K channels in and out, H W input, R S filter, P Q output.
 """
 
 import math

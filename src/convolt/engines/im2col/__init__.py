@@ -1,4 +1,4 @@
-"""The ``im2col`` engine: vectorised NumPy over BLAS, for machines that have nothing else.
+"""The ``im2col`` engine: vectorized NumPy over BLAS, for machines that have nothing else.
 
 Its one idea is the layout: **batch innermost** (C, H, W, N). A patch column is then a few long memory copies, the
 filter matrix (K, C R S) times the columns (C R S, P Q N) is already the next layer's input, flattening is free and
