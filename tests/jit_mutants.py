@@ -156,13 +156,13 @@ MUTANTS = (
         "bias of the first filters", CONV, "def _forward_block", "FLOAT * channel\n", "FLOAT * column\n", GROUPED
     ),
     JitMutant("tail rows dropped", CONV, "def register_rows", "        if rest:\n", "        if rest < 0:\n", RAGGED),
-    JitMutant("code of a dead ReLU", CONV, "def _pool_rows", "else np.uint8(DEAD)", "else winner", POOLED, quick=True),
+    JitMutant("code of a dead ReLU", CONV, "def _pool_rows", "relu=spec.slope == 0", "relu=False", POOLED, quick=True),
     JitMutant(
         "taps of the pool transposed",
         CONV,
         "def _pool_rows",
-        "np.uint8(i * pool_w + j)",
-        "np.uint8(j * pool_h + i)",
+        "(i * Q + j) * columns",
+        "(j * Q + i) * columns",
         POOLED,
     ),
     JitMutant(
@@ -193,8 +193,8 @@ MUTANTS = (
         "mask of the ReLU missing",
         CONV,
         "def _spread",
-        "slopes if output[q, k] > np.float32(0) else slopes * slope",
-        "slopes",
+        "Through(K, spec.slope,",
+        "Through(K, 1.0,",
         SUM,
     ),
     JitMutant(
@@ -333,8 +333,8 @@ MUTANTS = (
         "code of a dead ReLU",
         TILED,
         "def finish_group",
-        "else np.uint8(DEAD)",
-        "else winner",
+        "DEAD, LANES, bias, relu",
+        "DEAD, LANES, bias, False",
         "whole tiles",
         quick=True,
     ),

@@ -99,7 +99,8 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
         own = arguments[6] + thread * scratch
         columns = own + together * image_bytes
         result = columns + gathered_bytes
-        view(own, (together * image_bytes,), np.uint8)[:] = np.uint8(0)
+        # Nor may what another kernel left behind the last tap be a NaN: zero times that is a NaN.
+        view(own, (together * image_bytes + gathered_bytes,), np.uint8)[:] = np.uint8(0)
         last = min((chunk + 1) * images, count)
         shape()
         for first in range(chunk * images, last, together):
@@ -144,8 +145,8 @@ def load_image(x: Frame, spec: TileSpec) -> Callable[[int, int], None]:
 def gather_rows(spec: TileSpec) -> Callable[[int, int, int, int], None]:
     """Columns of ``group_rows`` output rows of an image: ``gather(image, columns, p, place in the group)``.
 
-    Columns (pixels, depth): taps in order r, s, c. What lies behind the last tap is of no meaning: the filters are zero
-    there, and nobody reads dw there. A copy may run over its end; the next one, or the next pixel, comes after.
+    Columns (pixels, depth): taps in order r, s, c. What lies behind the last tap is any finite number: the filters are
+    zero there, and nobody reads dw there. A copy may run over its end; the next one, or the next pixel, comes after.
     """
     conv, window, depth = spec.conv, spec.conv.window, spec.depth
     Q, P, rows, channels, pitch = conv.Q, conv.P, spec.group_rows, spec.channels, conv.x.columns
