@@ -220,6 +220,17 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
             for q in range(QQ):
                 pool(values + FLOAT * q * pool_w * BLOCK, offset, target + FLOAT * q * K, code + q * K)
 
+    bare = not (bias or adds or slope != np.float32(1)) and columns % LANES == 0
+    move = copy(FLOAT * columns)
+
+    @njit
+    def finish_bare(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
+        for i in range(min(rows, P - p)):
+            values = result + FLOAT * (place * rows + i) * row_pixels * BLOCK
+            target = arguments[4] + FLOAT * (image * y_size + y_origin + (p + i) * y_pitch + channel)
+            for q in range(Q):
+                move(values + FLOAT * q * BLOCK, target + FLOAT * q * K)
+
     @njit
     def finish_plain(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
         offset = view(arguments[3] + FLOAT * channel, (BLOCK,), np.float32)
@@ -237,4 +248,4 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
                         value = value if value > np.float32(0) else value * slope
                     target[q, k] = target[q, k] + value if adds else value
 
-    return finish_pooled if pooled else finish_plain
+    return finish_pooled if pooled else finish_bare if bare else finish_plain

@@ -27,7 +27,7 @@ from convolt.engines.jit.kernels.tiles import (
     multiply_group,
     product,
 )
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.memory import copy, view
 from convolt.engines.jit.transpose import Transpose, transpose
 
 
@@ -179,15 +179,15 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int], N
     rows_together, together, H, direct = tiles.group_rows, tiles.group_images, conv.P, tiles.direct
     image_bytes, gathered_bytes, filters_bytes = tiles.image_bytes, tiles.gathered_bytes, BF16 * tiles.depth * BLOCK
 
+    move = copy(BF16 * channels)
+
     @njit
     def spread(dy: int, frame: int) -> None:
         for p in range(P):
             for q in range(Q):
-                source = view(dy + BF16 * (p * Q + q) * wide, (channels,), np.uint16)
+                # A copy that runs over its end carries the zeros behind the last channel, to where the next comes.
                 place = origin + p * stride_h * pitch + q * stride_w
-                target = view(frame + BF16 * place * channels, (channels,), np.uint16)
-                for k in range(channels):
-                    target[k] = source[k]
+                move(dy + BF16 * (p * Q + q) * wide, frame + BF16 * place * channels)
 
     @njit
     def inputs(dy: int, filters: int, dx: int, scratch: int, images: int) -> None:
