@@ -151,14 +151,14 @@ def test_a_name_stands_for_the_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epoch": 3}, r"recipe: unknown key 'epoch'; did you mean 'epochs'\?"),
+        ({"epoch": 3}, r"recipe: recipe has no key 'epoch'; did you mean 'epochs'\?"),
         ({"optimizer": "adm"}, r"recipe\.optimizer: unknown type 'adm'; did you mean 'adam'\?"),
-        ({"optimizer": {"type": "sgd", "beta": 1}}, r"recipe\.optimizer: unknown key 'beta'; valid: dampening"),
+        ({"optimizer": {"type": "sgd", "beta": 1}}, r"recipe\.optimizer: sgd has no key 'beta'; valid: dampening"),
         (
             {"optimizer": {"type": "adam", "lr": "fast"}},
             r"recipe\.optimizer\.lr: expected `float`, got `str`; got 'fast'",
         ),
-        ({"optimizer": {"lr": 1}}, r"recipe\.optimizer: unknown type None; valid: adam, adamw"),
+        ({"optimizer": {"lr": 1}}, r"recipe\.optimizer: must have a type; valid: adam, adamw"),
         ({"optimizer": 3}, r"recipe\.optimizer: must be a name or a mapping with a type; got 3"),
         ({"optimizer": {"type": "adam", "lr": -1}}, r"Adam: lr must be >= 0; got -1"),
         ({"epochs": "ten"}, r"recipe\.epochs: expected `int`, got `str`; got 'ten'"),

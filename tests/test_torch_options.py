@@ -25,7 +25,7 @@ class Wanted:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": 0}, "Torch: threads must be an integer >= 1; got 0"),
+        ({"threads": -1}, "threads must be an integer >= 1, or 0 for every allowed core; got -1"),
         ({"threads": 1, "device": "gpu"}, "Torch: device got 'gpu'; "),
         ({"threads": 1, "compile": "yes"}, "Torch: compile must be true or false; got 'yes'"),
         ({"threads": 1, "fp32_precision": "tf32"}, "Torch: fp32_precision got 'tf32'; "),

@@ -52,7 +52,8 @@ def build(cls: type[Built], plain: Mapping[str, Any], where: str, families: Fami
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # every family is of dataclasses
     for key in plain:
         if key not in known and key != "type":
-            raise ConfigError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+            options = nearest(key, known) if known else "it has none"
+            raise ConfigError(f"{where}: {plain_name(cls)} has no key {key!r}; {options}")
     values = {
         key: _convert(hints[key], value, f"{where}.{key}", families) for key, value in plain.items() if key != "type"
     }
@@ -97,6 +98,8 @@ def _member(members: Iterable[Callable[..., Any]], value: Any, where: str, famil
     if not isinstance(plain, Mapping):
         raise ConfigError(f"{where}: must be a name or a mapping with a type; got {value!r}")
     default = next(iter(classes)) if len(classes) == 1 else None
+    if plain.get("type", default) is None:
+        raise ConfigError(f"{where}: must have a type; valid: {', '.join(sorted(classes))}")
     name = canonical(str(plain.get("type", default)))
     if name not in classes:
         raise ConfigError(f"{where}: unknown type {plain.get('type')!r}; {nearest(name, classes)}")

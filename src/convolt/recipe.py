@@ -83,9 +83,11 @@ class Recipe:
         object.__setattr__(self, "augment", tuple(self.augment))
         object.__setattr__(self, "schedules", dict(self.schedules))
         own = {item.name: getattr(self.optimizer, item.name) for item in fields(self.optimizer)}  # type: ignore[arg-type]  # optimizers are dataclasses
-        scheduled = [name for name, value in own.items() if isinstance(value, float)]
+        scheduled = [name for name, value in own.items() if isinstance(value, float) and name != "lr"]
         for name in self.schedules:
-            if name not in scheduled or name == "lr":
+            if name == "lr":
+                raise ConfigError("Recipe: schedules: the schedule of lr is the field schedule; give it there")
+            if name not in scheduled:
                 raise ConfigError(
                     f"Recipe: schedules: no hyperparameter {name!r} to schedule; {nearest(name, scheduled)}"
                 )

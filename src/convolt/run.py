@@ -1,6 +1,6 @@
 """A run is a directory: everything that was decided, measured and learned, readable without Convolt.
 
-    runs/mnist-cnn-mnist-20261120T160512Z-3fa09c/
+    runs/mnist-im2col-20261120T160512Z-3fa09c/
         run.json       resolved config, command, versions, machine: what replays it
         metrics.jsonl  one line per epoch (history.py)
         result.json    written last: its presence says that the run is finished
@@ -73,7 +73,7 @@ class Run:
         threads: int | None = None,
         keep_last: int = 2,
     ) -> Self:
-        """Make a new run directory: ``out``, or ``root``/<label>-<UTC time>-<6 hex>; label is "<model>-<data>".
+        """Make a new run directory: ``out``, or ``root``/<label>-<UTC time>-<6 hex>; label is "<data>-<engine>".
 
         config: the resolved configuration as plain values.
         Raises RunError if the folder is in use, holds a run or other files, or cannot be written.

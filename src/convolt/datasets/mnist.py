@@ -96,7 +96,7 @@ def _files(
 
 MNIST = _source(
     name="mnist",
-    description="70,000 handwritten digits, 28x28, grayscale",
+    description="70,000 digits, 28x28 gray, 10 classes",
     license="CC BY-SA 3.0",
     citation="Y. LeCun et al., Gradient-based learning applied to document recognition, Proc. IEEE 86(11), 1998",
     classes=DIGITS,
@@ -121,7 +121,7 @@ MNIST = _source(
 
 FASHION_MNIST = _source(
     name="fashion-mnist",
-    description="70,000 articles of clothing, 28x28, grayscale",
+    description="70,000 clothes, 28x28 gray, 10 classes",
     license="MIT",
     citation="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST: a novel image dataset, arXiv:1708.07747, 2017",
     classes=FASHION,
@@ -149,7 +149,7 @@ FASHION_MNIST = _source(
 
 KMNIST = _source(
     name="kmnist",
-    description="70,000 handwritten hiragana, 28x28, grayscale",
+    description="70,000 hiragana, 28x28 gray, 10 classes",
     license="CC BY-SA 4.0",
     citation="T. Clanuwat et al., Deep learning for classical Japanese literature, arXiv:1812.01718, 2018",
     classes=HIRAGANA,

@@ -7,13 +7,12 @@ state are flat tensors, and modules hold views of them. On the CPU those tensors
 This is the one place that finds PyTorch missing; the modules beside it import it freely.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from convolt.checks import check_choice, check_flag, check_integer
-from convolt.engine import Engine, EngineRecipe, Executor
+from convolt.checks import check_choice, check_flag
+from convolt.engine import Engine, EngineRecipe, Executor, resolve_threads
 from convolt.errors import EngineError, MissingDependency
-from convolt.machine import allowed_cores
 from convolt.model import Model
 from convolt.params import Params
 
@@ -27,14 +26,14 @@ from convolt.engines.torch.executor import TorchExecutor
 
 @dataclass(frozen=True)
 class Torch(Engine):
-    """PyTorch. ``threads`` limits its operators on the CPU during each call.
+    """PyTorch. ``threads`` limits its operators on the CPU during each call; 0 means every core that is allowed.
 
     device: ``"auto"`` takes CUDA if there is one. channels_last: images lie as N H W C in memory, which many
     convolutions prefer. compile: ``torch.compile``, which needs a C++ compiler and a long run to pay for itself.
     fp32_precision: ``"bf16"`` multiplies float32 tensors in bf16 where the CPU can do that (torch.backends.mkldnn).
     """
 
-    threads: int = field(default_factory=allowed_cores)
+    threads: int = 0
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     channels_last: bool = False
     compile: bool = False
@@ -43,7 +42,7 @@ class Torch(Engine):
     PRECISIONS: ClassVar[tuple[str, ...]] = ("fp64", "fp32", "bf16", "fp16")
 
     def __post_init__(self) -> None:
-        check_integer(self, "threads", at_least=1)
+        object.__setattr__(self, "threads", resolve_threads(self.threads))
         check_choice(self, "device", ("cpu", "cuda", "auto"))
         check_flag(self, "channels_last")
         check_flag(self, "compile")
