@@ -12,7 +12,8 @@ Which images are held out is a pure function of the seed (see ``stratified_order
 the end; validation decides everything before it.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from convolt.rng import SampleRng
 #: The part held out for testing when a data set has no test images of its own.
 TEST_FRACTION = 0.2
 
+SAMPLED_IMAGES = 1024  # how many images of a split, at least, its fingerprint looks at
 IMAGE_DTYPES = (np.uint8, np.float32, np.float64)
 MAX_CLASSES = 100_000  # a larger label is no class index, and a list of names for it would fill the memory
 
@@ -68,7 +70,8 @@ class Split:
 class Dataset:
     """Training images, and validation and test images where there are any.
 
-    classes: the name of each class; label k is classes[k].
+    classes: the name of each class; label k is classes[k]. origin: the arguments of ``load_dataset`` that gave it, so
+    that a run can load it again; None for arrays.
     Raises DataError when the splits do not fit together or there is nothing to learn.
     """
 
@@ -77,6 +80,7 @@ class Dataset:
     valid: Split | None
     test: Split | None
     classes: tuple[str, ...]
+    origin: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for split_name, split in self.splits():
@@ -130,12 +134,22 @@ class Dataset:
         variance = sum(np.square(block - shift).sum(axis=(0, 2, 3)) for block in blocks) / count
         return tuple((mean / scale).tolist()), tuple((np.sqrt(variance) / scale).tolist())
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells that a resumed run sees the same data, in the same order; plain values."""
+        splits = dict(self.splits())
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "splits": {name: len(split) for name, split in splits.items()},
+            "digests": {name: _digest(split) for name, split in splits.items()},
+        }
+
     def subset(self, n: int, seed: int = 0) -> "Dataset":
         """The same data set with n training images: a seeded, stratified choice. Larger subsets hold smaller ones."""
         if isinstance(n, bool) or not isinstance(n, int) or not 1 < n <= len(self.train):
             raise ConfigError(f"subset={n!r} must be an integer from 2 to the {len(self.train)} images of {self.name}")
         chosen = stratified_order(self.train.labels, seed, "subset")[:n]
-        return replace(self, train=self.train.take(np.sort(chosen)))
+        return replace(self, train=self.train.take(np.sort(chosen)), origin=None)
 
     def hold_out(self, split: str, fraction: float | None, seed: int = 0) -> "Dataset":
         """The same data set with a stratified part of the training images moved to ``split``, "valid" or "test".
@@ -152,7 +166,8 @@ class Dataset:
             )
         order = stratified_order(self.train.labels, seed, split)
         held, kept = self.train.take(np.sort(order[:count])), self.train.take(np.sort(order[count:]))
-        return replace(self, train=kept, valid=held) if split == "valid" else replace(self, train=kept, test=held)
+        rest = replace(self, train=kept, origin=None)
+        return replace(rest, valid=held) if split == "valid" else replace(rest, test=held)
 
     @classmethod
     def from_arrays(
@@ -177,6 +192,13 @@ class Dataset:
         given = [split for split in (train, valid_split, test_split) if split is not None]
         top = max(int(split.labels.max()) for split in given)
         names = tuple(str(label) for label in range(top + 1)) if classes is None else tuple(classes)
+        for part, split in (("valid", valid_split), ("test", test_split)):
+            unseen = np.setdiff1d([] if split is None or classes is not None else split.labels, train.labels)
+            if unseen.size:
+                raise DataError(
+                    f"{name}: label {unseen[0]:g} of the {part} split never occurs in training; "
+                    "correct the labels, or name the classes with classes="
+                )
         data = cls(name, train, valid_split, test_split, names)
         if not isinstance(test, tuple):
             data = data.hold_out("test", test, seed)
@@ -196,6 +218,14 @@ def stratified_order(labels: NDArray[np.int64], seed: int, purpose: str) -> NDAr
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     order: NDArray[np.int64] = by_class[np.argsort((rank + 0.5) / size, kind="stable")]
     return order
+
+
+def _digest(split: Split) -> str:
+    """A hash of all labels, and of images spread over the split: milliseconds, however large it is."""
+    step = max(1, len(split) // SAMPLED_IMAGES)
+    digest = hashlib.sha256(split.labels.tobytes())
+    digest.update(split.images[::step].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_images(images: NDArray[Any]) -> None:

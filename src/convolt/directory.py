@@ -133,6 +133,11 @@ def _mkdir(folder: Path) -> bool:
     """Make a folder and those above it; False if it was there."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise RunError(f"{folder.parent} is not a folder; choose another for the runs") from None
+    except OSError as error:
+        raise RunError(f"cannot make {folder.parent}: {durable.explain(error, folder)}") from error
+    try:
         os.mkdir(folder)
     except FileExistsError:
         return False

@@ -148,7 +148,12 @@ def resolve_threads(threads: int) -> int:
     """The number of threads to use: 0 means every core that affinity and control group allow. Raises ConfigError."""
     if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
         raise ConfigError(f"threads must be an integer >= 1, or 0 for every allowed core; got {threads!r}")
-    return threads or allowed_cores()
+    cores = allowed_cores()
+    if threads > max(64, 8 * cores):
+        raise ConfigError(
+            f"threads={threads} is far beyond the {cores} usable cores; give {cores}, or 0 for all of them"
+        )
+    return threads or cores
 
 
 class EngineRecipe(Protocol):

@@ -39,6 +39,6 @@ PRECISIONS: dict[str, Precision] = {
 
 def precision(name: str) -> Precision:
     """The precision of that name. Raises ConfigError with the nearest valid name."""
-    if name not in PRECISIONS:
-        raise ConfigError(f"precision: unknown name {name!r}; {nearest(name, PRECISIONS)}")
+    if not isinstance(name, str) or name not in PRECISIONS:
+        raise ConfigError(f"precision: unknown name {name!r}; {nearest(str(name), PRECISIONS)}")
     return PRECISIONS[name]

@@ -69,6 +69,15 @@ class Recipe:
     non_finite: NonFinite = field(default_factory=NonFinite)
 
     def __post_init__(self) -> None:
+        for name, example in (("loss", "CrossEntropy()"), ("schedule", "Cosine()"), ("optimizer", "Adam()")):
+            value = getattr(self, name)
+            usable = hasattr(value, "update") if name == "optimizer" else callable(value)
+            check(self, name, usable and not isinstance(value, type), f"be an object such as {example}")
+        for name, kind in (("ema", EMA), ("early_stopping", EarlyStopping), ("non_finite", NonFinite)):
+            absent = getattr(self, name) is None and name != "non_finite"
+            check(self, name, absent or isinstance(getattr(self, name), kind), f"be {kind.__name__}(...)")
+        augments = isinstance(self.augment, tuple | list) and all(hasattr(one, "per_sample") for one in self.augment)
+        check(self, "augment", augments, "be a tuple of augmentations such as (Flip(),)")
         check_integer(self, "epochs", at_least=0)
         check_integer(self, "batch_size", at_least=1)
         check_integer(self, "seed", at_least=0)
@@ -83,7 +92,11 @@ class Recipe:
         object.__setattr__(self, "augment", tuple(self.augment))
         object.__setattr__(self, "schedules", dict(self.schedules))
         own = {item.name: getattr(self.optimizer, item.name) for item in fields(self.optimizer)}  # type: ignore[arg-type]  # optimizers are dataclasses
-        scheduled = [name for name, value in own.items() if isinstance(value, float) and name != "lr"]
+        scheduled = [
+            name
+            for name, value in own.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "lr"
+        ]
         for name in self.schedules:
             if name == "lr":
                 raise ConfigError("Recipe: schedules: the schedule of lr is the field schedule; give it there")
@@ -91,7 +104,6 @@ class Recipe:
                 raise ConfigError(
                     f"Recipe: schedules: no hyperparameter {name!r} to schedule; {nearest(name, scheduled)}"
                 )
-        check(self, "loss", callable(self.loss), "be a loss, such as CrossEntropy()")
 
     def optimizer_at(self, time: Time, lr_factor: float = 1.0) -> Optimizer:
         """The optimizer with the hyperparameters that the schedules give it at this time."""

@@ -30,11 +30,12 @@ from numpy.typing import NDArray
 from convolt import directory, durable
 from convolt.checkpoint import Arrays, Checkpoint, Checkpointer, Shapes
 from convolt.config import build
+from convolt.data import IMAGE_DTYPES
 from convolt.directory import CHECKPOINTS, METRICS, RECORD, RESULT, RunLock
 from convolt.engine import Engine, Executor
 from convolt.engines import engine_class
 from convolt.environment import REPRODUCIBILITY, changes, environment, flatten
-from convolt.errors import CheckpointError, ConfigError, RunError, ShapeError
+from convolt.errors import CheckpointError, ConfigError, DataError, RunError, ShapeError
 from convolt.evaluation import predict
 from convolt.history import Epoch, MetricsLog, epoch_record, read_history, save_npz
 from convolt.model import Model
@@ -234,9 +235,12 @@ class Run:
 
         softmax(z)_k = exp(z_k - max z) / sum_j exp(z_j - max z)
 
-        Raises ShapeError if the images are not of the model's input shape, and what `executor` raises.
+        Raises DataError for other types, ShapeError for images that are not of the model's input shape, and what
+        `executor` raises.
         """
         expected = self.model.input_shape
+        if images.dtype not in IMAGE_DTYPES:
+            raise DataError(f"predict: images must be uint8, float32 or float64; got {images.dtype}")
         if images.shape[1:] != expected:
             hint = "; give one image as images[None]" if images.shape == expected else ""
             raise ShapeError(f"predict: images must be (N, {', '.join(map(str, expected))}); got {images.shape}{hint}")

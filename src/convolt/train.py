@@ -8,7 +8,6 @@ whole, so what is saved then goes on with the same bits (progress.py). A checkpo
 run: to go on would only be to compute what the next interruption loses.
 """
 
-import hashlib
 import math
 import time as clock
 import warnings
@@ -22,7 +21,7 @@ import numpy as np
 from convolt.callbacks import Callback, StepEvent
 from convolt.checkpoint import Checkpoint
 from convolt.comm import Communicator, Serial
-from convolt.data import Dataset, Split
+from convolt.data import Dataset
 from convolt.datasets.spec import DataSpec
 from convolt.duration import HOW_TO, Time, due, is_length, length
 from convolt.engine import Engine, Executor, StepResult
@@ -41,8 +40,6 @@ from convolt.recipe import Recipe, plain
 from convolt.run import Run
 from convolt.schedules import watched
 from convolt.signals import StopAsked, StopRequest
-
-SAMPLED_IMAGES = 1024  # how many images of a split, at least, its fingerprint looks at
 
 
 def fit(
@@ -65,17 +62,20 @@ def fit(
 
     engine: how to compute; the default is the fastest there is. params: weights to start from. out: the run's folder;
     without it a new one under ``root``. resume: go on with the run in ``out``. checkpoint_every: a length such as
-    "1ep" or "200ba". source: where ``data`` came from, recorded so that the run can be resumed and evaluated alone.
+    "1ep" or "200ba". source: where ``data`` came from, if not from ``load_dataset``, which tells it.
     Warns when a resumed run passes over a damaged checkpoint, or goes on under other conditions.
     Raises ConfigError, EngineError, RunError, TrainingError, CheckpointError, and Interrupted after SIGINT or SIGTERM.
     """
     recipe = recipe or Recipe()
     engine = engine or default_engine()
     comm = comm or Serial()
+    _check_kinds(model, data, recipe, engine, params)
     _check(model, data, recipe, resume, out, checkpoint_every)
+    if source is None and data.origin is not None:
+        source = DataSpec(**data.origin)
     config = {
         "model": plain(model),
-        "data": {**_fingerprint(data), "source": None if source is None else plain(source)},
+        "data": {**data.fingerprint(), "source": None if source is None else plain(source)},
         "recipe": plain(recipe),
         "engine": plain(engine),
         "ranks": comm.size,
@@ -301,9 +301,14 @@ class _Training:
             self.save(best=False)
         name = self.stop.signal.name if self.stop.signal else "a signal"
         raise Interrupted(
-            f"{name} after step {self.progress.step} of {self.total_steps}, saved;"
-            f" go on with: convolt train --resume {self.run.folder}"
+            f"{name} after step {self.progress.step} of {self.total_steps}, saved; go on with: {self.way_on()}"
         )
+
+    def way_on(self) -> str:
+        """How a user resumes this run: by the command line if that can load the data again."""
+        if self.run.config["data"]["source"] is None:
+            return f"fit(..., out={str(self.run.folder)!r}, resume=True)"
+        return f"convolt train --resume {self.run.folder}"
 
     def time(self, step: int) -> Time:
         """Where the run stands after ``step`` steps, with what Plateau watches."""
@@ -380,6 +385,14 @@ class _Training:
         self.run.finish(result, executor.params)
 
 
+def _check_kinds(model: object, data: object, recipe: object, engine: object, params: object) -> None:
+    """Objects of the right kind, so that a mistake is told before anything is made. Raises ConfigError."""
+    wanted = (("model", model, Model), ("data", data, Dataset), ("recipe", recipe, Recipe), ("engine", engine, Engine))
+    for name, value, kind in (*wanted, *((("params", params, Params),) if params is not None else ())):
+        if not isinstance(value, kind):
+            raise ConfigError(f"fit: {name} must be a {kind.__name__} object; got {value!r}"[:300])
+
+
 def _check(
     model: Model, data: Dataset, recipe: Recipe, resume: bool, out: str | Path | None, checkpoint_every: str
 ) -> None:
@@ -416,22 +429,3 @@ def _teacher(model: Model, recipe: Recipe) -> Executor | None:
         if ours != theirs:
             raise ConfigError(f"Distillation: teacher must have the student's {what} {ours}; {run.folder} has {theirs}")
     return run.executor()
-
-
-def _fingerprint(data: Dataset) -> dict[str, Any]:
-    """What tells that a resumed run sees the same data, in the same order."""
-    splits = dict(data.splits())
-    return {
-        "name": data.name,
-        "classes": list(data.classes),
-        "splits": {name: len(split) for name, split in splits.items()},
-        "digests": {name: _digest(split) for name, split in splits.items()},
-    }
-
-
-def _digest(split: Split) -> str:
-    """A hash of all labels, and of images spread over the split: milliseconds, however large it is."""
-    step = max(1, len(split) // SAMPLED_IMAGES)
-    digest = hashlib.sha256(split.labels.tobytes())
-    digest.update(split.images[::step].tobytes())
-    return digest.hexdigest()[:16]

@@ -94,6 +94,8 @@ def _sum(path: str, body: Steps, shortcut: Steps, shape: Shape) -> _Step:
 
 def _steps_of(module: nn.Module, path: str, shape: Shape) -> Steps:
     """A module as steps: those of a Sequential are its children, one each, so that indices and names stay."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise unsupported(f"{path or 'the net'} has a forward hook")
     if _is_sequential(module):
         return _children(module, path, shape)
     if isinstance(module, nn.Identity):

@@ -12,6 +12,7 @@ that nobody vouches for.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from convolt.data import Dataset
@@ -63,7 +64,10 @@ def load_dataset(
     else:
         data = folder.load(found, seed, _checked_size(image_size), _checked_channels(channels))
     data = data if data.valid is not None else data.hold_out("valid", valid, seed)
-    return data if subset is None else data.subset(subset, seed)
+    data = data if subset is None else data.subset(subset, seed)
+    own = os.fspath(name) if isinstance(found, Source) else os.path.abspath(found)
+    origin = {"name": own, "root": None if root is None else os.path.abspath(root), "valid": valid, "seed": seed}
+    return replace(data, origin={**origin, "subset": subset, "image_size": image_size, "channels": channels})
 
 
 def resolve(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Source | Path:

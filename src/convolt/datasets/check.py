@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,8 +126,23 @@ def _check_images(path: Path, image_size: tuple[int, int] | None, channels: int 
     counts = {split: dict.fromkeys(layout.classes, 0) for split in layout.splits}
     for sample in samples:
         counts[sample.split][sample.label] += 1
+    if samples or not findings:
+        findings += _untrainable(path, samples, counts)
     found = (*findings, *_mixed(samples), *_repeated(samples), *_imbalanced(counts))
     return Report(folder.name_of(path), counts, found)
+
+
+def _untrainable(path: Path, samples: Sequence[_Sample], counts: Mapping[str, Mapping[str, int]]) -> list[Finding]:
+    """What keeps a sound set of images from being trained on: none at all, or a class without training images."""
+    if not samples:
+        return [Finding("error", "no images", str(path), "has no images in class folders")]
+    trained = counts.get("train")
+    return [
+        Finding("error", "class not trained", f"{path}: {label} ({split})", "has no training images")
+        for split, by_class in counts.items()
+        for label, count in by_class.items()
+        if trained is not None and count and not trained.get(label)
+    ]
 
 
 def _inspect(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from convolt.data import Dataset
 from convolt.datasets import load_dataset
+from convolt.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,12 @@ class DataSpec:
     subset: int | None = None
     image_size: tuple[int, int] | None = None
     channels: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("name", "root"):
+            value = getattr(self, field)
+            if not (isinstance(value, str) and value) and not (field == "root" and value is None):
+                raise ConfigError(f"data.{field} must be a name or a path; got {value!r}")
 
     def load(self) -> Dataset:
         """The data set. Raises DataError, ConfigError."""
