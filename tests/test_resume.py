@@ -111,7 +111,9 @@ def test_stopped_by_a_signal_after_every_single_step(name, undisturbed, tmp_path
     expected = undisturbed(name)
     folder, steps = tmp_path / "run", expected["state"]["step"]
     for step in range(1, steps + 1):
-        with pytest.raises(Interrupted, match=f"SIGTERM after step {step} of {STEPS}, saved; go on with: .*--resume"):
+        with pytest.raises(
+            Interrupted, match=f"SIGTERM after step {step} of {STEPS}, saved; go on with: fit.*resume=True"
+        ):
             start(name, folder, SignalAt(step, signal.SIGTERM))
         assert Run.load(folder).checkpoints.steps[-1] == step
         assert not Run.load(folder).finished
