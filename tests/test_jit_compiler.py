@@ -107,9 +107,10 @@ def test_the_key_changes_with_everything_that_the_code_depends_on(tmp_path, monk
     shutil.copytree(compiler.FOLDER, folder)
     monkeypatch.setattr(compiler, "FOLDER", folder)
     same = Compiler(ISA, tmp_path).key(scale, Scale(4))
-    with (folder / "runtime.py").open("a") as file:
-        file.write("#")
-    keys.append(Compiler(ISA, tmp_path).key(scale, Scale(4)))
+    for name in ("codegen.py", "runtime.py"):
+        with (folder / name).open("a") as file:
+            file.write("#")
+        keys.append(Compiler(ISA, tmp_path).key(scale, Scale(4)))
     monkeypatch.setattr(compiler.metadata, "version", lambda name: "0.0")
     keys.append(Compiler(ISA, tmp_path).key(scale, Scale(4)))
     assert same == keys[0]

@@ -6,9 +6,12 @@ from the frozen dataclass `spec`. Two specs that print alike give the same kerne
 
 The cache holds one file a kernel: 32 bytes of SHA-256, then object code. The digest covers the key too, so a file under
 another's name is as invalid as one with a flipped bit; both are compiled again and replaced. The key covers whatever
-the code depends on: the sources of this folder and of the factory's file, factory, spec, instruction set, CPU, and the
-versions of what compiles. Files are written beside and renamed, so processes may compile at once: the last one wins,
-with the same code. A folder that cannot be written, or that other users can, is not used.
+the code depends on: its sources, factory, spec, instruction set, CPU, and the versions of what compiles. Files are
+written beside and renamed, so processes may compile at once: the last one wins, with the same code. A folder that
+cannot be written, or that other users can, is not used.
+
+The sources a kernel depends on are those of the factory's module, of what makes object code, and of every module of
+this folder that they import, directly or not: a change to the planner compiles nothing again.
 
 A factory can be named, ``"module:function"``, instead of given: its module, which needs Numba, is then imported only if
 the kernel must be compiled. Loading takes llvmlite alone.
@@ -18,6 +21,7 @@ import hashlib
 import importlib
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -43,6 +47,9 @@ SYMBOL = "kernel"
 """What the C function is called in every object file."""
 
 _DIGEST_BYTES = 32
+_PACKAGE = "convolt.engines.jit."
+_CODEGEN = "convolt.engines.jit.codegen"
+_IMPORT = re.compile(r"^(?:from|import)\s+([\w.]+)(?:\s+import\s+(\([^)]*\)|[^\n]*))?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,11 @@ class Compiler:
         self._folder = _usable(cache_folder() if folder is None else folder)
         self._jit = llvm.create_lljit_compiler(use_jit_link=True, suppress_errors=True)
         self._kernels: dict[str, Kernel] = {}
+        self._sources: dict[str, str] = {}
         self._environment = "\n".join(
             (
                 *(platform.python_implementation(), platform.python_version(), platform.machine(), sys.platform),
                 *(np.__version__, llvmlite.__version__, metadata.version("numba"), *target(isa), repr(isa)),
-                _digest_of_sources(FOLDER.rglob("*.py")),
             )
         )
 
@@ -123,7 +130,11 @@ class Compiler:
 
     def key(self, factory: Factory, spec: Any) -> str:
         """What names the kernel on disk: 64 hexadecimal digits that change with anything its code depends on."""
-        text = "\n".join((self._environment, _qualified(factory), _digest_of_own_source(factory), repr(spec)))
+        qualified = _qualified(factory)
+        module = qualified.partition(":")[0]
+        if module not in self._sources:
+            self._sources[module] = _digest_of_sources(module)
+        text = "\n".join((self._environment, qualified, self._sources[module], repr(spec)))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _compile(self, factory: Factory, spec: Any) -> bytes:
@@ -200,18 +211,39 @@ def _resolve(factory: Factory) -> Callable[[Any], Callable[..., None]]:
     return found
 
 
-def _digest_of_own_source(factory: Factory) -> str:
-    """The digest of the file that a factory outside this folder comes from."""
-    if isinstance(factory, str):
-        return ""
-    file = sys.modules[factory.__module__].__file__ if factory.__module__ in sys.modules else None
-    if file is None or Path(file).is_relative_to(FOLDER):
-        return ""
-    return _digest_of_sources([Path(file)])
-
-
-def _digest_of_sources(files: Iterable[Path]) -> str:
+def _digest_of_sources(module: str) -> str:
+    """The digest of the sources that kernels of this module depend on."""
     digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    for name, file in sorted((_sources(module) | _sources(_CODEGEN)).items()):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _sources(module: str) -> dict[str, Path]:
+    """Names and files of a module and, within this folder, of all that it imports, directly or not."""
+    found: dict[str, Path] = {}
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        file = _file(name)
+        if name not in found and file is not None:
+            found[name] = file
+            pending.extend(_imports(file))
+    return found
+
+
+def _file(module: str) -> Path | None:
+    """Where the module's source is; None for what is not there, such as a function's name after its module's."""
+    if not module.startswith(_PACKAGE):
+        loaded = sys.modules.get(module)
+        return Path(loaded.__file__) if loaded is not None and loaded.__file__ else None
+    file = FOLDER.joinpath(*module.removeprefix(_PACKAGE).split(".")).with_suffix(".py")
+    return file if file.is_file() else None
+
+
+def _imports(file: Path) -> tuple[str, ...]:
+    """Modules of this folder that the file imports at its top level; ``from package import module`` counts as both."""
+    found = []
+    for package, names in _IMPORT.findall(file.read_text()):
+        found += [package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))]
+    return tuple(name for name in found if name.startswith(_PACKAGE))

@@ -4,9 +4,12 @@
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from convolt.engines.jit.graph import Tensor
 from convolt.layers import AvgPool2d, Conv2d, MaxPool2d
+
+if TYPE_CHECKING:  # kernels do not depend on how the graph is made
+    from convolt.engines.jit.graph import Tensor
 
 FLOAT = 4  # bytes
 VECTORS = 4  # of a block of output columns
@@ -31,7 +34,7 @@ class Frame:
     origin: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Frame":
+    def of(cls, tensor: "Tensor") -> "Frame":
         """The frame of a tensor; features (F,) are one pixel with F channels."""
         if not tensor.is_image:
             return cls(tensor.shape[0], 1, 1, 1, 1, 0)
@@ -39,7 +42,7 @@ class Frame:
         return cls(C, H, W, tensor.height, tensor.width, tensor.origin)
 
     @classmethod
-    def bare(cls, tensor: Tensor) -> "Frame":
+    def bare(cls, tensor: "Tensor") -> "Frame":
         """The same without border, as gradients are kept."""
         C, H, W = tensor.shape if tensor.is_image else (tensor.shape[0], 1, 1)
         return cls(C, H, W, H, W, 0)
