@@ -14,7 +14,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
-from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop
+from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop
+
+LANES = 16  # of pairs of pixels, which are for AMX and so for AVX-512
+PAIR = 64  # bytes of 16 channels of two pixels
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,140 @@ def through(spec: Through) -> Any:
                     floats.store(builder.fadd(floats.load(sums, used), value), sums, used)
 
             _for_channels(builder, spec.channels, spec.lanes, channels)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), generate
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class PairUnpool:
+    """As ``Unpool``, but into pairs of pixels: 16 channels of two neighbors in a row are 64 bytes, the right operand.
+
+    ``row`` bytes from a row of pixels to the next, ``plane`` bytes from 16 channels to the next. Channels that are no
+    multiple of 16 leave the rest of their 64 bytes alone.
+    """
+
+    channels: int
+    pool_h: int
+    pool_w: int
+    row: int
+    plane: int
+    dead: int
+    bias: bool
+
+
+def pair_unpool(spec: PairUnpool) -> Any:
+    """A function for kernels: ``kernel(dy, codes, target, pixel, db)``; ``pixel`` is the column of the first tap.
+
+    With an even window its taps are whole pairs and are written; with an odd one they are written half by half.
+    """
+
+    @intrinsic
+    def kernel(typingctx: Any, dy: Any, codes: Any, target: Any, pixel: Any, db: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, LANES)
+            numbers = Bf16Lanes(floats, native=True)
+            source, total = floats.pointer(args[0]), floats.pointer(args[4])
+            code = builder.inttoptr(args[1], I8.as_pointer())
+            kind = ir.VectorType(I8, LANES)
+
+            def channels(offset: Any, used: int) -> None:
+                slope = floats.load(floats.at(source, offset), used)
+                winner = floats.load_as(I8, builder.gep(code, [offset]), used)
+                value = numbers.rounded(slope)
+                zero = ir.Constant(value.type, None)
+                plane = builder.mul(builder.udiv(offset, I64(LANES)), I64(spec.plane))
+                place = builder.add(args[2], plane)
+
+                def kept(tap: int) -> Any:
+                    won = builder.icmp_unsigned("==", winner, ir.Constant(kind, [I8(tap)] * LANES))
+                    return builder.select(won, value, zero)
+
+                for i in range(spec.pool_h):
+                    first = builder.add(place, I64(i * spec.row))
+                    if spec.pool_w % 2 == 0:
+                        for j in range(0, spec.pool_w, 2):
+                            tap = i * spec.pool_w + j
+                            column = builder.add(args[3], I64(j))
+                            pair = builder.add(first, builder.mul(builder.lshr(column, I64(1)), I64(PAIR)))
+                            floats.store(numbers.pair(kept(tap), kept(tap + 1)), floats.pointer(pair), used)
+                    else:
+                        for j in range(spec.pool_w):
+                            _store_half(floats, kept(i * spec.pool_w + j), first, builder.add(args[3], I64(j)), used)
+                if spec.bias:
+                    alive = builder.icmp_unsigned("!=", winner, ir.Constant(kind, [I8(spec.dead)] * LANES))
+                    sums = floats.at(total, offset)
+                    added = builder.fadd(floats.load(sums, used), builder.select(alive, slope, floats.zero))
+                    floats.store(added, sums, used)
+
+            _for_channels(builder, spec.channels, LANES, channels)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return kernel
+
+
+def _store_half(floats: Floats, value: Any, row: Any, column: Any, used: int) -> None:
+    """One pixel's bf16 numbers (in the lower halves of lanes) into its half of a pair; the other half stays."""
+    builder = floats.builder
+    odd = builder.and_(column, I64(1))
+    place = floats.pointer(builder.add(row, builder.mul(builder.lshr(column, I64(1)), I64(PAIR))))
+    kind = value.type
+    before = builder.bitcast(floats.load(place, used), kind)
+    shift = builder.trunc(builder.mul(odd, I64(16)), I32)
+    lane = builder.insert_element(ir.Constant(kind, ir.Undefined), shift, I32(0))
+    shifts = builder.shuffle_vector(lane, lane, ir.Constant(kind, None))
+    mask = builder.shl(ir.Constant(kind, [I32(0xFFFF)] * LANES), shifts)
+    other = builder.and_(before, builder.not_(mask))
+    floats.store(builder.or_(other, builder.shl(value, shifts)), place, used)
+
+
+@dataclass(frozen=True)
+class PairThrough:
+    """As ``Through``, for two pixels that are neighbors, or (not both) for one whose neighbor gets nothing."""
+
+    channels: int
+    slope: float
+    plane: int
+    bias: bool
+    both: bool
+
+
+def pair_through(spec: PairThrough) -> Any:
+    """A function for kernels: ``kernel(dy, y, target, db)``; the target is the pair's place among 16 channels."""
+
+    @intrinsic
+    def kernel(typingctx: Any, dy: Any, y: Any, target: Any, db: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, LANES)
+            numbers = Bf16Lanes(floats, native=True)
+            source, output, total = (floats.pointer(args[i]) for i in (0, 1, 3))
+            slope = ir.Constant(floats.type, [F32(spec.slope)] * LANES)
+
+            def channels(offset: Any, used: int) -> None:
+                values = []
+                for pixel in range(2 if spec.both else 1):
+                    place = builder.add(offset, I64(pixel * spec.channels))
+                    value = floats.load(floats.at(source, place), used)
+                    if spec.slope != 1:
+                        positive = builder.fcmp_ordered(">", floats.load(floats.at(output, place), used), floats.zero)
+                        value = builder.select(positive, value, builder.fmul(value, slope))
+                    values.append(value)
+                halves = [numbers.rounded(value) for value in values]
+                halves += [ir.Constant(halves[0].type, None)] * (2 - len(halves))
+                plane = builder.mul(builder.udiv(offset, I64(LANES)), I64(spec.plane))
+                floats.store(numbers.pair(*halves), floats.pointer(builder.add(args[2], plane)), used)
+                if spec.bias:
+                    sums = floats.at(total, offset)
+                    added = floats.load(sums, used)
+                    for value in values:
+                        added = builder.fadd(added, value)
+                    floats.store(added, sums, used)
+
+            _for_channels(builder, spec.channels, LANES, channels)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), generate

@@ -19,13 +19,14 @@ class Tensor:
     """What one operation makes and others read. shape: (C, H, W) or (F,).
 
     border: rows above and below, columns left and right. readers: operations that read it; with more than one its
-    gradient is a sum.
+    gradient is a sum. planar: bf16 planes (C, H, W) instead of float32 pixels (H, W, C).
     """
 
     name: str
     shape: Shape
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
     readers: list["Operation"] = field(default_factory=list)
+    planar: bool = False
 
     @property
     def is_image(self) -> bool:
@@ -51,6 +52,12 @@ class Tensor:
     def origin(self) -> int:
         """Element offset of the first pixel inside the border."""
         return (self.border[0] * self.width + self.border[2]) * self.shape[0] if self.is_image else 0
+
+    def lay_in_planes(self) -> None:
+        """Few channels: a tap of a filter is then a run of pixels. Rows are even, so that pixels pair up in them."""
+        self.planar = True
+        top, bottom, left, right = self.border
+        self.border = (top, bottom, left, right + self.width % 2)
 
     def frame(self, layer: Conv2d) -> None:
         """Widen the border to what a convolution wants."""

@@ -103,7 +103,8 @@ class Plan:
 
     def value(self, tensor: Tensor) -> int:
         """The address of a tensor: framed images, or features."""
-        return self.address(f"value {tensor.name}", self.capacity * tensor.size)
+        kind = np.uint16 if tensor.planar else np.float32
+        return self.address(f"value {tensor.name}", self.capacity * tensor.size, kind)
 
     def slope(self, tensor: Tensor) -> int:
         """The address of a tensor's gradient, without a frame."""

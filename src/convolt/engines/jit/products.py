@@ -24,13 +24,27 @@ from convolt.engines.jit.kernels.specs import (
     round_up,
     turned,
 )
-from convolt.engines.jit.kernels.tile_specs import TileBackSpec, TileSpec
+from convolt.engines.jit.kernels.tile_specs import (
+    PlaneBackSpec,
+    ShiftedBackSpec,
+    TileBackSpec,
+    TileSpec,
+    backward_spec,
+    input_gradient,
+)
 from convolt.engines.jit.plan import Plan, Served, Tasks
 from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 16
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
+BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
+REDUCE = {
+    "planes": "planes:reduce_parts",
+    "tiles_shifted": "tiles_backward:reduce_parts",
+    "tiles_backward": "tiles_backward:reduce_parts",
+}
+PLANES = 8  # channels up to which images are kept in planes
 TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
 FILTERS_AT_ONCE = 16  # filters whose gradient parts one chunk adds up
 
@@ -110,6 +124,15 @@ def conv(plan: Plan, operation: Operation) -> Served:
     return forward, backward
 
 
+def reads_planes(tensor: Tensor) -> bool:
+    """Whether the convolutions on tiles that read the images would rather have planes: few channels, stride 1."""
+    layers = [cast(Conv2d, operation.layer) for operation in tensor.readers if operation.kind == "Conv2d"]
+    few = tensor.is_image and tensor.shape[0] <= PLANES
+    return (
+        few and len(layers) == len(tensor.readers) and all(one.groups == 1 and one.stride == (1, 1) for one in layers)
+    )
+
+
 def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
     """The same on AMX tiles, bf16 products."""
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
@@ -125,7 +148,8 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
     ]
 
     def backward() -> Tasks:
-        back = TileBackSpec(_adding(plan, spec, source), plan.accumulate)
+        back = backward_spec(_adding(plan, spec, source), plan.accumulate)
+        kernels = BACKWARD[type(back)]
         chunks = plan.chunks
         if back.part > LARGE_PART:  # fewer parts: to write and add up sixteen of them would take longer than to compute
             chunks = min(plan.chunks, FEW_CHUNKS)
@@ -134,7 +158,7 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
         bias_parts = plan.address("parts of db", chunks * spec.K)
         dx, turned_filters, tasks = 0, 0, []
         if spec.wants_dx:
-            dx, inputs = plan.slope(source), back.inputs
+            dx, inputs = plan.slope(source), input_gradient(back.conv)
             turned_filters = plan.address(f"turned filters {name}", inputs.columns * inputs.depth, np.uint16)
             tasks.append(
                 plan.whole(
@@ -150,13 +174,13 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
         scratch = plan.scratch(back.scratch // FLOAT)
         pieces = (*arguments, parts, bias_parts, scratch)
         if chunks == plan.chunks:
-            tasks.append(plan.by_image(f"{label} backward", "tiles_backward:conv_backward", back, *pieces))
+            tasks.append(plan.by_image(f"{label} backward", f"{kernels}:conv_backward", back, *pieces))
         else:
-            tasks.append(plan.whole(f"{label} backward", "tiles_backward:conv_backward", back, chunks, *pieces))
+            tasks.append(plan.whole(f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
         filters = -(-spec.K // FILTERS_AT_ONCE)
-        tasks.append(plan.whole(f"{label} dw", "tiles_backward:reduce_parts", back, filters, parts, dw, bias_parts, db))
+        tasks.append(plan.whole(f"{label} dw", REDUCE[kernels], back, filters, parts, dw, bias_parts, db))
         return tasks
 
     return forward, backward

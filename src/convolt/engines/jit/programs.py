@@ -12,6 +12,7 @@ from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import LossSpec
 from convolt.engines.jit.plan import KERNELS, Plan, Task, address_of
+from convolt.engines.jit.products import reads_planes
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
 from convolt.errors import ConfigError
@@ -48,6 +49,8 @@ class Programs:
         self._operations = found[1:] if normalize is not None else found
         start = found[0].output if normalize is not None else first
         self._output = self._operations[-1].output if self._operations else start
+        if tiles and reads_planes(start):
+            start.lay_in_planes()
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
         self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]

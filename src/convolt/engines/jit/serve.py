@@ -39,7 +39,8 @@ def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normali
     constants[: frame.C], constants[frame.C : 2 * frame.C] = scale, shift
     pixels = plan.address("pixels", plan.capacity * frame.C * frame.H * frame.W, np.uint8 if byte_input else np.float32)
     scales = int(constants.ctypes.data)
-    return [plan.by_image("input", "images:unpack", spec, pixels, plan.value(tensor), scales, scales + 4 * frame.C)]
+    factory = "planes:unpack" if tensor.planar else "images:unpack"
+    return [plan.by_image("input", factory, spec, pixels, plan.value(tensor), scales, scales + 4 * frame.C)]
 
 
 def batch_norm(plan: Plan, operation: Operation) -> Served:

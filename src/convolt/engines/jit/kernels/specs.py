@@ -24,7 +24,10 @@ DEAD = 255  # code of a pooled output that ReLU set to zero
 
 @dataclass(frozen=True)
 class Frame:
-    """An NHWC tensor in memory: C channels, H x W pixels inside ``rows`` x ``columns``, the first one at ``origin``."""
+    """An NHWC tensor in memory: C channels, H x W pixels inside ``rows`` x ``columns``, the first one at ``origin``.
+
+    planar: bf16 planes (C, rows, columns) instead of float32 pixels; ``origin`` still counts C elements a pixel.
+    """
 
     C: int
     H: int
@@ -32,6 +35,7 @@ class Frame:
     rows: int
     columns: int
     origin: int
+    planar: bool = False
 
     @classmethod
     def of(cls, tensor: "Tensor") -> "Frame":
@@ -39,7 +43,7 @@ class Frame:
         if not tensor.is_image:
             return cls(tensor.shape[0], 1, 1, 1, 1, 0)
         C, H, W = tensor.shape
-        return cls(C, H, W, tensor.height, tensor.width, tensor.origin)
+        return cls(C, H, W, tensor.height, tensor.width, tensor.origin, tensor.planar)
 
     @classmethod
     def bare(cls, tensor: "Tensor") -> "Frame":

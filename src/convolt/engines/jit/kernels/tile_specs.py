@@ -5,7 +5,11 @@ Sizes of scratch are bytes for one thread, each part on a 64-byte boundary.
 
 from dataclasses import dataclass, replace
 
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, GROUP, ConvSpec, round_up, turned
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, GROUP, ConvSpec, Frame, round_up, turned
+from convolt.errors import EngineError
+
+PLANE_PIXELS = 512  # of a group of output rows
+SHIFTED_PIXELS = 1280  # of a group of images
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class TileSpec:
     """
 
     conv: ConvSpec
+    pixel: int = 0  # channels of a pixel where the image is bf16 rows already, zeros behind the last channel
 
     @property
     def direct(self) -> bool:
@@ -26,6 +31,8 @@ class TileSpec:
     @property
     def channels(self) -> int:
         """Channels of a pixel in the bf16 image: whole tile rows where they are read directly."""
+        if self.pixel:
+            return self.pixel
         return round_up(self.conv.x.C, DEPTH) if self.direct else self.conv.x.C
 
     @property
@@ -69,15 +76,17 @@ class TileSpec:
 
     @property
     def image_bytes(self) -> int:
-        """The bf16 image, with what tiles read behind it."""
+        """The bf16 image, with what tiles read behind it; none where it lies in planes, which are bf16 already."""
         conv = self.conv
+        if conv.x.planar or self.pixel:
+            return 0
         behind = (BLOCK * conv.window.stride_w + conv.window.stride_h * conv.x.columns + DEPTH) * self.channels
         return round_up(BF16 * (conv.x.rows * conv.x.columns * self.channels + behind), 64)
 
     @property
     def gathered_bytes(self) -> int:
-        """Columns of a group."""
-        return 0 if self.direct else round_up(BF16 * self.pixels * self.depth, 64)
+        """Columns of a group, and room for those of 16 pixels behind."""
+        return 0 if self.direct else round_up(BF16 * (self.pixels + DEPTH // 2) * self.depth, 64)
 
     @property
     def result_bytes(self) -> int:
@@ -101,6 +110,16 @@ class TileBackSpec:
     def gather(self) -> "TileSpec":
         """How x is gathered for dw: always as columns, without the pool's rows."""
         return GatherSpec(replace(self.conv, pool=(1, 1)))
+
+    @property
+    def depth(self) -> int:
+        """Numbers of a filter's gradient."""
+        return self.gather.depth
+
+    @property
+    def channels(self) -> int:
+        """Channels of a tap in it."""
+        return self.conv.x.C
 
     @property
     def inputs(self) -> TileSpec:
@@ -139,3 +158,196 @@ class GatherSpec(TileSpec):
     def direct(self) -> bool:
         """Never."""
         return False
+
+
+@dataclass(frozen=True)
+class ShiftedBackSpec:
+    """The backward pass with stride 1: pixels of x and dy are counted alike, along the rows of x's frame.
+
+    A tap is then a constant distance: dw needs no gathered columns, and dy in these rows, zeros around, is the frame
+    that dx is computed of. Images of a group lie one behind another.
+    """
+
+    conv: ConvSpec
+    accumulate: bool = True
+
+    @property
+    def channels(self) -> int:
+        """Channels of x in whole tiles."""
+        return round_up(self.conv.x.C, BLOCK // 2)
+
+    @property
+    def depth(self) -> int:
+        """Numbers of a filter's gradient."""
+        return self.conv.window.R * self.conv.window.S * self.channels
+
+    @property
+    def wide(self) -> int:
+        """Channels of dy in whole tile rows."""
+        return round_up(self.conv.K, DEPTH)
+
+    @property
+    def part(self) -> int:
+        """Elements of a chunk's dw: (filters, depth)."""
+        return round_up(self.conv.K, BLOCK // 2) * self.depth
+
+    @property
+    def spacing(self) -> int:
+        """Pixels from an image to the next: its frame, an even number."""
+        return round_up(self.conv.x.rows * self.conv.x.columns, 2)
+
+    @property
+    def images(self) -> int:
+        """Images of a group."""
+        return max(1, min(self.conv.images, SHIFTED_PIXELS // self.spacing))
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a group, in whole steps."""
+        return round_up(self.images * self.spacing, DEPTH)
+
+    @property
+    def corner(self) -> int:
+        """Where in x the first tap of the first output lies."""
+        x, window = self.conv.x, self.conv.window
+        return x.origin // x.C - window.top * x.columns - window.left
+
+    @property
+    def reach(self) -> int:
+        """The pixel of x that the last tap of the first output reads."""
+        x, window = self.conv.x, self.conv.window
+        return self.corner + (window.R - 1) * window.dilation_h * x.columns + (window.S - 1) * window.dilation_w
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of pixels of x in the buffer, what the last step reads behind included."""
+        return (self.pixels + self.reach) // 2 + 1
+
+    @property
+    def copies(self) -> int:
+        """Copies of x: pairs from even pixels on, and from odd ones where a tap begins at an odd pixel."""
+        window, x = self.conv.window, self.conv.x
+        odd = {
+            (self.corner + r * window.dilation_h * x.columns + s * window.dilation_w) % 2
+            for r in range(window.R)
+            for s in range(window.S)
+        }
+        return 2 if 1 in odd else 1
+
+    @property
+    def inputs(self) -> TileSpec:
+        """The convolution that makes dx of dy: stride 1, turned filters, dy in rows as they lie."""
+        conv, x, window = self.conv, self.conv.x, self.conv.window
+        top = window.dilation_h * (window.R - 1) - window.top
+        left = window.dilation_w * (window.S - 1) - window.left
+        turned_window = replace(window, top=top, left=left)
+        source = Frame(conv.K, conv.P, conv.Q, x.rows, x.columns, 0)
+        target = Frame(x.C, x.H, x.W, x.H, x.W, 0)
+        back = replace(turned(conv), x=source, y=target, window=turned_window, images=self.images)
+        return TileSpec(back, pixel=self.wide)
+
+    @property
+    def lead(self) -> int:
+        """Pixels of zeros before dy: what the turned filters read there."""
+        window = self.inputs.conv.window
+        return max(0, window.top * self.conv.x.columns + window.left)
+
+    @property
+    def slopes_bytes(self) -> int:
+        """Dy as bf16 rows, zeros before and behind."""
+        inputs = self.inputs
+        behind = (window_reach(inputs.conv) + BLOCK * 2 + inputs.pixels) * self.wide
+        return round_up(BF16 * ((self.lead + self.pixels) * self.wide + behind), 64)
+
+    @property
+    def pairs_bytes(self) -> int:
+        """One copy of x in pairs."""
+        return 2 * BF16 * self.pairs * self.channels
+
+    @property
+    def turned_bytes(self) -> int:
+        """Dy turned: (steps, wide, 32 pixels)."""
+        return BF16 * self.wide * self.pixels
+
+    @property
+    def scratch(self) -> int:
+        """Bytes for each thread."""
+        inputs = self.inputs
+        products = inputs.gathered_bytes + inputs.result_bytes if self.conv.wants_dx else 0
+        return self.slopes_bytes + self.copies * self.pairs_bytes + self.turned_bytes + products
+
+
+def window_reach(conv: ConvSpec) -> int:
+    """Pixels from the first tap of a window to its last."""
+    window = conv.window
+    return (window.R - 1) * window.dilation_h * conv.x.columns + (window.S - 1) * window.dilation_w
+
+
+def backward_spec(conv: ConvSpec, accumulate: bool = True) -> "PlaneBackSpec | ShiftedBackSpec | TileBackSpec":
+    """Which way back: by what the images are like, and the stride."""
+    if conv.x.planar:
+        return PlaneBackSpec(conv, accumulate)
+    if (conv.window.stride_h, conv.window.stride_w) == (1, 1):
+        return ShiftedBackSpec(conv, accumulate)
+    return TileBackSpec(conv, accumulate)
+
+
+@dataclass(frozen=True)
+class PlaneBackSpec:
+    """The gradient of the filters of a convolution that reads planes; nobody wants the gradient of images.
+
+    Pixels are counted along the rows of the frame, gap included: a tap is then one and the same distance everywhere.
+    """
+
+    conv: ConvSpec
+    accumulate: bool = True
+
+    @property
+    def depth(self) -> int:
+        """Taps of all channels, in whole blocks."""
+        window = self.conv.window
+        return round_up(window.R * window.S * self.conv.x.C, BLOCK)
+
+    @property
+    def wide(self) -> int:
+        """Filters in whole blocks."""
+        return round_up(self.conv.K, BLOCK)
+
+    @property
+    def rows(self) -> int:
+        """Output rows that get a gradient: whole pools."""
+        return self.conv.P // self.conv.pool[0] * self.conv.pool[0]
+
+    @property
+    def group_rows(self) -> int:
+        """Output rows taken together: whole pools, about as many pixels as the L1 cache has room for."""
+        pool = self.conv.pool[0]
+        return min(self.rows, max(1, PLANE_PIXELS // self.conv.x.columns // pool) * pool)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a group, in whole steps of the product."""
+        return round_up(self.group_rows * self.conv.x.columns, DEPTH)
+
+    @property
+    def part(self) -> int:
+        """Elements of a chunk's dw: (depth, wide)."""
+        return self.depth * self.wide
+
+    @property
+    def shifted_bytes(self) -> int:
+        """One run of pixels for each tap."""
+        return BF16 * self.depth * self.pixels
+
+    @property
+    def scratch(self) -> int:
+        """Bytes for each thread: runs of pixels, and the slopes of a group."""
+        return self.shifted_bytes + BF16 * self.wide * self.pixels
+
+
+def input_gradient(conv: ConvSpec) -> TileSpec:
+    """The convolution that makes dx."""
+    back = backward_spec(conv)
+    if isinstance(back, PlaneBackSpec):
+        raise EngineError("images in planes have no gradient; this is a mistake in the plan")
+    return back.inputs

@@ -21,8 +21,9 @@ from numba import njit
 from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import bf16_of_float32, to_bf16
 from convolt.engines.jit.epilogue import MaxOf, max_of
+from convolt.engines.jit.kernels.planes import columns_of_planes
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, Frame, PackSpec
-from convolt.engines.jit.kernels.tile_specs import TileBackSpec, TileSpec
+from convolt.engines.jit.kernels.tile_specs import TileSpec, input_gradient
 from convolt.engines.jit.memory import copy, view
 
 LANES = 16  # AMX comes with AVX-512
@@ -56,7 +57,7 @@ def pack(spec: PackSpec) -> Callable[..., None]:
 
     Turned, a block is of input channels and taps are in reverse.
     """
-    tiles = TileBackSpec(spec.conv).inputs if spec.turned else TileSpec(spec.conv)
+    tiles = input_gradient(spec.conv) if spec.turned else TileSpec(spec.conv)
     conv = tiles.conv
     R, S, K, C, channels, depth = conv.window.R, conv.window.S, conv.K, conv.x.C, tiles.channels, tiles.depth
     back = spec.turned
@@ -86,8 +87,9 @@ def pack(spec: PackSpec) -> Callable[..., None]:
 def conv_forward(spec: TileSpec) -> Callable[..., None]:
     """``y = pool(act(w * x + b))``; arguments: state, x, packed filters, bias, y, codes, scratch."""
     conv = spec.conv
-    load, gather, multiply = load_image(conv.x, spec), gather_rows(spec), multiply_group(spec)
-    shape = configure(product(spec))
+    planar = conv.x.planar
+    load, multiply, shape = load_image(conv.x, spec), multiply_group(spec), configure(product(spec))
+    gather = columns_of_planes(spec) if planar else gather_rows(spec)
     whole, rest = divmod(conv.K, BLOCK)
     full, tail = finish_group(spec, BLOCK), finish_group(spec, rest or BLOCK)
     images, together, rows_together, P = conv.images, spec.group_images, spec.group_rows, conv.P
@@ -105,12 +107,14 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
         shape()
         for first in range(chunk * images, last, together):
             end = min(first + together, last)
-            for image in range(first, end):
-                load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
+            if not planar:
+                for image in range(first, end):
+                    load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
             for p in range(0, P, rows_together):
                 if not direct:
                     for image in range(first, end):
-                        gather(own + (image - first) * image_bytes, columns, p, image - first)
+                        place = arguments[1] + BF16 * image * x_size if planar else own + (image - first) * image_bytes
+                        gather(place, columns, p, image - first)
                 for block in range(whole + (1 if rest else 0)):
                     filters = arguments[2] + block * filters_bytes
                     multiply(own, columns, filters, result, p, end - first)

@@ -16,8 +16,8 @@ from numba import njit
 from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import Pairs, pack_pairs
 from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT
-from convolt.engines.jit.kernels.tile_specs import TileBackSpec
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec
+from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec, TileBackSpec
 from convolt.engines.jit.kernels.tiles import (
     LANES,
     TILE_ELEMENTS,
@@ -38,7 +38,11 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     whole blocks, depth), with depth in order r, s, c.
     """
     conv, gather = spec.conv, spec.gather
-    load, collect, slopes = load_image(conv.x, gather), gather_rows(gather), _slopes(spec)
+    load, collect, slopes = (
+        load_image(conv.x, gather),
+        gather_rows(gather),
+        slope_rows(conv, spec.slopes_columns, conv.Q),
+    )
     weights, inputs = _weight_gradient(spec), _input_gradient(spec)
     images, together, rows_together, P, Q, K = (
         conv.images,
@@ -90,13 +94,13 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     return kernel
 
 
-def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int], None]:
-    """The gradient of the convolution's output as bf16 rows (pixels, K in blocks), and db."""
-    conv, y, wide = spec.conv, spec.conv.y, spec.slopes_columns
+def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int, int], None]:
+    """The gradient of the output as bf16 rows of ``wide`` channels, ``pitch`` pixels a row, and db."""
+    y = conv.y
     pool_h, pool_w = conv.pool
     K, P, Q = conv.K, conv.P, conv.Q
     PP, QQ = P // pool_h, Q // pool_w
-    taps = tuple((i * Q + j) * wide for i in range(pool_h) for j in range(pool_w))
+    taps = tuple((i * pitch + j) * wide for i in range(pool_h) for j in range(pool_w))
     spread = unpool(Unpool(K, taps, DEAD, LANES, True, conv.bias))
     let_through = through(Through(K, conv.slope, LANES, True, conv.bias))
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
@@ -106,7 +110,7 @@ def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int], None]:
         for p in range(PP):
             first = (image * PP + p) * QQ * K
             for q in range(QQ):
-                place = target + BF16 * (p * pool_h * Q + q * pool_w) * wide
+                place = target + BF16 * (p * pool_h * pitch + q * pool_w) * wide
                 spread(arguments[3] + FLOAT * (first + q * K), arguments[5] + first + q * K, place, db)
 
     @njit
@@ -115,7 +119,7 @@ def _slopes(spec: TileBackSpec) -> Callable[[Any, int, int, int], None]:
             dy = arguments[3] + FLOAT * (image * P + p) * Q * K
             output = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch)
             for q in range(Q):
-                place = target + BF16 * (p * Q + q) * wide
+                place = target + BF16 * (p * pitch + q) * wide
                 let_through(dy + FLOAT * q * K, output + FLOAT * q * K, place, db)
 
     return pooled_slopes if conv.pool != (1, 1) else plain_slopes
@@ -213,18 +217,10 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int], N
     return inputs
 
 
-def reduce_parts(spec: TileBackSpec) -> Callable[..., None]:
+def reduce_parts(spec: TileBackSpec | ShiftedBackSpec) -> Callable[..., None]:
     """``dw (+)= sum of parts``; arguments: state, parts, dw (K, C, R, S), db parts, db. A chunk is 16 filters."""
-    conv, gather = spec.conv, spec.gather
-    K, C, R, S, images, depth, part = (
-        conv.K,
-        conv.x.C,
-        conv.window.R,
-        conv.window.S,
-        conv.images,
-        gather.depth,
-        spec.part,
-    )
+    conv, depth, channels, part = spec.conv, spec.depth, spec.channels, spec.part
+    K, C, R, S, images = conv.K, conv.x.C, conv.window.R, conv.window.S, conv.images
     bias, accumulate = conv.bias, spec.accumulate
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -240,7 +236,7 @@ def reduce_parts(spec: TileBackSpec) -> Callable[..., None]:
             for c in range(C):
                 for r in range(R):
                     for s in range(S):
-                        value = total[(r * S + s) * C + c]
+                        value = total[(r * S + s) * channels + c]
                         dw[k, c, r, s] = dw[k, c, r, s] + value if accumulate else value
             if bias:
                 db = view(arguments[4], (K,), np.float32)

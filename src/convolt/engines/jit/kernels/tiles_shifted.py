@@ -1,0 +1,206 @@
+"""The backward pass of a convolution with stride 1 on AMX tiles: nothing is gathered.
+
+Pixels of x and of dy are counted alike, along the rows of x's frame, and images of a group one behind another. A tap of
+the filter is then one and the same distance between the two everywhere:
+
+    dw[k, tap, c] = sum over pixels of dy[pixel, k] x[pixel + tap, c]
+
+Tile rows must begin on a line of the cache. dy, the left operand, is transposed and stays where it is; x, the right
+one, is paired (two neighbors in the sum side by side), so a row of it is a pair of pixels, and a tap an even number of
+pixels further is another row. For the odd taps x is paired once more, from the second pixel on. Between rows and
+between images dy is zero: what x holds there counts for nothing. The same zeros are the border that the turned filters
+want, so dx is a convolution of dy as it lies.
+
+Parts of dw, one a chunk, are added in chunk order.
+
+Cost: 2 K C R S FLOPs for each pixel of the frame, once for dw, and for each input pixel, once for dx; bytes, beside x
+and dy: x twice as bf16 and dy twice, written once and read C / 32 or K / 32 times within the L2 cache.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from convolt.engines.jit.amx import AmxGemm, amx, configure, release
+from convolt.engines.jit.bf16 import Pairs, pack_pairs
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT
+from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec
+from convolt.engines.jit.kernels.tiles import LANES, finish_group, gather_rows, multiply_group, product
+from convolt.engines.jit.kernels.tiles_backward import slope_rows
+from convolt.engines.jit.memory import view
+from convolt.engines.jit.transpose import Transpose, transpose
+
+TILE = 16
+PAIR = 2 * TILE  # elements of 16 channels of two pixels
+
+
+def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
+    """dx, and this chunk's part of dw and db.
+
+    Arguments: state, x, turned filters, dy, y, codes, dx, dw parts, db parts, scratch. Parts are (chunks, filters in
+    whole tiles, depth), with depth in order r, s, c.
+    """
+    conv = spec.conv
+    pair, slopes = _pairs(spec), slope_rows(conv, spec.wide, conv.x.columns)
+    weights, inputs = _weight_gradient(spec), _input_gradient(spec)
+    images, together, inputs_together = conv.images, spec.images, spec.inputs.group_images
+    K, bias, wants_dx, part, scratch = conv.K, conv.bias, conv.wants_dx, spec.part, spec.scratch
+    lead_bytes, slopes_bytes, x_size = BF16 * spec.lead * spec.wide, spec.slopes_bytes, conv.x.size
+    image_bytes, pairs_bytes = BF16 * spec.spacing * spec.wide, spec.copies * spec.pairs_bytes
+    turned_bytes, bare = spec.turned_bytes, conv.x.H * conv.x.W * conv.x.C
+    image_pairs, wide, spacing = 2 * BF16 * TILE * spec.spacing // 2, spec.wide, spec.spacing
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        own = arguments[9] + thread * scratch
+        dy = own + lead_bytes
+        pairs = own + slopes_bytes
+        turned = pairs + pairs_bytes
+        rest = turned + turned_bytes
+        view(own, (slopes_bytes + pairs_bytes,), np.uint8)[:] = np.uint8(0)
+        dw, db = arguments[7] + FLOAT * chunk * part, arguments[8] + FLOAT * chunk * K
+        if bias:
+            view(db, (K,), np.float32)[:] = np.float32(0)
+        last = min((chunk + 1) * images, count)
+        for first in range(chunk * images, last, together):
+            end = min(first + together, last)
+            for image in range(first, end):
+                pair(arguments[1] + FLOAT * image * x_size, pairs + (image - first) * image_pairs)
+                slopes(arguments, image, dy + (image - first) * image_bytes, db)
+            if end - first < together:  # what the group before left behind the last image counts for nothing
+                view(dy + (end - first) * image_bytes, (DEPTH * wide,), np.uint16)[:] = np.uint16(0)
+            weights(dy, turned, pairs, dw, (end - first) * spacing, first == chunk * images)
+            if wants_dx:
+                for image in range(first, end, inputs_together):
+                    inputs(
+                        dy + (image - first) * image_bytes,
+                        arguments[2],
+                        arguments[6] + FLOAT * image * bare,
+                        rest,
+                        min(inputs_together, end - image),
+                    )
+        if chunk * images >= last:
+            view(dw, (part,), np.float32)[:] = np.float32(0)
+
+    return kernel
+
+
+def _pairs(spec: ShiftedBackSpec) -> Callable[[int, int], None]:
+    """An image's frame in pairs of pixels, from the first pixel on and from the second: ``pair(x, pairs)``."""
+    x, plane, copy_bytes, copies = spec.conv.x, spec.pairs * PAIR, spec.pairs_bytes, spec.copies
+    pixels, C = x.rows * x.columns, x.C
+    even = pack_pairs(Pairs(pixels, C, C, PAIR, plane, "fp32", True))
+    odd = pack_pairs(Pairs(pixels - 1, C, C, PAIR, plane, "fp32", True))
+
+    @njit
+    def pair(image: int, pairs: int) -> None:
+        even(image, pairs)
+        if copies == 2:
+            odd(image + FLOAT * C, pairs + copy_bytes)
+
+    return pair
+
+
+def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
+    """``dw (+)= dy^T x`` of a group: ``weights(dy, turned, pairs, dw, pixels, whether this group is the first)``."""
+    depth, channels, wide, plane = spec.depth, spec.channels, spec.wide, spec.pairs * PAIR
+    filters = -(-spec.conv.K // TILE) * TILE
+    # For each 32 pixels, rows of 64 bytes one behind another: to the memory a block's tiles are two runs.
+    turn = transpose(Transpose(DEPTH, wide, wide, DEPTH, LANES, "bf16", "bf16", True))
+    main, bottom = _tap_products(spec, BLOCK), _tap_products(spec, TILE)
+
+    @njit
+    def weights(dy: int, turned: int, pairs: int, dw: int, pixels: int, first: bool) -> None:
+        steps = (pixels + DEPTH - 1) // DEPTH
+        for i in range(steps):
+            turn(dy + BF16 * i * DEPTH * wide, turned + BF16 * i * DEPTH * wide)
+        if first:
+            view(dw, (filters * depth,), np.float32)[:] = np.float32(0)
+        for c in range(0, channels, BLOCK):
+            for k in range(0, filters, BLOCK):
+                left, place = turned + BF16 * k * DEPTH, dw + FLOAT * (k * depth + c)
+                right = pairs + BF16 * c // TILE * plane
+                if k + BLOCK <= filters:
+                    main(left, right, place, steps, c + BLOCK <= channels)
+                else:
+                    bottom(left, right, place, steps, c + BLOCK <= channels)
+        release()
+
+    return weights
+
+
+def _tap_products(spec: ShiftedBackSpec, rows: int) -> Callable[[int, int, int, int, bool], None]:
+    """The products of a block of filters with 32 or 16 channels of every tap: ``run(dy, x, dw, steps, wide)``."""
+    conv, window, depth, channels = spec.conv, spec.conv.window, spec.depth, spec.channels
+    shapes = [
+        AmxGemm(
+            rows=rows,
+            columns=columns,
+            step=DEPTH,
+            steps=1,
+            a_row=DEPTH,
+            a_step=0,
+            a_segment=DEPTH * spec.wide,
+            b_step=0,
+            b_tile=spec.pairs * PAIR,
+            b_segment=DEPTH // 2 * PAIR,
+            c_row=depth,
+            start="load",
+        )
+        for columns in (BLOCK, TILE)
+    ]
+    (begin, begin_edge), (block, edge) = map(configure, shapes), map(amx, shapes)
+    R, S, pitch, corner, copy_bytes = window.R, window.S, conv.x.columns, spec.corner, spec.pairs_bytes
+    dilation_h, dilation_w = window.dilation_h, window.dilation_w
+
+    @njit
+    def run(left: int, right: int, dw: int, steps: int, whole: bool) -> None:
+        if whole:
+            begin()
+        else:
+            begin_edge()
+        for r in range(R):
+            for s in range(S):
+                pixel = corner + r * dilation_h * pitch + s * dilation_w
+                source = right + pixel % 2 * copy_bytes + BF16 * (pixel // 2) * PAIR
+                target = dw + FLOAT * (r * S + s) * channels
+                if whole:
+                    block(left, source, target, 0, steps)
+                else:
+                    edge(left, source, target, 0, steps)
+
+    return run
+
+
+def _input_gradient(spec: ShiftedBackSpec) -> Callable[[int, int, int, int, int], None]:
+    """``dx`` of some images, a convolution of dy as it lies: ``inputs(dy, filters, dx, scratch, images)``."""
+    tiles = spec.inputs
+    conv = tiles.conv
+    gather, multiply, begin = gather_rows(tiles), multiply_group(tiles), configure(product(tiles))
+    whole, rest = divmod(conv.K, BLOCK)
+    full, tail = finish_group(tiles, BLOCK), finish_group(tiles, rest or BLOCK)
+    rows_together, H, direct = tiles.group_rows, conv.P, tiles.direct
+    image_bytes, filters_bytes = BF16 * spec.spacing * spec.wide, BF16 * tiles.depth * BLOCK
+    gathered_bytes = tiles.gathered_bytes
+
+    @njit
+    def inputs(dy: int, filters: int, dx: int, scratch: int, images: int) -> None:
+        result = scratch + gathered_bytes
+        arguments = (0, 0, 0, 0, dx, 0)
+        begin()
+        for h in range(0, H, rows_together):
+            if not direct:
+                for image in range(images):
+                    gather(dy + image * image_bytes, scratch, h, image)
+            for block in range(whole + (1 if rest else 0)):
+                multiply(dy, scratch, filters + block * filters_bytes, result, h, images)
+                for image in range(images):
+                    if block < whole:
+                        full(arguments, result, image, image, h, block * BLOCK)
+                    else:
+                        tail(arguments, result, image, image, h, block * BLOCK)
+        release()
+
+    return inputs

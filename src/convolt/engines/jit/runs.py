@@ -1,0 +1,103 @@
+"""Planes of pixels as operands of tile products: runs of a plane, one for each tap, and their transpose.
+
+A tap of a filter is a constant distance between pixels, so both are loads at constant offsets from one address. In
+LLVM IR because a tap's loads and stores are a handful of instructions, and there are a few hundred for 16 pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from convolt.engines.jit.vectors import I16, I32, I64, Floats, carried_loop, transposed
+
+LANES = 16
+DEPTH = 32  # numbers of a tile row
+
+
+@dataclass(frozen=True)
+class Columns:
+    """16 pixels in a row and all ``taps`` (distances in pixels) as rows of ``depth`` bf16 numbers, zero behind."""
+
+    taps: tuple[int, ...]
+    depth: int
+
+
+def columns(spec: Columns) -> Any:
+    """A function for kernels: ``kernel(pixels, target)``, addresses; the rows lie one behind another.
+
+    Cost: 32 loads, 64 shuffles and 16 stores for each 32 taps.
+    """
+
+    @intrinsic
+    def kernel(typingctx: Any, pixels: Any, target: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, LANES)
+            source, rows = (builder.inttoptr(address, I16.as_pointer()) for address in args)
+            kind = ir.VectorType(I32, LANES)
+            zero, sixteen = ir.Constant(kind, None), ir.Constant(kind, [I32(16)] * LANES)
+
+            def tap(number: int) -> Any:
+                if number >= len(spec.taps):
+                    return zero
+                return builder.zext(floats.load_as(I16, floats.at(source, spec.taps[number]), LANES), kind)
+
+            for start in range(0, spec.depth, DEPTH):
+                pairs = [
+                    builder.or_(tap(number), builder.shl(tap(number + 1), sixteen))
+                    for number in range(start, start + DEPTH, 2)
+                ]
+                for pixel, row in enumerate(transposed(builder, pairs)):
+                    floats.store(row, floats.at(rows, pixel * spec.depth + start))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class Runs:
+    """``used`` pixels from each of the ``taps`` on, followed by zeros up to ``length``; a run every ``row`` numbers."""
+
+    taps: tuple[int, ...]
+    used: int
+    length: int
+    row: int
+
+
+def runs(spec: Runs) -> Any:
+    """A function for kernels: ``kernel(pixels, target)``, addresses of bf16."""
+
+    @intrinsic
+    def kernel(typingctx: Any, pixels: Any, target: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            vectors = Floats(builder, DEPTH)  # of bf16: 64 bytes
+            source, rows = (builder.inttoptr(address, I16.as_pointer()) for address in args)
+            whole, rest = divmod(spec.used, DEPTH)
+            zero = ir.Constant(ir.VectorType(I16, DEPTH), None)
+
+            def step(i: Any, nothing: list[Any]) -> list[Any]:
+                offset = builder.mul(i, I64(DEPTH))
+                place, run = builder.gep(source, [offset]), builder.gep(rows, [offset])
+                for number, tap in enumerate(spec.taps):
+                    value = vectors.load_as(I16, vectors.at(place, tap), DEPTH)
+                    vectors.store(value, vectors.at(run, number * spec.row))
+                return []
+
+            carried_loop(builder, I64(whole), [], step)
+            for number, tap in enumerate(spec.taps):
+                behind = whole * DEPTH
+                if rest:
+                    value = vectors.load_as(I16, vectors.at(source, tap + behind), rest)
+                    vectors.store(value, vectors.at(rows, number * spec.row + behind))
+                    behind += DEPTH
+                for place in range(behind, spec.length, DEPTH):
+                    vectors.store(zero, vectors.at(rows, number * spec.row + place))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return kernel
