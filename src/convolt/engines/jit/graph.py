@@ -2,7 +2,8 @@
 
 Residual branches become plain operations, so the planner sees one straight list. A fusion is a run of operations whose
 inner tensors nobody else reads: an activation joins the convolution, BatchNorm or dense layer before it, a max-pool
-joins a convolution with its activation. Tensors are NHWC inside this engine; ``border`` is the zero frame that the
+joins a convolution or BatchNorm with its activation, and the sum at the end of a residual block joins the BatchNorm
+before it. Tensors are NHWC inside this engine; ``border`` is the zero frame that the
 convolutions reading a tensor want around each image, so that no kernel checks bounds.
 """
 
@@ -74,7 +75,8 @@ class Tensor:
 class Operation:
     """One or more layers computed together. ``kind`` is the first layer's class name, or "Add" for a residual sum.
 
-    names: of the layers, such as "3.body.0". activation, pool: what has been fused behind.
+    names: of the layers, such as "3.body.0". activation, pool: what has been fused behind. A BatchNorm may have a second
+    input that is added to what comes of the first, with an activation of the sum, ``outer``.
     """
 
     kind: str
@@ -84,6 +86,12 @@ class Operation:
     output: Tensor
     activation: Layer | None = None
     pool: MaxPool2d | None = None
+    outer: Layer | None = None
+
+    @property
+    def adds(self) -> bool:
+        """Whether it is a BatchNorm with a residual sum behind it."""
+        return self.kind == "BatchNorm2d" and len(self.inputs) == 2
 
     @property
     def has_parameters(self) -> bool:
@@ -93,14 +101,19 @@ class Operation:
     @property
     def slope(self) -> float:
         """Of the fused activation where it is negative: 1 without one."""
-        if isinstance(self.activation, LeakyReLU):
-            return self.activation.negative_slope
-        return 1.0 if self.activation is None else 0.0
+        return _slope(self.activation)
+
+    @property
+    def outer_slope(self) -> float:
+        """The same of the activation behind the sum."""
+        return _slope(self.outer)
 
     @property
     def label(self) -> str:
-        """For ``explain`` and profiles: ``0-2 Conv2d+ReLU+MaxPool2d``."""
+        """For ``explain`` and profiles: ``0-2 Conv2d+ReLU+MaxPool2d``, ``3-7 BatchNorm2d+Add+ReLU``."""
         parts = [self.kind, *(type(layer).__name__ for layer in (self.activation, self.pool) if layer is not None)]
+        if self.adds:
+            parts += ["Add", *([] if self.outer is None else [type(self.outer).__name__])]
         where = self.names[0] if len(self.names) == 1 else f"{self.names[0]}-{self.names[-1]}"
         return f"{where} {'+'.join(parts)}"
 
@@ -145,37 +158,60 @@ def _append(layers: tuple[Layer, ...], tensor: Tensor, found: list[Operation], p
     return tensor
 
 
+def _slope(activation: Layer | None) -> float:
+    if isinstance(activation, LeakyReLU):
+        return activation.negative_slope
+    return 1.0 if activation is None else 0.0
+
+
 def _fuse(found: Iterable[Operation]) -> list[Operation]:
     fused: list[Operation] = []
     by_output: dict[Tensor, Operation] = {}
     for operation in found:
-        before = by_output.get(operation.inputs[0])
-        alone = before is not None and len(operation.inputs) == 1 and operation.inputs[0].readers == [operation]
-        if before is not None and alone and _joins(before, operation):
-            if isinstance(operation.layer, MaxPool2d):
-                before.pool = operation.layer
-            else:
-                before.activation = operation.layer
-            before.names += operation.names
-            before.output = operation.output
-            by_output[operation.output] = before
+        before = _sum_before(fused, operation) if operation.kind == "Add" else by_output.get(operation.inputs[0])
+        if before is None or before.output.readers != [operation] or not _joins(before, operation):
+            fused.append(operation)
+            by_output[operation.output] = operation
             continue
-        fused.append(operation)
-        by_output[operation.output] = operation
+        if operation.kind == "Add":
+            (other,) = (tensor for tensor in operation.inputs if tensor is not before.output)
+            other.readers[other.readers.index(operation)] = before
+            before.inputs += (other,)
+        elif isinstance(operation.layer, MaxPool2d):
+            before.pool = operation.layer
+        elif before.adds:
+            before.outer = operation.layer
+        else:
+            before.activation = operation.layer
+        before.names += operation.names
+        before.output = operation.output
+        by_output[operation.output] = before
     return fused
 
 
+def _sum_before(fused: list[Operation], operation: Operation) -> Operation | None:
+    """The last operation, if it makes one of the two tensors of a sum: the other one is there already."""
+    return fused[-1] if fused and fused[-1].output in operation.inputs else None
+
+
 def _joins(before: Operation, operation: Operation) -> bool:
-    if before.pool is not None:
+    if before.pool is not None or before.outer is not None:
         return False
+    if operation.kind == "Add":
+        return before.kind == "BatchNorm2d" and not before.adds
     if isinstance(operation.layer, ReLU | LeakyReLU):
         # Their gradients follow from the sign of the output: nothing else has to be kept.
         positive = not isinstance(operation.layer, LeakyReLU) or operation.layer.negative_slope > 0
-        return before.activation is None and before.kind in ("Conv2d", "BatchNorm2d", "Dense", "Add") and positive
+        fits = before.kind in ("Conv2d", "BatchNorm2d", "Dense", "Add")
+        return fits and (before.activation is None or before.adds) and positive
     if isinstance(operation.layer, MaxPool2d):
         window = operation.layer.geometry
         disjoint = window.kernel == window.stride and operation.layer.padding == (0, 0)
         monotone = before.activation is None or isinstance(before.activation, ReLU)
         few = math.prod(window.kernel) < 255  # its taps are numbered in a byte, and one number means a dead ReLU
+        if before.kind == "BatchNorm2d":  # it has a gradient beside the windows too
+            _, H, W = operation.inputs[0].shape
+            covered = H % window.kernel[0] == 0 and W % window.kernel[1] == 0
+            return disjoint and covered and monotone and few and not before.adds
         return before.kind == "Conv2d" and disjoint and monotone and few
     return False

@@ -5,6 +5,7 @@ ones. The backward tasks are made later, from the last operation to the first: w
 depends on who wrote before.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
@@ -44,39 +45,73 @@ def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normali
 
 
 def batch_norm(plan: Plan, operation: Operation) -> Served:
-    """BatchNorm with activation: sums, fold, apply; and back."""
+    """BatchNorm with what is fused behind it: sums, fold, apply; and back."""
     layer, source, target = cast(BatchNorm2d, operation.layer), operation.inputs[0], operation.output
-    label, name, C = operation.label, operation.names[0], layer.num_features
-    spec = NormSpec(Frame.of(source), Frame.of(target), layer.eps, layer.affine, operation.slope, plan.images)
-    sums = plan.address("sums", plan.chunks * 2 * C, np.float64)
-    constants = plan.address(f"constants {name}", 4 * C)
+    label, name = operation.label, operation.names[0]
+    spec = norm_spec(plan, operation)
+    sums = plan.address("sums", plan.chunks * 3 * spec.columns, np.float64)
+    constants = plan.address(f"constants {name}", 4 * spec.columns)
     momentum = int(np.float64(layer.momentum).view(np.int64))
     weight, bias = (plan.parameter(operation, key) if layer.affine else 0 for key in ("weight", "bias"))
     running = (plan.statistic(operation, "running_mean"), plan.statistic(operation, "running_var"))
     folding = (sums, weight, bias, *running, momentum, constants)
-    apply = plan.by_image(label, "normalization:normalize", spec, plan.value(source), constants, plan.value(target))
+    skip = operation.inputs[1] if operation.adds else None
+    pooled = spec.pool != (1, 1)
+    codes = plan.address(f"codes {name}", plan.capacity * math.prod(target.shape), np.uint8) if pooled else 0
+    applied = (plan.value(source), constants, plan.value(target), 0 if skip is None else plan.value(skip), codes)
+    apply = plan.by_image(label, "normalization:normalize", spec, *applied)
     if not plan.training:
         return [plan.whole(f"{label} fold", "normalization:fold_running", spec, 1, *folding), apply], list
     forward = [
-        plan.by_image(f"{label} statistics", "normalization:statistics", spec, plan.value(source), sums),
-        plan.whole(f"{label} fold", "normalization:fold", spec, 1, *folding),
+        plan.by_image(f"{label} statistics", "normalization:statistics", _bare(spec), plan.value(source), sums),
+        plan.whole(f"{label} fold", "normalization:fold", _bare(spec), 1, *folding),
         apply,
     ]
 
     def backward() -> Tasks:
-        back = replace(spec, add=plan.begin_slope(source), accumulate=plan.accumulate)
-        means = plan.address("means of slopes", 2 * C)
+        wants_skip = skip is not None and skip in plan.learning
+        dskip = plan.slope(skip) if skip is not None and wants_skip else 0
+        back = replace(
+            spec,
+            add=plan.begin_slope(source),
+            adds_skip=skip is not None and wants_skip and plan.begin_slope(skip),
+            wants_skip=wants_skip,
+        )
+        terms = plan.address("terms of dx", 2 * spec.columns)
         dweight, dbias = (
             plan.parameter(operation, key, gradient=True) if layer.affine else 0 for key in ("weight", "bias")
         )
-        x, y, dy, dx = plan.value(source), plan.value(target), plan.slope(target), plan.slope(source)
+        seen = (plan.value(source), plan.value(target), plan.slope(target), codes, constants)
+        folded, written = replace(_bare(spec), accumulate=plan.accumulate), (plan.slope(source), dskip)
         return [
-            plan.by_image(f"{label} slopes", "normalization:slopes", spec, x, y, dy, constants, sums),
-            plan.whole(f"{label} fold", "normalization:fold_slopes", back, 1, sums, dweight, dbias, means),
-            plan.by_image(f"{label} backward", "normalization:normalize_backward", back, x, dy, constants, means, dx),
+            plan.by_image(f"{label} slopes", "normalization:slopes", spec, *seen, sums),
+            plan.whole(f"{label} fold", "normalization:fold_slopes", folded, 1, sums, dweight, dbias, constants, terms),
+            plan.by_image(f"{label} backward", "normalization:normalize_backward", back, *seen, terms, *written),
         ]
 
     return forward, backward
+
+
+def norm_spec(plan: Plan, operation: Operation) -> NormSpec:
+    """What BatchNorm's kernels are compiled for."""
+    layer = cast(BatchNorm2d, operation.layer)
+    return NormSpec(
+        Frame.of(operation.inputs[0]),
+        Frame.of(operation.output),
+        layer.eps,
+        layer.affine,
+        operation.slope,
+        plan.images,
+        plan.isa.lanes,
+        (1, 1) if operation.pool is None else operation.pool.geometry.kernel,
+        Frame.of(operation.inputs[1]) if operation.adds else None,
+        operation.outer_slope,
+    )
+
+
+def _bare(spec: NormSpec) -> NormSpec:
+    """For kernels that see nothing of what is fused behind: equal ones are compiled once."""
+    return replace(spec, y=spec.x, slope=1.0, pool=(1, 1), skip=None, outer=1.0)
 
 
 def pool(plan: Plan, operation: Operation) -> Served:
@@ -181,21 +216,22 @@ def normalize(plan: Plan, operation: Operation) -> Served:
     """A Normalize that is not at the input: BatchNorm's kernel with constants."""
     layer, source, target = cast(Normalize, operation.layer), operation.inputs[0], operation.output
     C = source.shape[0]
-    spec = NormSpec(Frame.of(source), Frame.of(target), 0.0, False, 1.0, plan.images)
-    constants = plan.buffer(f"constants {operation.names[0]}", 4 * C)[: 4 * C].reshape(4, C)
-    constants[1] = constants[2] = 1 / np.array(layer.std)
-    constants[3] = -np.array(layer.mean) / np.array(layer.std)
-    held, means = int(constants.ctypes.data), plan.address("no means", 2 * C)
-    forward = [
-        plan.by_image(operation.label, "normalization:normalize", spec, plan.value(source), held, plan.value(target))
-    ]
+    spec = NormSpec(Frame.of(source), Frame.of(target), 0.0, False, 1.0, plan.images, plan.isa.lanes)
+    size = 4 * spec.columns
+    constants = plan.buffer(f"constants {operation.names[0]}", size)[:size].reshape(4, spec.columns)
+    constants[1:3, :C] = 1 / np.array(layer.std)
+    constants[3, :C] = -np.array(layer.mean) / np.array(layer.std)
+    held, terms = int(constants.ctypes.data), plan.address("no terms", 2 * spec.columns)
+    applied = (plan.value(source), held, plan.value(target), 0, 0)
+    forward = [plan.by_image(operation.label, "normalization:normalize", spec, *applied)]
 
     def backward() -> Tasks:
         if source not in plan.learning:
             return []
         back = replace(spec, add=plan.begin_slope(source))
-        arguments = (plan.value(source), plan.slope(target), held, means, plan.slope(source))
-        return [plan.by_image(f"{operation.label} backward", "normalization:normalize_backward", back, *arguments)]
+        seen = (plan.value(source), plan.value(target), plan.slope(target), 0, held, terms)
+        backward = "normalization:normalize_backward"
+        return [plan.by_image(f"{operation.label} backward", backward, back, *seen, plan.slope(source), 0)]
 
     return forward, backward
 

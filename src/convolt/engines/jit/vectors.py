@@ -60,6 +60,10 @@ class Floats:
     def zero(self) -> Any:
         return ir.Constant(self.type, [0.0] * self.lanes)
 
+    def constant(self, value: float) -> Any:
+        """The same number in every lane."""
+        return ir.Constant(self.type, [F32(value)] * self.lanes)
+
     def pointer(self, address: Any) -> Any:
         """An int64 address as a pointer to float32."""
         return self.builder.inttoptr(address, F32.as_pointer())

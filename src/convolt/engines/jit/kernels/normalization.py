@@ -1,38 +1,46 @@
 """BatchNorm in NHWC: statistics in parts, folded constants, and one pass forward and two back.
 
-Statistics are sums over chunks of images in float64 (Chan, Golub and LeVeque 1983 warn of the cancellation in
-E[x^2] - E[x]^2; with 53 bits it is far below float32's own rounding), added in chunk order. The forward is then
-y = act(scale x + shift), which the planner runs in the phase behind. Backward needs sum(dy) and sum(dy xhat) first.
+Statistics are sums of x and of x^2, of each chunk of images and about a pivot of its own, its first pixel, because
+E[x^2] - E[x]^2 cancels (Chan, Golub and LeVeque 1983): float32 in registers over a run of pixels, float64 between the
+runs, added in chunk order. Forward is then y = act(scale x + shift), in the phase behind, with the sum of a residual
+branch or a max-pool on the way (``batchnorm``). Backward needs sum(dy) and sum(dy xhat) first.
+
+Cost: statistics read x, forward reads x and writes y, the sums backward read x and dy, dx reads both again.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from convolt.engines.jit.batchnorm import DOUBLE, add_moments, add_slopes, apply, backward
 from convolt.engines.jit.kernels.specs import FLOAT, NormSpec
 from convolt.engines.jit.memory import float64_of_bits, view
 
-DOUBLE = 8
+RUN = 64  # pixels whose sums stay in float32
 
 
 def statistics(spec: NormSpec) -> Callable[..., None]:
-    """Sums of x and of x^2 of a chunk; arguments: state, x, parts (chunks, 2, C) float64."""
-    x, images = spec.x, spec.images
-    C, H, W = x.C, x.H, x.W
+    """Sums about the pivot of a chunk; arguments: state, x, parts (chunks, 3, columns) float64: sums, squares, pivot.
+    """
+    x, images, columns = spec.x, spec.images, spec.columns
+    C, (lines, pixels) = x.C, replace(spec, pool=(1, 1)).lines(x)
+    add = add_moments(spec)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
-        sums = view(arguments[2] + DOUBLE * chunk * 2 * C, (2, C), np.float64)
+        place = arguments[2] + DOUBLE * chunk * 3 * columns
+        sums = view(place, (3, columns), np.float64)
         sums[:] = 0.0
+        pivot = arguments[1] + FLOAT * (chunk * images * size + origin)
+        for c in range(C):
+            sums[2, c] = view(pivot, (C,), np.float32)[c]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            for h in range(H):
-                row = view(arguments[1] + FLOAT * (image * size + origin + h * pitch), (W, C), np.float32)
-                for w in range(W):
-                    for c in range(C):
-                        value = np.float64(row[w, c])
-                        sums[0, c] += value
-                        sums[1, c] += value * value
+            for line in range(lines):
+                row = arguments[1] + FLOAT * (image * size + origin + line * pitch)
+                for start in range(0, pixels, RUN):
+                    add((row + FLOAT * start * C, pivot, place), min(RUN, pixels - start))
 
     size, origin, pitch = x.size, x.origin, x.pitch
     return kernel
@@ -41,10 +49,11 @@ def statistics(spec: NormSpec) -> Callable[..., None]:
 def fold(spec: NormSpec) -> Callable[..., None]:
     """Mean, 1/sqrt(var + eps), scale and shift of the batch, and the running statistics. One chunk.
 
-    Arguments: state, parts, weight, bias, running mean, running var, momentum (bits), constants (4, C): mean,
+    Arguments: state, parts, weight, bias, running mean, running var, momentum (bits), constants (4, columns): mean,
     inverse, scale, shift.
     """
     C, images, pixels, affine, eps = spec.x.C, spec.images, spec.x.H * spec.x.W, spec.affine, spec.eps
+    columns = spec.columns
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -53,15 +62,19 @@ def fold(spec: NormSpec) -> Callable[..., None]:
         momentum = float64_of_bits(arguments[6])
         running_mean = view(arguments[4], (C,), np.float32)
         running_var = view(arguments[5], (C,), np.float32)
-        constants = view(arguments[7], (4, C), np.float32)
+        constants = view(arguments[7], (4, columns), np.float32)
         for c in range(C):
             total, squares = 0.0, 0.0
+            pivot = view(arguments[1], (3, columns), np.float64)[2, c]
             for part in range(chunks):
-                sums = view(arguments[1] + DOUBLE * part * 2 * C, (2, C), np.float64)
-                total += sums[0, c]
-                squares += sums[1, c]
+                sums = view(arguments[1] + DOUBLE * part * 3 * columns, (3, columns), np.float64)
+                n = np.float64(min(images, count - part * images) * pixels)
+                apart = sums[2, c] - pivot
+                total += sums[0, c] + n * apart
+                squares += sums[1, c] + 2.0 * apart * sums[0, c] + n * apart * apart
             mean = total / M
             var = max(squares / M - mean * mean, 0.0)
+            mean += pivot
             inverse = 1.0 / np.sqrt(var + eps)
             scale = inverse * (view(arguments[2], (C,), np.float32)[c] if affine else 1.0)
             shift = (view(arguments[3], (C,), np.float32)[c] if affine else 0.0) - mean * scale
@@ -75,11 +88,11 @@ def fold(spec: NormSpec) -> Callable[..., None]:
 
 def fold_running(spec: NormSpec) -> Callable[..., None]:
     """Scale and shift from the running statistics, for prediction; arguments as ``fold``. One chunk."""
-    C, affine, eps = spec.x.C, spec.affine, spec.eps
+    C, affine, eps, columns = spec.x.C, spec.affine, spec.eps, spec.columns
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         mean, var = view(arguments[4], (C,), np.float32), view(arguments[5], (C,), np.float32)
-        constants = view(arguments[7], (4, C), np.float32)
+        constants = view(arguments[7], (4, columns), np.float32)
         for c in range(C):
             scale = 1.0 / np.sqrt(var[c] + eps) * (view(arguments[2], (C,), np.float32)[c] if affine else 1.0)
             shift = (view(arguments[3], (C,), np.float32)[c] if affine else 0.0) - mean[c] * scale
@@ -89,51 +102,59 @@ def fold_running(spec: NormSpec) -> Callable[..., None]:
 
 
 def normalize(spec: NormSpec) -> Callable[..., None]:
-    """``y = act(scale x + shift)``; arguments: state, x, constants, y."""
-    x, y, images, slope = spec.x, spec.y, spec.images, np.float32(spec.slope)
-    C, H, W = x.C, x.H, x.W
+    """``y = outer(pool(act(scale x + shift)) + skip)``; arguments: state, x, constants, y, skip, codes."""
+    x, y, images, (lines, pixels) = spec.x, spec.y, spec.images, spec.lines(spec.x, spec.y, spec.skip)
+    skip = spec.skip if spec.skip is not None else y
+    row = apply(spec)
+    C, rows = x.C, spec.pool[0]
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
-        constants = view(arguments[2], (4, C), np.float32)
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            for h in range(H):
-                source = view(arguments[1] + FLOAT * (image * x_size + x_origin + h * x_pitch), (W, C), np.float32)
-                target = view(arguments[3] + FLOAT * (image * y_size + y_origin + h * y_pitch), (W, C), np.float32)
-                for w in range(W):
-                    for c in range(C):
-                        value = source[w, c] * constants[2, c] + constants[3, c]
-                        target[w, c] = value if value > np.float32(0) else value * slope
+            for line in range(lines):
+                source = arguments[1] + FLOAT * (image * x_size + x_origin + line * rows * x_pitch)
+                target = arguments[3] + FLOAT * (image * y_size + y_origin + line * y_pitch)
+                other = arguments[4] + FLOAT * (image * skip_size + skip_origin + line * skip_pitch)
+                codes = arguments[5] + (image * lines + line) * pixels * C
+                row((source, arguments[2], target, other, codes), pixels)
 
     x_size, x_origin, x_pitch = x.size, x.origin, x.pitch
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
+    skip_size, skip_origin, skip_pitch = skip.size, skip.origin, skip.pitch
     return kernel
 
 
 def slopes(spec: NormSpec) -> Callable[..., None]:
-    """Dy before the activation, in place, and the sums of dy and of dy xhat of a chunk.
+    """The sums of dy in front of the activation, and of that times x - mean, of a chunk.
 
-    Arguments: state, x, y, dy, constants, parts (chunks, 2, C) float64.
+    Arguments: state, x, y, dy, codes, constants, parts (chunks, 3, columns) float64.
     """
-    x, y, images, slope = spec.x, spec.y, spec.images, np.float32(spec.slope)
-    C, H, W = x.C, x.H, x.W
+    x, y, images, columns = spec.x, spec.y, spec.images, spec.columns
+    lines, pixels = spec.lines(x, y if spec.outer != 1 else None)
+    add = add_slopes(spec)
+    C, (rows, across) = x.C, spec.pool
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
-        constants = view(arguments[4], (4, C), np.float32)
-        sums = view(arguments[5] + DOUBLE * chunk * 2 * C, (2, C), np.float64)
-        sums[:] = 0.0
+        sums = arguments[6] + DOUBLE * chunk * 3 * columns
+        view(sums, (3, columns), np.float64)[:] = 0.0
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            for h in range(H):
-                source = view(arguments[1] + FLOAT * (image * x_size + x_origin + h * x_pitch), (W, C), np.float32)
-                output = view(arguments[2] + FLOAT * (image * y_size + y_origin + h * y_pitch), (W, C), np.float32)
-                dy = view(arguments[3] + FLOAT * (image * H + h) * W * C, (W, C), np.float32)
-                for w in range(W):
-                    for c in range(C):
-                        value = dy[w, c] if output[w, c] > np.float32(0) else dy[w, c] * slope
-                        dy[w, c] = value
-                        sums[0, c] += np.float64(value)
-                        sums[1, c] += np.float64(value * ((source[w, c] - constants[0, c]) * constants[1, c]))
+            for line in range(lines):
+                source = arguments[1] + FLOAT * (image * x_size + x_origin + line * rows * x_pitch)
+                output = arguments[2] + FLOAT * (image * y_size + y_origin + line * y_pitch)
+                place = (image * lines + line) * pixels * C
+                for start in range(0, pixels, RUN):
+                    add(
+                        (
+                            source + FLOAT * start * across * C,
+                            output + FLOAT * start * C,
+                            arguments[3] + FLOAT * (place + start * C),
+                            arguments[4] + place + start * C,
+                            arguments[5],
+                            sums,
+                        ),
+                        min(RUN, pixels - start),
+                    )
 
     x_size, x_origin, x_pitch = x.size, x.origin, x.pitch
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
@@ -141,51 +162,67 @@ def slopes(spec: NormSpec) -> Callable[..., None]:
 
 
 def fold_slopes(spec: NormSpec) -> Callable[..., None]:
-    """Gradients dweight and dbias, which are added, and the means of dy and of dy xhat. One chunk.
+    """Gradients dweight and dbias, which are added, and a and b of ``dx = scale dy + a + b (x - mean)``. One chunk.
 
-    Arguments: state, parts, dweight, dbias, means (2, C).
+    a = -scale mean(dy) and b = -scale mean(dy xhat) inverse. Arguments: state, parts, dweight, dbias, constants, terms
+    (2, columns).
     """
     accumulate = spec.accumulate
-    C, images, pixels, affine = spec.x.C, spec.images, spec.x.H * spec.x.W, spec.affine
+    C, images, pixels, affine, columns = spec.x.C, spec.images, spec.x.H * spec.x.W, spec.affine, spec.columns
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         chunks = (count + images - 1) // images
         M = np.float64(count * pixels)
-        means = view(arguments[4], (2, C), np.float32)
+        constants = view(arguments[4], (4, columns), np.float32)
+        terms = view(arguments[5], (2, columns), np.float32)
         for c in range(C):
             total, products = 0.0, 0.0
             for part in range(chunks):
-                sums = view(arguments[1] + DOUBLE * part * 2 * C, (2, C), np.float64)
+                sums = view(arguments[1] + DOUBLE * part * 3 * columns, (3, columns), np.float64)
                 total += sums[0, c]
                 products += sums[1, c]
+            inverse, scale = np.float64(constants[1, c]), np.float64(constants[2, c])
+            products *= inverse
             if affine:
                 dweight, dbias = view(arguments[2], (C,), np.float32), view(arguments[3], (C,), np.float32)
                 dweight[c] = np.float32(products) + (dweight[c] if accumulate else np.float32(0))
                 dbias[c] = np.float32(total) + (dbias[c] if accumulate else np.float32(0))
-            means[0, c], means[1, c] = np.float32(total / M), np.float32(products / M)
+            terms[0, c] = np.float32(-scale * total / M)
+            terms[1, c] = np.float32(-scale * products / M * inverse)
 
     return kernel
 
 
 def normalize_backward(spec: NormSpec) -> Callable[..., None]:
-    """``dx (+)= scale (dy - mean(dy) - xhat mean(dy xhat))``; arguments: state, x, dy, constants, means, dx."""
-    x, images, adds = spec.x, spec.images, spec.add
-    C, H, W = x.C, x.H, x.W
+    """``dx (+)= scale dy' + a + b (x - mean)``, and ``dskip (+)= dy`` in front of the outer activation.
+
+    Arguments: state, x, y, dy, codes, constants, terms, dx, dskip.
+    """
+    x, y, images = spec.x, spec.y, spec.images
+    lines, pixels = spec.lines(x, y if spec.outer != 1 else None)
+    row = backward(spec)
+    C, (rows, across) = x.C, spec.pool
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
-        constants, means = view(arguments[3], (4, C), np.float32), view(arguments[4], (2, C), np.float32)
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            for h in range(H):
-                source = view(arguments[1] + FLOAT * (image * x_size + x_origin + h * x_pitch), (W, C), np.float32)
-                dy = view(arguments[2] + FLOAT * (image * H + h) * W * C, (W, C), np.float32)
-                dx = view(arguments[5] + FLOAT * (image * H + h) * W * C, (W, C), np.float32)
-                for w in range(W):
-                    for c in range(C):
-                        normalized = (source[w, c] - constants[0, c]) * constants[1, c]
-                        value = constants[2, c] * (dy[w, c] - means[0, c] - normalized * means[1, c])
-                        dx[w, c] = dx[w, c] + value if adds else value
+            for line in range(lines):
+                place = (image * lines + line) * pixels * C
+                row(
+                    (
+                        arguments[1] + FLOAT * (image * x_size + x_origin + line * rows * x_pitch),
+                        arguments[2] + FLOAT * (image * y_size + y_origin + line * y_pitch),
+                        arguments[3] + FLOAT * place,
+                        arguments[4] + place,
+                        arguments[5],
+                        arguments[6],
+                        arguments[7] + FLOAT * place * rows * across,
+                        arguments[8] + FLOAT * place,
+                    ),
+                    pixels,
+                )
 
     x_size, x_origin, x_pitch = x.size, x.origin, x.pitch
+    y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
     return kernel

@@ -235,9 +235,11 @@ class PoolSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """BatchNorm with an activation of this slope (1 for none) behind it.
+    """BatchNorm with an activation of this slope (1 for none) behind it, then a max-pool, or a sum and its activation.
 
-    add: whether dx is added to what is there; accumulate: whether dweight and dbias are.
+    pool: kernel of the max-pool, whose windows cover the image; (1, 1) for none. skip: what is added, and outer: the
+    slope of the activation behind the sum. add, adds_skip: whether dx and dskip are added to what is there; wants_skip:
+    whether there is a dskip; accumulate: whether dweight and dbias are added.
     """
 
     x: Frame
@@ -246,8 +248,25 @@ class NormSpec:
     affine: bool
     slope: float
     images: int
+    lanes: int
+    pool: tuple[int, int] = (1, 1)
+    skip: Frame | None = None
+    outer: float = 1.0
     add: bool = False
+    adds_skip: bool = False
+    wants_skip: bool = True
     accumulate: bool = True
+
+    @property
+    def columns(self) -> int:
+        """Channels in whole vectors: a row of constants or sums."""
+        return round_up(self.x.C, self.lanes)
+
+    def lines(self, *frames: Frame | None) -> tuple[int, int]:
+        """Runs of output pixels that lie one behind another in all these frames, and how many pixels each has."""
+        H, W = self.x.H // self.pool[0], self.x.W // self.pool[1]
+        apart = self.pool != (1, 1) or any(frame.columns != frame.W for frame in frames if frame is not None)
+        return (H, W) if apart else (1, H * W)
 
 
 @dataclass(frozen=True)
