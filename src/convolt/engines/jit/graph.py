@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from convolt.layers import Conv2d, Dropout, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape, walk
 from convolt.model import Model
 
+FUSED = ("ReLU", "LeakyReLU", "MaxPool2d")  # what may join the operation before it
+
 
 @dataclass(eq=False)
 class Tensor:
@@ -67,7 +69,8 @@ class Tensor:
 class Operation:
     """One or more layers computed together. ``kind`` is the first layer's class name, or "Add" for a residual sum.
 
-    names: of the layers, such as "3.body.0". activation, pool: what has been fused behind.
+    names: of the layers, such as "3.body.0". activation, pool: what has been fused behind. reasons: why it is computed
+    as it is, by direction, from whoever decided.
     """
 
     kind: str
@@ -77,11 +80,21 @@ class Operation:
     output: Tensor
     activation: Layer | None = None
     pool: MaxPool2d | None = None
+    reasons: dict[str, list[str]] = field(default_factory=lambda: {"forward": [], "backward": []})
+
+    def because(self, reason: str, direction: str = "forward") -> None:
+        """Note why it is computed as it is."""
+        if reason not in self.reasons[direction]:
+            self.reasons[direction].append(reason)
 
     @property
     def has_parameters(self) -> bool:
         """Whether it trains anything itself."""
         return self.kind != "Add" and self.layer is not None and bool(self.layer.parameters())
+
+    def inputs_learn(self, learning: set[Tensor]) -> bool:
+        """Whether somebody needs a gradient of what it reads."""
+        return any(tensor in learning for tensor in self.inputs)
 
     @property
     def slope(self) -> float:
@@ -143,32 +156,60 @@ def _fuse(found: Iterable[Operation]) -> list[Operation]:
     by_output: dict[Tensor, Operation] = {}
     for operation in found:
         before = by_output.get(operation.inputs[0])
-        alone = before is not None and len(operation.inputs) == 1 and operation.inputs[0].readers == [operation]
-        if before is not None and alone and _joins(before, operation):
+        obstacle = "it reads the images" if before is None else _obstacle(before, operation)
+        if before is not None and not obstacle:
             if isinstance(operation.layer, MaxPool2d):
                 before.pool = operation.layer
             else:
                 before.activation = operation.layer
+            before.because(f"{_described(operation.layer)} fused into it")
             before.names += operation.names
             before.output = operation.output
             by_output[operation.output] = before
             continue
+        if operation.kind in FUSED:
+            operation.because(f"not fused: {obstacle}")
         fused.append(operation)
         by_output[operation.output] = operation
     return fused
 
 
-def _joins(before: Operation, operation: Operation) -> bool:
+def _obstacle(before: Operation, operation: Operation) -> str:
+    """Why an operation cannot be fused into the one before it; empty if it can."""
+    if operation.kind not in FUSED:
+        return "it begins one"
+    if operation.inputs[0].readers != [operation]:
+        return "what it reads is read elsewhere too"
     if before.pool is not None:
-        return False
-    if isinstance(operation.layer, ReLU | LeakyReLU):
-        # Their gradients follow from the sign of the output: nothing else has to be kept.
-        positive = not isinstance(operation.layer, LeakyReLU) or operation.layer.negative_slope > 0
-        return before.activation is None and before.kind in ("Conv2d", "BatchNorm2d", "Dense", "Add") and positive
+        return "a max-pool ends a fusion"
     if isinstance(operation.layer, MaxPool2d):
-        window = operation.layer.geometry
-        disjoint = window.kernel == window.stride and operation.layer.padding == (0, 0)
-        monotone = before.activation is None or isinstance(before.activation, ReLU)
-        few = math.prod(window.kernel) < 255  # its taps are numbered in a byte, and one number means a dead ReLU
-        return before.kind == "Conv2d" and disjoint and monotone and few
-    return False
+        return _pool_obstacle(before, operation.layer)
+    return _activation_obstacle(before, operation.layer)
+
+
+def _activation_obstacle(before: Operation, layer: Layer | None) -> str:
+    """Why an activation cannot be fused: its gradient must follow from the sign of the output, nothing else is kept."""
+    if isinstance(layer, LeakyReLU) and layer.negative_slope <= 0:
+        return "the sign of its output does not tell that of its input"
+    if before.activation is not None:
+        return "an activation is there already"
+    return "" if before.kind in ("Conv2d", "BatchNorm2d", "Dense", "Add") else f"{before.kind} takes no activation"
+
+
+def _pool_obstacle(before: Operation, pool: MaxPool2d) -> str:
+    """Why a max-pool cannot be fused."""
+    window = pool.geometry
+    if before.kind != "Conv2d":
+        return f"{before.kind} takes no max-pool"
+    if window.kernel != window.stride or pool.padding != (0, 0):
+        return "its windows overlap or are padded"
+    if before.activation is not None and not isinstance(before.activation, ReLU):
+        return "the activation before it is no ReLU"
+    # Its taps are numbered in a byte, and one number means a dead ReLU.
+    return "" if math.prod(window.kernel) < 255 else "its windows have more than 254 taps"
+
+
+def _described(layer: Layer | None) -> str:
+    """A fused layer in a reason: ``MaxPool2d 2x2``."""
+    window = f" {'x'.join(map(str, layer.geometry.kernel))}" if isinstance(layer, MaxPool2d) else ""
+    return f"{type(layer).__name__}{window}"
