@@ -24,10 +24,10 @@ CHECKED = ("src", "tests", "examples", "benchmarks")
 # `machine` stands at the top because engines choose their kernels by it, `plots` with runs, which draw their curves.
 LAYERS = """
 errors checks config duration durable load machine peaks rng stats
-layers model params zoo convert
+layers model flops params zoo convert
 losses optimizers schedules metrics augment precision
 data datasets
-engine chain workers engines
+explanation engine chain workers engines
 comm comms
 recipe loader evaluation progress train callbacks early_stopping signals run directory environment checkpoint history plots
 compress export ensemble

@@ -18,12 +18,13 @@ from convolt.engine import Engine, StageTime, StepResult
 from convolt.engines import Im2col
 from convolt.engines.torch import Torch
 from convolt.errors import ConfigError, EngineError, MissingDependency
+from convolt.flops import layer_work, training_flops
 from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Normalize, ReLU, Residual
 from convolt.load import Load, LoadMeter
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam
 from convolt.peaks import Peak, Peaks
-from convolt.profile import layer_work, profile, training_flops
+from convolt.profile import profile
 
 MODEL = Model((1, 4, 4), (Conv2d(1, 2, 3), ReLU(), Flatten(), Dense(8, 3)))
 WORKLOAD = Workload(MODEL, batch_size=6)

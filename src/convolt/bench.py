@@ -28,13 +28,14 @@ from convolt import engines
 from convolt.contenders import TOLERANCES, Contender, Tolerance
 from convolt.engine import Array, Executor, StepResult
 from convolt.errors import ConfigError, ConvoltError, EngineError, MissingDependency
+from convolt.flops import training_flops
 from convolt.load import Load, LoadMeter
 from convolt.losses import CrossEntropy
 from convolt.model import Model
 from convolt.optimizers import Adam
 from convolt.params import Params
 from convolt.peaks import Peaks
-from convolt.profile import StageRate, profile, training_flops
+from convolt.profile import StageRate, profile
 from convolt.recipe import Recipe
 from convolt.rng import SampleRng, permutation
 from convolt.stats import Estimate, estimate, paired_ratio

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convolt.errors import ConfigError, EngineError
+from convolt.explanation import Explanation, layer_by_layer
 from convolt.losses import Loss
 from convolt.machine import allowed_cores
 from convolt.model import Model
 from convolt.optimizers import Optimizer
 from convolt.params import Params
-from convolt.precision import precision
+from convolt.precision import Precision, precision
 from convolt.rng import SampleRng
 
 Array = NDArray[Any]
@@ -182,13 +183,23 @@ class Engine(ABC):
     def executor(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Executor:
         """Make ``model`` ready; without ``params`` the weights start from the recipe's seed. Raises EngineError."""
 
-    def initial_params(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Params:
-        """Master weights of their own: a copy of ``params``, or the first weights of the recipe's seed."""
-        wanted = precision(recipe.precision)
+    def explain(self, model: Model, precision: str = "fp32", batch_size: int = 128) -> Explanation:
+        """Which kernel computes each stage of a training step, and why; ``print`` shows a table. Raises EngineError."""
+        self.check_precision(precision)
+        return layer_by_layer(model, self.NAME, precision, batch_size, f"engine {self.NAME} has one way to do it")
+
+    def check_precision(self, name: str) -> Precision:
+        """The precision of that name. Raises EngineError unless this engine has it."""
+        wanted = precision(name)
         if wanted.name not in self.PRECISIONS:
             raise EngineError(
                 f"engine {self.NAME}: precision must be one of {', '.join(self.PRECISIONS)}; got {wanted.name!r}"
             )
+        return wanted
+
+    def initial_params(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Params:
+        """Master weights of their own: a copy of ``params``, or the first weights of the recipe's seed."""
+        wanted = self.check_precision(recipe.precision)
         if params is None:
             return Params.init(model, recipe.seed, wanted.master)
         own = Params(model, wanted.master)

@@ -4,7 +4,7 @@ Everything that happens here is ``fit`` with what settings.py resolved. A signal
 line that goes on with the run; see signals.py.
 """
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ Examples:
   convolt train --data train.zip --image-size 32 --model resnet9 --augment flip --augment crop
   convolt train --recipe runs/NAME/run.json --seed 1
   convolt train --resume runs/NAME
+  convolt train --model resnet9 --precision bf16 --explain
 
 Any key of a recipe can be set: --set optimizer.betas=(0.9,0.95), --set early_stopping.patience=5, --set ema.decay=0.99,
 and those of the data and the engine: --set data.seed=7, --set engine.KEY=VALUE. A recipe file is TOML with the same
@@ -213,6 +214,7 @@ def names(family: tuple[Any, ...]) -> tuple[str, ...]:
     metavar="PATH",
     help="Also write what was measured in each epoch as .npz arrays.",
 )
+@click.option("--explain", is_flag=True, help="Print which kernel computes each stage, and why; train nothing.")
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.pass_context
@@ -227,6 +229,7 @@ def train(
     resume: Path | None,
     keep_last: int,
     save_metrics: Path | None,
+    explain: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -248,6 +251,14 @@ def train(
     with console.status(f"loading {settings.data.name}"):
         data = settings.data.load()
         model = settings.build_model(data)
+    if explain:
+        recipe = settings.recipe
+        explanation = settings.engine.explain(model, recipe.precision, recipe.micro_batch_size or recipe.batch_size)
+        if as_json:
+            print_json(asdict(explanation))
+        else:
+            click.echo(explanation)
+        return
     console.print(headline(settings, model, data), markup=False)
     try:
         run = fit(

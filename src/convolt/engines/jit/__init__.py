@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from convolt.engine import Engine, EngineRecipe, Executor, resolve_threads
+from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.executor import JitExecutor
-from convolt.engines.jit.isa import detect, request_amx
+from convolt.engines.jit.isa import Isa, detect, request_amx
+from convolt.engines.jit.programs import Programs
 from convolt.errors import EngineError
+from convolt.explanation import Explanation
 from convolt.model import Model
 from convolt.params import Params
 
@@ -39,9 +42,22 @@ class JIT(Engine):
         """Plans and kernels are made when the first batch shows its size."""
         own = self.initial_params(model, params, recipe)
         isa = detect(self.isa)
-        if recipe.precision == "bf16" and not (isa.amx and request_amx()):
+        return JitExecutor(model, own, isa, self.threads, self._uses_tiles(recipe.precision, isa))
+
+    def explain(self, model: Model, precision: str = "fp32", batch_size: int = 128) -> Explanation:
+        """Which kernel serves each stage, forward and backward, and why: the plan's own reasons. Raises EngineError."""
+        self.check_precision(precision)
+        isa = detect(self.isa)
+        tiles = self._uses_tiles(precision, isa)
+        params, grads = Params(model), Params(model)
+        programs = Programs(model, params, grads, batch_size, True, tiles, isa, self.threads, Compiler(isa))
+        return Explanation(self.NAME, precision, batch_size, tuple(programs.stages()))
+
+    def _uses_tiles(self, precision: str, isa: Isa) -> bool:
+        """Whether products run on AMX tiles. Raises EngineError."""
+        if precision == "bf16" and not (isa.amx and request_amx()):
             raise EngineError(
                 f"engine jit: precision bf16 needs AMX tiles, which this CPU, kernel or isa={isa.name!r} does not offer"
                 "; without them float32 is faster: use precision fp32"
             )
-        return JitExecutor(model, own, recipe, isa, self.threads)
+        return precision == "bf16"

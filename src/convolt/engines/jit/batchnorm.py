@@ -92,9 +92,7 @@ def add_slopes(spec: NormSpec) -> Any:
         taps = _taps(spec, spec.x.pitch)
 
         def block(b: Block) -> None:
-            mean, scale, shift = (
-                b.constants(floats.at(constants, row * spec.columns)) for row in (MEAN, SCALE, SHIFT)
-            )
+            mean, scale, shift = (b.constants(floats.at(constants, row * spec.columns)) for row in (MEAN, SCALE, SHIFT))
 
             def pixel(i: Any, held: list[Any]) -> list[Any]:
                 place = builder.mul(i, I64(spec.x.C))
@@ -105,9 +103,7 @@ def add_slopes(spec: NormSpec) -> Any:
                     for number, tap in enumerate(taps[1:], start=1):
                         others = b.load(floats.at(first, tap))
                         won = [_is(floats, winner, number) for winner in winners]
-                        values = [
-                            builder.select(*choice) for choice in zip(won, others, values, strict=True)
-                        ]
+                        values = [builder.select(*choice) for choice in zip(won, others, values, strict=True)]
                 slopes = _outer_slopes(spec, b, floats.at(dy, place), floats.at(y, place))
                 signs = _normalized(floats, values, scale, shift)
                 slopes = [let_through(floats, g, v, spec.slope) for g, v in zip(slopes, signs, strict=True)]
@@ -135,9 +131,7 @@ def backward(spec: NormSpec) -> Any:
         taps, targets = _taps(spec, spec.x.pitch), _taps(spec, spec.x.W * spec.x.C)
 
         def block(b: Block) -> None:
-            mean, scale, shift = (
-                b.constants(floats.at(constants, row * spec.columns)) for row in (MEAN, SCALE, SHIFT)
-            )
+            mean, scale, shift = (b.constants(floats.at(constants, row * spec.columns)) for row in (MEAN, SCALE, SHIFT))
             offsets, factors = (b.constants(floats.at(terms, row * spec.columns)) for row in (0, 1))
 
             def gradient(value: Any, g: Any, i: int) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convolt.engine import EngineRecipe, Executor, OnReady, StageTime, StepResult
+from convolt.engine import Executor, OnReady, StageTime, StepResult
 from convolt.engines.jit.compiler import Compiler, Progress
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.programs import Programs
@@ -30,21 +30,21 @@ PREDICT_BATCH = 256
 
 
 class JitExecutor(Executor):
-    """One model on compiled kernels, float32."""
+    """One model on compiled kernels. tiles: whether products run in bf16 on AMX tiles."""
 
     def __init__(
         self,
         model: Model,
         params: Params,
-        recipe: EngineRecipe,
         isa: Isa,
         threads: int,
+        tiles: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.model, self.params = model, params
         self.grads = Params(model, params.dtype)
         self._isa, self._threads, self._progress = isa, threads, progress
-        self._tiles = recipe.precision == "bf16"
+        self._tiles = tiles
         self._compiler = Compiler(isa)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}

@@ -10,9 +10,12 @@ convolutions reading a tensor want around each image, so that no kernel checks b
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 from convolt.layers import Conv2d, Dropout, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape, walk
 from convolt.model import Model
+
+FUSED = ("ReLU", "LeakyReLU", "MaxPool2d", "Add")  # what may join the operation before it
 
 
 @dataclass(eq=False)
@@ -76,7 +79,8 @@ class Operation:
     """One or more layers computed together. ``kind`` is the first layer's class name, or "Add" for a residual sum.
 
     names: of the layers, such as "3.body.0". activation, pool: what has been fused behind. A BatchNorm may have a second
-    input that is added to what comes of the first, with an activation of the sum, ``outer``.
+    input that is added to what comes of the first, with an activation of the sum, ``outer``. reasons: why it is
+    computed as it is, by direction, from whoever decided.
     """
 
     kind: str
@@ -87,16 +91,26 @@ class Operation:
     activation: Layer | None = None
     pool: MaxPool2d | None = None
     outer: Layer | None = None
+    reasons: dict[str, list[str]] = field(default_factory=lambda: {"forward": [], "backward": []})
 
     @property
     def adds(self) -> bool:
         """Whether it is a BatchNorm with a residual sum behind it."""
         return self.kind == "BatchNorm2d" and len(self.inputs) == 2
 
+    def because(self, reason: str, direction: str = "forward") -> None:
+        """Note why it is computed as it is."""
+        if reason not in self.reasons[direction]:
+            self.reasons[direction].append(reason)
+
     @property
     def has_parameters(self) -> bool:
         """Whether it trains anything itself."""
         return self.kind != "Add" and self.layer is not None and bool(self.layer.parameters())
+
+    def inputs_learn(self, learning: set[Tensor]) -> bool:
+        """Whether somebody needs a gradient of what it reads."""
+        return any(tensor in learning for tensor in self.inputs)
 
     @property
     def slope(self) -> float:
@@ -169,7 +183,10 @@ def _fuse(found: Iterable[Operation]) -> list[Operation]:
     by_output: dict[Tensor, Operation] = {}
     for operation in found:
         before = _sum_before(fused, operation) if operation.kind == "Add" else by_output.get(operation.inputs[0])
-        if before is None or before.output.readers != [operation] or not _joins(before, operation):
+        obstacle = "it reads the images" if before is None else _obstacle(before, operation)
+        if before is None or obstacle:
+            if operation.kind in FUSED:
+                operation.because(f"not fused: {obstacle}")
             fused.append(operation)
             by_output[operation.output] = operation
             continue
@@ -183,6 +200,7 @@ def _fuse(found: Iterable[Operation]) -> list[Operation]:
             before.outer = operation.layer
         else:
             before.activation = operation.layer
+        before.because(f"{_described(operation)} fused into it")
         before.names += operation.names
         before.output = operation.output
         by_output[operation.output] = before
@@ -194,24 +212,50 @@ def _sum_before(fused: list[Operation], operation: Operation) -> Operation | Non
     return fused[-1] if fused and fused[-1].output in operation.inputs else None
 
 
-def _joins(before: Operation, operation: Operation) -> bool:
-    if before.pool is not None or before.outer is not None:
-        return False
+def _obstacle(before: Operation, operation: Operation) -> str:
+    """Why an operation cannot be fused into the one before it; empty if it can."""
+    if operation.kind not in FUSED:
+        return "it begins one"
+    if before.output.readers != [operation]:
+        return "what it reads is read elsewhere too"
+    if before.pool is not None:
+        return "a max-pool ends a fusion"
+    if before.outer is not None:
+        return "the activation of a sum ends a fusion"
     if operation.kind == "Add":
-        return before.kind == "BatchNorm2d" and not before.adds
-    if isinstance(operation.layer, ReLU | LeakyReLU):
-        # Their gradients follow from the sign of the output: nothing else has to be kept.
-        positive = not isinstance(operation.layer, LeakyReLU) or operation.layer.negative_slope > 0
-        fits = before.kind in ("Conv2d", "BatchNorm2d", "Dense", "Add")
-        return fits and (before.activation is None or before.adds) and positive
+        return "" if before.kind == "BatchNorm2d" and not before.adds else f"{before.kind} takes no sum"
     if isinstance(operation.layer, MaxPool2d):
-        window = operation.layer.geometry
-        disjoint = window.kernel == window.stride and operation.layer.padding == (0, 0)
-        monotone = before.activation is None or isinstance(before.activation, ReLU)
-        few = math.prod(window.kernel) < 255  # its taps are numbered in a byte, and one number means a dead ReLU
-        if before.kind == "BatchNorm2d":  # it has a gradient beside the windows too
-            _, H, W = operation.inputs[0].shape
-            covered = H % window.kernel[0] == 0 and W % window.kernel[1] == 0
-            return disjoint and covered and monotone and few and not before.adds
-        return before.kind == "Conv2d" and disjoint and monotone and few
-    return False
+        return _pool_obstacle(before, operation)
+    return _activation_obstacle(before, operation.layer)
+
+
+def _activation_obstacle(before: Operation, layer: Layer | None) -> str:
+    """Why an activation cannot be fused: its gradient must follow from the sign of the output, nothing else is kept."""
+    if isinstance(layer, LeakyReLU) and layer.negative_slope <= 0:
+        return "the sign of its output does not tell that of its input"
+    if before.activation is not None and not before.adds:
+        return "an activation is there already"
+    return "" if before.kind in ("Conv2d", "BatchNorm2d", "Dense", "Add") else f"{before.kind} takes no activation"
+
+
+def _pool_obstacle(before: Operation, operation: Operation) -> str:
+    """Why a max-pool cannot be fused."""
+    pool, window = cast(MaxPool2d, operation.layer), cast(MaxPool2d, operation.layer).geometry
+    if before.kind not in ("Conv2d", "BatchNorm2d") or before.adds:
+        return f"{'a residual sum' if before.adds else before.kind} takes no max-pool"
+    if window.kernel != window.stride or pool.padding != (0, 0):
+        return "its windows overlap or are padded"
+    if before.activation is not None and not isinstance(before.activation, ReLU):
+        return "the activation before it is no ReLU"
+    _, H, W = operation.inputs[0].shape
+    if before.kind == "BatchNorm2d" and (H % window.kernel[0] or W % window.kernel[1]):
+        return "its windows leave pixels out, and BatchNorm has a gradient there too"
+    # Its taps are numbered in a byte, and one number means a dead ReLU.
+    return "" if math.prod(window.kernel) < 255 else "its windows have more than 254 taps"
+
+
+def _described(operation: Operation) -> str:
+    """A fused operation in a reason: ``MaxPool2d 2x2``."""
+    layer = operation.layer
+    window = f" {'x'.join(map(str, layer.geometry.kernel))}" if isinstance(layer, MaxPool2d) else ""
+    return f"{'the residual sum' if operation.kind == 'Add' else operation.kind}{window}"

@@ -73,8 +73,11 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
 
 def conv(plan: Plan, operation: Operation) -> Served:
     """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
-    if plan.tiles and cast(Conv2d, operation.layer).groups == 1:
+    groups = cast(Conv2d, operation.layer).groups
+    if plan.tiles and groups == 1:
+        operation.because("AMX tiles: bf16, groups 1")
         return conv_on_tiles(plan, operation)
+    operation.because(f"{plan.isa.name} vectors: " + (f"groups {groups}, tiles take 1" if plan.tiles else "fp32"))
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
@@ -153,6 +156,7 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
         chunks = plan.chunks
         if back.part > LARGE_PART:  # fewer parts: to write and add up sixteen of them would take longer than to compute
             chunks = min(plan.chunks, FEW_CHUNKS)
+            operation.because(f"{chunks} parts of dw: one has {back.part:,} elements", "backward")
             back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
         parts = plan.address("parts of dw", chunks * back.part)
         bias_parts = plan.address("parts of db", chunks * spec.K)
@@ -257,9 +261,13 @@ def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
 
 def dense(plan: Plan, operation: Operation) -> Served:
     """Dense layer with activation."""
-    if plan.tiles and cast(Dense, operation.layer).in_features * cast(Dense, operation.layer).out_features >= TILES_PAY:
-        return dense_on_tiles(plan, operation)
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
+    weights = layer.in_features * layer.out_features
+    if plan.tiles and weights >= TILES_PAY:
+        operation.because(f"AMX tiles: bf16, {weights:,} weights")
+        return dense_on_tiles(plan, operation)
+    few = f"{weights:,} weights, tiles pay from {TILES_PAY:,}"
+    operation.because(f"{plan.isa.name} vectors: " + (few if plan.tiles else "fp32"))
     label = operation.label
     block = 4 * plan.isa.lanes
     run = round_up(-(-layer.out_features // DENSE_CHUNKS), 4)

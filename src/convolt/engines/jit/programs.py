@@ -16,6 +16,8 @@ from convolt.engines.jit.products import reads_planes
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
 from convolt.errors import ConfigError
+from convolt.explanation import Stage
+from convolt.flops import layer_work
 from convolt.layers import Normalize
 from convolt.losses import CrossEntropy
 from convolt.model import Model
@@ -45,7 +47,9 @@ class Programs:
         first, found = operations(model, training=grads is not None)
         self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles)
         self._grads, self._compiler = grads, compiler
+        self._model = model
         normalize = found[0].layer if found and isinstance(found[0].layer, Normalize) else None
+        self._normalizes = normalize is not None
         self._operations = found[1:] if normalize is not None else found
         start = found[0].output if normalize is not None else first
         self._output = self._operations[-1].output if self._operations else start
@@ -94,6 +98,25 @@ class Programs:
             for task in backward()
         ]
 
+    def stages(self) -> list[Stage]:
+        """What computes each operation, forward and then backward, and why."""
+        works = {work.name: work for work in layer_work(self._model)}
+        unpack = tuple(task.factory for task in self._input_tasks)
+        why = "Normalize folded into it" if self._normalizes else "pixels as they come to a framed tensor"
+        found = [Stage("input", "forward", unpack, why, 0)]
+        for operation, (tasks, _) in zip(self._operations, self._served, strict=True):
+            flops = sum(works[name].forward_flops for name in operation.names)
+            found.append(_stage(operation, "forward", tasks, flops))
+        backward = self.backward_tasks(accumulate=False)
+        for operation in reversed(self._operations):
+            tasks = [task for task, served in backward if served is operation]
+            flops = sum(works[name].backward_flops for name in operation.names)
+            if tasks:
+                if not operation.inputs_learn(self.plan.learning):
+                    operation.because("no dx: nothing before it learns", "backward")
+                found.append(_stage(operation, "backward", tasks, flops))
+        return found
+
     @cached_property
     def forward(self) -> Program:
         """The forward pass."""
@@ -138,6 +161,13 @@ class Programs:
 
     def _program(self, tasks: list[Task]) -> Program:
         return self.plan.program(tasks, self._compiler)
+
+
+def _stage(operation: Operation, direction: str, tasks: list[Task], flops: int) -> Stage:
+    """The stage of an operation; backward has the reasons of forward too."""
+    reasons = operation.reasons["forward"] + (operation.reasons["backward"] if direction == "backward" else [])
+    kernels = tuple(dict.fromkeys(task.factory for task in tasks))
+    return Stage(operation.label, direction, kernels, "; ".join(reasons) or "the only kernel for it", flops)
 
 
 def _gradients_of(operation: Operation, grads: Params) -> slice:
