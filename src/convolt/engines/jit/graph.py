@@ -78,9 +78,9 @@ class Tensor:
 class Operation:
     """One or more layers computed together. ``kind`` is the first layer's class name, or "Add" for a residual sum.
 
-    names: of the layers, such as "3.body.0". activation, pool: what has been fused behind. A BatchNorm may have a second
-    input that is added to what comes of the first, with an activation of the sum, ``outer``. reasons: why it is
-    computed as it is, by direction, from whoever decided.
+    names: of the layers, such as "3.body.0". activation, pool: what has been fused behind. A BatchNorm may have a
+    second input that is added to what comes of the first, with an activation of the sum, ``outer``. reasons: why it
+    is computed as it is, by direction, from whoever decided.
     """
 
     kind: str
@@ -218,10 +218,8 @@ def _obstacle(before: Operation, operation: Operation) -> str:
         return "it begins one"
     if before.output.readers != [operation]:
         return "what it reads is read elsewhere too"
-    if before.pool is not None:
-        return "a max-pool ends a fusion"
-    if before.outer is not None:
-        return "the activation of a sum ends a fusion"
+    if before.pool is not None or before.outer is not None:
+        return "a max-pool, or the activation of a sum, ends a fusion"
     if operation.kind == "Add":
         return "" if before.kind == "BatchNorm2d" and not before.adds else f"{before.kind} takes no sum"
     if isinstance(operation.layer, MaxPool2d):

@@ -20,7 +20,7 @@ F64 = ir.DoubleType()
 
 
 def on_pixels(generate: Callable[[Any, list[Any], Any], None]) -> Any:
-    """A function for kernels, ``kernel((address, ...), pixels)``; ``generate(builder, addresses, pixels)`` writes it."""
+    """A function for kernels, ``kernel((address, ...), pixels)``, that ``generate(builder, addresses, pixels)`` writes."""
 
     @intrinsic
     def kernel(typingctx: Any, addresses: Any, pixels: Any) -> Any:

@@ -22,7 +22,7 @@ RUN = 64  # pixels whose sums stay in float32
 
 
 def statistics(spec: NormSpec) -> Callable[..., None]:
-    """Sums about the pivot of a chunk; arguments: state, x, parts (chunks, 3, columns) float64: sums, squares, pivot."""
+    """Sums about the pivot of a chunk; arguments: state, x, parts (chunks, 3, columns) of sums, squares, pivot."""
     x, images, columns = spec.x, spec.images, spec.columns
     C, (lines, pixels) = x.C, replace(spec, pool=(1, 1)).lines(x)
     add = add_moments(spec)
