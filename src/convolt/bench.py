@@ -40,7 +40,7 @@ from convolt.recipe import Recipe
 from convolt.rng import SampleRng, permutation
 from convolt.stats import Estimate, estimate, paired_ratio
 
-PEER = "torch"  # the engine whose fastest contender the others are held against
+PEERS = ("torch", "onnxruntime")  # the fastest contender of these is what the others are held against
 BATCHES = 8
 LOSS, OPTIMIZER = CrossEntropy(), Adam()
 Progress = Callable[[str, int, int], None]
@@ -113,9 +113,9 @@ class Result:
     """What became of a contender.
 
     status: ``timed``; ``unavailable`` here; ``failed`` in its first step; ``wrong``, and therefore not timed. ratio:
-    how many times faster than the fastest PyTorch, in pairs of slices; ratio_alike: than the fastest one that
-    multiplies in the same format, whose name is peer_alike. first_step: seconds from nothing to the end of
-    the first step. peak_part: of the measured peak. impossible: above it.
+    how many times faster than the fastest peer (PyTorch, ONNX Runtime), in pairs of slices; ratio_alike: than the
+    fastest one that multiplies in the same format, whose name is peer_alike. first_step: seconds from nothing to the
+    end of the first step. peak_part: of the measured peak. impossible: above it.
     """
 
     name: str
@@ -162,7 +162,7 @@ class Report:
         above = [result.name for result in self.results if result.impossible]
         found += [f"{name} is above the measured peak: the figure is impossible" for name in above]
         if self.peer is None:
-            found.append(f"no {PEER} contender was timed: there are no ratios")
+            found.append(f"none of {', '.join(PEERS)} was timed: there are no ratios")
         return tuple(found)
 
 
@@ -342,9 +342,9 @@ def _slice(executor: Executor, workload: Workload, seconds: float) -> float:
 
 
 def _fastest_peer(racing: Sequence[Entrant], products: str | None = None) -> Entrant | None:
-    """The fastest PyTorch, or the fastest of those that multiply in one format."""
+    """The fastest of other makers, or the fastest of those that multiply in one format."""
     contenders = ((entrant, entrant.contender) for entrant in racing)
-    peers = [entrant for entrant, each in contenders if each.engine.NAME == PEER and products in (None, each.products)]
+    peers = [entrant for entrant, each in contenders if each.engine.NAME in PEERS and products in (None, each.products)]
     return min(peers, key=lambda entrant: median(entrant.seconds), default=None)
 
 

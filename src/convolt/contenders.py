@@ -2,7 +2,8 @@
 
     ENGINE[-PRECISION][-FIELD[=VALUE]]...      torch    torch-channels_last-bf16    jit-fp32    jit-isa=avx2
 
-The words are those of the registry and of the engine's own fields, so a new engine or option needs nothing here.
+The words are those of the registry and of the engine's own fields, so a new engine or option needs nothing here. For
+predictions there is one more, ``onnxruntime``, which is no engine because it cannot train.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from convolt import engines
 from convolt.config import Plain, build, parse_value
 from convolt.engine import Engine
 from convolt.errors import ConfigError, MissingDependency, nearest
+from convolt.export.runtime import NAME as ONNX_RUNTIME
+from convolt.export.runtime import OnnxRuntime
 from convolt.precision import PRECISIONS
 
 
@@ -43,13 +46,18 @@ class Contender:
     products: str = "fp32"
 
 
+def standard(inference: bool) -> tuple[str, ...]:
+    """Who takes part when nothing is named."""
+    return (*engines.CONTENDERS, ONNX_RUNTIME) if inference else engines.CONTENDERS
+
+
 def contender(name: str, threads: int) -> Contender:
     """``ENGINE[-PRECISION][-FIELD[=VALUE]]...``, such as ``torch-channels_last-bf16``; a flag needs no value.
 
     Raises ConfigError, MissingDependency.
     """
     engine_name, *words = name.split("-")
-    cls = engines.engine_class(engine_name)
+    cls = OnnxRuntime if engine_name == ONNX_RUNTIME else engines.engine_class(engine_name)
     known = [item.name for item in fields(cls)]  # type: ignore[arg-type]  # engines are dataclasses
     plain: Plain = {"threads": threads}
     precision, products = "fp32", None

@@ -49,9 +49,9 @@ REQUIRED = (
 OPTIONAL = (
     ("torch", "the torch engine", "torch"),
     ("mpi4py", "training on several processes", "mpi"),
-    ("onnx", "ONNX export", "export"),
+    ("onnx", "ONNX graphs, and ONNX Runtime in benchmarks", "export"),
     ("onnxscript", "ONNX export", "export"),
-    ("onnxruntime", "checking an ONNX export", "export"),
+    ("onnxruntime", "ONNX Runtime in benchmarks", "export"),
     ("optuna", "hyperparameter search", "tune"),
     ("tensorboard", "TensorBoard logging", "tensorboard"),
 )

@@ -30,7 +30,7 @@ from convolt.cli.options import (
     writable,
 )
 from convolt.cli.settings import DEFAULT_MODEL, resolve_model
-from convolt.contenders import assemble
+from convolt.contenders import assemble, standard
 from convolt.engine import resolve_threads
 from convolt.errors import ConfigError
 from convolt.layers import Shape
@@ -85,9 +85,8 @@ class ShapeType(click.ParamType[Shape]):
     "--contenders",
     "names",
     cls=EngineOption,
-    default=",".join(engines.CONTENDERS),
     metavar="NAME,NAME...",
-    help=f"Who takes part. [default: {', '.join(engines.CONTENDERS)}]",
+    help=f"Who takes part. [default: {', '.join(standard(False))}; with --inference also {standard(True)[-1]}]",
 )
 @threads_option
 @click.option("--inference", cls=MeasuringOption, is_flag=True, help="Predictions instead of training steps.")
@@ -121,7 +120,7 @@ def bench(
     model_name: str,
     input_shape: Shape | None,
     classes: int | None,
-    names: str,
+    names: str | None,
     threads: int | None,
     inference: bool,
     batch_sizes: tuple[int, ...],
@@ -132,13 +131,13 @@ def bench(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare engines side by side: speed, ratio to the fastest PyTorch with its interval, part of the peak."""
+    """Compare engines side by side: speed, ratio to the fastest peer with its interval, part of the peak."""
     if out is not None:
         writable(out, "--out")
     model = build_model(model_name, input_shape, classes)
     workloads = [Workload(model, size, inference, seed) for size in batch_sizes or (BATCH_SIZE,)]
     count = resolve_threads(0 if threads is None else threads)
-    contenders, absent = assemble(names.split(","), count)
+    contenders, absent = assemble(standard(inference) if names is None else names.split(","), count)
     console = notes()
     with console.status("measuring the peaks of this machine") as status:
 
