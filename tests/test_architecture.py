@@ -28,7 +28,7 @@ layers model params zoo convert
 losses optimizers schedules metrics augment precision
 data datasets
 engine chain workers engines
-comm comms
+comms launch
 recipe loader evaluation progress train callbacks early_stopping signals run directory environment checkpoint history plots
 compress export ensemble
 profile contenders bench ladder scaling

@@ -13,7 +13,7 @@ from small_runs import BATCH, CLASSES, EPOCHS, MODEL, STEPS, STEPS_PER_EPOCH, da
 from convolt import train
 from convolt.augment import Crop
 from convolt.callbacks import Callback
-from convolt.comm import Serial
+from convolt.comms import Serial
 from convolt.data import Dataset, Split
 from convolt.duration import Time
 from convolt.early_stopping import EarlyStopping

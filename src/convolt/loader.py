@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convolt.comm import Communicator, shard
+from convolt.comms import Communicator, shard
 from convolt.data import Split
 from convolt.losses import DistillationTargets
 from convolt.recipe import Recipe

@@ -20,7 +20,7 @@ import numpy as np
 
 from convolt.callbacks import Callback, StepEvent
 from convolt.checkpoint import Checkpoint
-from convolt.comm import Communicator, Serial
+from convolt.comms import Communicator, Serial
 from convolt.data import Dataset
 from convolt.datasets.spec import DataSpec
 from convolt.duration import HOW_TO, Time, due, is_length, length
