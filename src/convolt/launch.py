@@ -212,15 +212,16 @@ def _relay(stream: IO[str] | None, take: Callable[[str], object]) -> None:
     assert stream is not None
     held: list[str] = []
     silent = False
-    for line in stream:
-        if NOISE.match(line):
-            silent, held = True, []
-        elif not line.strip():
-            held += [] if silent else [line]
-        else:
-            for each in (*held, line):
-                take(each)
-            silent, held = False, []
+    with stream:
+        for line in stream:
+            if NOISE.match(line):
+                silent, held = True, []
+            elif not line.strip():
+                held += [] if silent else [line]
+            else:
+                for each in (*held, line):
+                    take(each)
+                silent, held = False, []
     for line in held:
         take(line)
 

@@ -7,6 +7,9 @@ The gradient is one array that is summed again and again, so its sum is an objec
 while the rest is still being computed, and the sum need not reach every rank whole.
 """
 
+import json
+import os
+import platform
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,6 +125,13 @@ def part_of(count: int, rank: int, size: int) -> slice:
     [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
     """
     return slice(count * rank // size, count * (rank + 1) // size)
+
+
+def whereabouts(comm: Communicator, threads: int) -> list[dict[str, Any]]:
+    """Machine, process, cores allowed and threads of every rank, by rank, on every rank."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    own = {"host": platform.node(), "pid": os.getpid(), "cores": cores, "threads": threads}
+    return [{"rank": rank, **json.loads(said)} for rank, said in enumerate(texts(comm, json.dumps(own)))]
 
 
 def texts(comm: Communicator, text: str) -> tuple[str, ...]:
