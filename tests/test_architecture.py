@@ -28,8 +28,8 @@ layers model flops params zoo convert
 losses optimizers schedules metrics augment precision
 data datasets
 explanation engine chain workers engines
-comm comms
-recipe loader evaluation progress train callbacks early_stopping signals run directory environment checkpoint history plots
+comms launch
+recipe parallel loader evaluation step progress preconditions train follower callbacks early_stopping signals run directory environment checkpoint history plots
 compress export ensemble
 profile contenders bench ladder scaling
 search study studies report

@@ -322,7 +322,7 @@ MISTAKES = [
     (["--engine", "loops", "--precision", "bf16"], 1, ["loops", "bf16", "fp32"]),
     (["--threads", "two"], 2, ["--threads", "'two'"]),
     (["--threads", "-1"], 2, ["threads", "-1"]),
-    (["--ranks", "2"], 2, ["--ranks", "MPI", "2"]),
+    (["--ranks", "0"], 2, ["ranks", "at least 1", "0"]),
     (["--epochs", "-1"], 2, ["epochs", "-1", ">= 0"]),
     (["--epochs", "ten"], 2, ["--epochs", "'ten'"]),
     (["--batch-size", "0"], 2, ["batch_size", "0", ">= 1"]),

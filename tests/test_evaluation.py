@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convolt import evaluation
-from convolt.comm import Serial
+from convolt.comms import Serial
 from convolt.data import Split
 from convolt.engines.im2col import Im2col
 from convolt.evaluation import Evaluation, evaluate, on_labels, predict

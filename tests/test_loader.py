@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convolt.augment import Crop, Flip, Mixup
-from convolt.comm import Serial, shard
+from convolt.comms import Serial, shard
 from convolt.data import Split
 from convolt.loader import Batch, Loader, with_teacher
 from convolt.losses import DistillationTargets

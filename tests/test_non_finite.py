@@ -12,7 +12,7 @@ from small_runs import BATCH, MODEL, STEPS, STEPS_PER_EPOCH, dataset
 from convolt import train
 from convolt.callbacks import Callback, StepEvent
 from convolt.chain import TableExecutor
-from convolt.comm import Serial
+from convolt.comms import Serial
 from convolt.duration import Time
 from convolt.early_stopping import EarlyStopping
 from convolt.engine import Executor, StepResult

@@ -13,7 +13,7 @@ from small_runs import BATCH, CLASSES, EPOCHS, MODEL, STEPS, STEPS_PER_EPOCH, da
 from convolt import train
 from convolt.augment import Crop
 from convolt.callbacks import Callback
-from convolt.comm import Serial
+from convolt.comms import BlockingSum, Serial
 from convolt.data import Dataset, Split
 from convolt.duration import Time
 from convolt.early_stopping import EarlyStopping
@@ -101,6 +101,7 @@ class Ranks:
 class Rank:
     def __init__(self, ranks: Ranks, rank: int) -> None:
         self.ranks, self.rank, self.size = ranks, rank, len(ranks.brought)
+        self.node_size = self.size
 
     def allreduce(self, array) -> None:
         self.ranks.brought[self.rank] = array.copy()
@@ -108,8 +109,12 @@ class Rank:
         array[...] = sum(self.ranks.brought)
         self.ranks.barrier.wait()
 
+    def summation(self, array, scattered=False, wire="fp32") -> BlockingSum:
+        return BlockingSum(self, array)
+
     def broadcast(self, array) -> None:
-        raise NotImplementedError
+        array *= self.rank == 0
+        self.allreduce(array)
 
     def barrier(self) -> None:
         self.ranks.barrier.wait()

@@ -14,7 +14,7 @@ from engine_checks import relative_error
 
 from convolt import engines
 from convolt.augment import AlternatingFlip, Crop, Cutout, Flip, Mixup
-from convolt.comm import Serial
+from convolt.comms import Serial
 from convolt.data import Dataset
 from convolt.datasets import load_dataset
 from convolt.duration import Time

@@ -261,12 +261,12 @@ class TableExecutor(Executor):
             self._chain.backward(params, grads, dy, self._first, ready)
         return StepResult(total, logits)
 
-    def update(self, optimizer: Optimizer) -> None:
+    def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """The optimizer's equations on the master weights."""
         if not self._state:
             self._state = init_state(optimizer, self.params.flat.size, self.params.dtype)
         self._step += 1
-        step_flat(optimizer, self.params.flat, self.grads.flat, self._state, self._step, self._decays)
+        step_flat(optimizer, self.params.flat, self.grads.flat, self._state, self._step, self._decays, part)
         self.weights_changed()
 
     def optimizer_state(self) -> dict[str, Array]:

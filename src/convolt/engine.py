@@ -83,8 +83,11 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def update(self, optimizer: Optimizer) -> None:
-        """One optimizer step on ``params`` with ``grads``; the schedule has already set the optimizer's lr."""
+    def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
+        """One optimizer step on ``params`` with ``grads``; the schedule has already set the optimizer's lr.
+
+        part: of the flat vectors, where other ranks move the rest; the same part in every step.
+        """
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Array]:
@@ -132,6 +135,15 @@ class Executor(ABC):
             return StepResult(math.nan, result.logits)
         self.update(optimizer)
         return result
+
+    def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
+        """From now on BatchNorm takes its statistics over all ranks; ``add`` replaces an array by its sum over them.
+
+        ``loss_and_grads`` is then called by all ranks equally often, also without images. Raises EngineError.
+        """
+        raise EngineError(
+            f"{type(self).__name__}: this engine has no sync_batch_norm; set parallel.sync_batch_norm=false"
+        )
 
     def profile(self, x: Array, training: bool) -> tuple[StageTime, ...]:
         """Time every kernel of a step on these images; an engine that cannot gives nothing.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from convolt.comm import Communicator, Serial, shard
+from convolt.comms import Communicator, Serial, shard
 from convolt.data import Split
 from convolt.engine import Executor
 from convolt.losses import CrossEntropy, Distillation, Loss

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convolt.comm import Communicator, shard
+from convolt.comms import Communicator, shard
 from convolt.data import Split
 from convolt.losses import DistillationTargets
 from convolt.recipe import Recipe
@@ -35,10 +35,10 @@ class Batch:
     rng: SampleRng
     size: int
 
-    def pieces(self, most: int | None) -> Iterator["Batch"]:
-        """Micro-batches of at most ``most`` images, the whole without a limit."""
+    def pieces(self, most: int | None, at_least: int = 0) -> Iterator["Batch"]:
+        """Micro-batches of at most ``most`` images, all without a limit; ``at_least`` so many, empty ones last."""
         step = most or max(1, len(self.labels))
-        for start in range(0, len(self.labels), step):
+        for start in range(0, max(len(self.labels), step * at_least), step):
             part = slice(start, start + step)
             yield Batch(self.images[part], self.targets[part], self.labels[part], self.rng[part], self.size)
 

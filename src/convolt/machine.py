@@ -182,7 +182,7 @@ class Machine:
             memory=_memory(root),
             pools=_pools(),
             gpus=_gpus(root),
-            mpi=_mpi(),
+            mpi=mpi_runtime(),
             required=tuple(_required(name) for name in REQUIRED),
             optional=tuple(_optional(*entry) for entry in OPTIONAL),
             thread_variables={name: environ[name] for name in THREAD_VARIABLES if name in environ},
@@ -358,7 +358,8 @@ def _gpus(root: Path) -> tuple[Gpu, ...]:
     return tuple(gpus)
 
 
-def _mpi() -> Mpi:
+def mpi_runtime() -> Mpi:
+    """The MPI runtime of this environment, or else of the machine."""
     # An environment's own runtime comes first, also when the environment is not activated.
     environment = str(Path(sys.executable).parent)
     launcher = shutil.which("mpiexec", path=environment) or shutil.which("mpiexec")

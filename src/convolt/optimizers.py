@@ -245,11 +245,18 @@ def init_state(optimizer: Optimizer, size: int, dtype: DTypeLike) -> State:
 
 
 def step_flat(
-    optimizer: Optimizer, params: Array, grads: Array, state: State, step: int, decays: Sequence[tuple[slice, bool]]
+    optimizer: Optimizer,
+    params: Array,
+    grads: Array,
+    state: State,
+    step: int,
+    decays: Sequence[tuple[slice, bool]],
+    part: slice | None = None,
 ) -> None:
     """One optimizer step of all parameters, in place, block by block.
 
     params, grads: (n,). step: from 1. decays: runs that tile the vector, True for weights, False for biases and norms.
+    part: the parameters to move, if not all.
     Raises ConfigError when a scheduled hyperparameter needs a state that the run began without.
     """
     missing = set(optimizer.state_names) - state.keys()
@@ -261,23 +268,37 @@ def step_flat(
     state = {name: state[name] for name in optimizer.state_names}
     if optimizer.decay_norm_and_bias:
         decays = [(slice(0, len(params)), True)]
-    for run, is_weight in decays:
+    for run, is_weight in runs_within(decays, part):
         weight_decay = optimizer.weight_decay if is_weight or optimizer.decay_norm_and_bias else 0.0
         for block in _blocks(run.start, run.stop):
             views = {name: vector[block] for name, vector in state.items()}
             optimizer.update(params[block], grads[block], views, step, weight_decay)
 
 
-def clip_by_norm(grads: Array, max_norm: float) -> float:
+def runs_within(runs: Sequence[tuple[slice, bool]], part: slice | None) -> list[tuple[slice, bool]]:
+    """Runs of the flat vector, cut to a part of it.
+
+    >>> runs_within([(slice(0, 5), True), (slice(5, 9), False)], slice(3, 6))
+    [(slice(3, 5, None), True), (slice(5, 6, None), False)]
+    """
+    if part is None:
+        return list(runs)
+    cut = [(slice(max(run.start, part.start), min(run.stop, part.stop)), kind) for run, kind in runs]
+    return [(run, kind) for run, kind in cut if run.start < run.stop]
+
+
+def clip_by_norm(grads: Array, max_norm: float, norm: float | None = None) -> float:
     """Scale the gradient, in place, so that its 2-norm is at most ``max_norm``. Returns the norm before.
 
         g <- g min(1, max_norm / (|g| + 1e-6))
+
+    norm: of the whole gradient, where ``grads`` is a part of it.
 
     A norm that is not finite leaves the gradient as it is, for the caller to see and act on.
     Reference: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
     """
     # Block by block in float64, so that the sum neither overflows nor depends on the threads of a BLAS.
-    norm = math.sqrt(sum(float(np.square(grads[b], dtype=np.float64).sum()) for b in _blocks(0, len(grads))))
+    norm = norm or math.sqrt(sum(float(np.square(grads[b], dtype=np.float64).sum()) for b in _blocks(0, len(grads))))
     scale = max_norm / (norm + 1e-6)
     if scale < 1 and math.isfinite(norm):
         grads *= scale

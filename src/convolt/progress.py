@@ -7,6 +7,7 @@ augmentation and dropout are functions of the step and are not here.
 ``step`` until validation is done; a run that was stopped in between does the validation first.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from convolt.checkpoint import Checkpoint
+from convolt.comms import Array, Communicator, texts
 from convolt.duration import Time, due
 from convolt.early_stopping import EarlyStopping, StoppingState
 from convolt.engine import Executor
@@ -22,6 +24,7 @@ from convolt.errors import TrainingError
 from convolt.metrics import HIGHER_IS_BETTER
 from convolt.optimizers import EMA
 from convolt.run import Run
+from convolt.step import Stepper
 
 EMA_WEIGHTS = "weights"  # beside the optimizer's arrays: the weights that are trained, when the average is the model
 
@@ -30,8 +33,8 @@ EMA_WEIGHTS = "weights"  # beside the optimizer's arrays: the weights that are t
 class Progress:
     """The state of a run between two steps.
 
-    step: steps done; epochs: epochs closed; lr: of the last step. loss_sum, correct, images (this rank's), seconds and
-    skipped belong to the epoch under way, total_images and total_seconds to those before it. left_out: the steps that
+    step: steps done; epochs: epochs closed; lr: of the last step. loss_sum, correct, images, seconds and skipped belong
+    to the epoch under way, total_images and total_seconds to those before it. left_out: the steps that
     were not finite; lr_factor: what rollbacks have made of the learning rate. best: the best value of the metric that
     decides, larger is better. monitored: the metrics of each epoch, which Plateau watches.
     """
@@ -59,10 +62,10 @@ class Progress:
         self.images += images
         self.seconds += seconds
 
-    def close_epoch(self, images: int) -> None:
-        """Begin the sums of the next epoch; ``images`` is what all ranks saw in this one."""
+    def close_epoch(self) -> None:
+        """Begin the sums of the next epoch."""
         self.epochs += 1
-        self.total_images += images
+        self.total_images += self.images
         self.total_seconds += self.seconds
         self.loss_sum, self.correct, self.images, self.seconds, self.skipped = 0.0, 0, 0, 0.0, 0
 
@@ -113,12 +116,14 @@ class State:
             params.flat[...] = trained
             self.executor.weights_changed()
 
-    def save(self, run: Run, best: bool) -> None:
+    def save(self, run: Run, best: bool, stepper: Stepper) -> None:
         """Write a checkpoint: the weights that would be shipped, the optimizer, the progress.
 
+        Every rank comes here; ``run`` writes on one of them.
         Raises CheckpointError (the checkpoints before it are intact), TrainingError when a weight is not finite.
         """
         optimizer = self.executor.optimizer_state()
+        stepper.whole(self._vectors(optimizer))
         if self.shadow is not None:
             optimizer[EMA_WEIGHTS] = self.executor.params.flat.copy()
         with self.shipped():
@@ -140,3 +145,36 @@ class State:
         self.executor.weights_changed()
         self.executor.load_optimizer_state(optimizer)
         self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(Progress())})
+
+    def meet(self, stepper: Stepper) -> None:
+        """After local steps: weights, their average and the optimizer's arrays become the mean over ranks."""
+        if not stepper.drifted:
+            return
+        optimizer = self.executor.optimizer_state()
+        shadow = () if self.shadow is None else (self.shadow,)
+        stepper.meet((self.executor.params.flat, *shadow, *self._vectors(optimizer)))
+        self.executor.weights_changed()
+        self.executor.load_optimizer_state(optimizer)
+
+    def spread(self, comm: Communicator) -> None:
+        """Rank 0's state on every rank, after it has read a checkpoint."""
+        if comm.size == 1:
+            return
+        own = self.executor.optimizer_state()
+        described = {name: (array.dtype.str, array.shape) for name, array in own.items()}
+        said = json.loads(texts(comm, json.dumps([asdict(self.progress), described]))[0])
+        progress, names = said
+        optimizer = {name: own.get(name, np.zeros(shape, dtype)) for name, (dtype, shape) in names.items()}
+        optimizer = {name: np.array(array, order="C") for name, array in optimizer.items()}
+        shadow = () if self.shadow is None else (self.shadow,)
+        params = self.executor.params
+        for array in (params.flat, *params.buffers.values(), *shadow, *optimizer.values()):
+            comm.broadcast(array)
+        self.executor.weights_changed()
+        self.executor.load_optimizer_state(optimizer)
+        self.progress = Progress(**progress)
+
+    def _vectors(self, optimizer: Mapping[str, Array]) -> list[Array]:
+        """The optimizer's flat arrays, in the same order on every rank."""
+        shape = self.executor.params.flat.shape
+        return [optimizer[name] for name in sorted(optimizer) if optimizer[name].shape == shape]

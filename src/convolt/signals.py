@@ -37,6 +37,9 @@ class ExitCode(IntEnum):
 class StopAsked(Exception):
     """Leaves whatever the loop is in the middle of, once a signal came; never seen outside of training."""
 
+    def __init__(self, number: int) -> None:
+        self.signal = number
+
 
 class StopRequest:
     """While it is entered, SIGINT and SIGTERM set ``requested`` instead of ending the process; the second one ends it.

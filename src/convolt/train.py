@@ -9,6 +9,7 @@ run: to go on would only be to compute what the next interruption loses.
 """
 
 import math
+import signal
 import time as clock
 import warnings
 from collections.abc import Sequence
@@ -20,26 +21,28 @@ import numpy as np
 
 from convolt.callbacks import Callback, StepEvent
 from convolt.checkpoint import Checkpoint
-from convolt.comm import Communicator, Serial
+from convolt.comms import Communicator, Serial, whereabouts
 from convolt.data import Dataset
 from convolt.datasets.spec import DataSpec
-from convolt.duration import HOW_TO, Time, due, is_length, length
-from convolt.engine import Engine, Executor, StepResult
+from convolt.duration import Time, due, length
+from convolt.engine import Engine, Executor
 from convolt.engines import default_engine
 from convolt.errors import ConfigError, Interrupted, TrainingError
 from convolt.evaluation import Evaluation, evaluate
+from convolt.follower import Follower, announced
 from convolt.history import Epoch
 from convolt.loader import Batch, Loader, with_teacher
 from convolt.losses import Distillation
-from convolt.metrics import correct
 from convolt.model import Model
-from convolt.optimizers import Optimizer, clip_by_norm, clip_by_value
+from convolt.parallel import FREE, Parallel
 from convolt.params import Params
+from convolt.preconditions import check_fit, check_kinds
 from convolt.progress import Progress, State
 from convolt.recipe import Recipe, plain
 from convolt.run import Run
 from convolt.schedules import watched
 from convolt.signals import StopAsked, StopRequest
+from convolt.step import Stepper
 
 
 def fit(
@@ -50,6 +53,7 @@ def fit(
     engine: Engine | None = None,
     params: Params | None = None,
     comm: Communicator | None = None,
+    parallel: Parallel | None = None,
     out: str | Path | None = None,
     root: str | Path = "runs",
     resume: bool = False,
@@ -60,17 +64,18 @@ def fit(
 ) -> Run:
     """Train ``model`` on ``data`` by ``recipe`` and return the finished run.
 
-    engine: how to compute; the default is the fastest there is. params: weights to start from. out: the run's folder;
-    without it a new one under ``root``. resume: go on with the run in ``out``. checkpoint_every: a length such as
-    "1ep" or "200ba". source: where ``data`` came from, if not from ``load_dataset``, which tells it.
+    engine: how to compute; the default is the fastest there is. params: weights to start from. comm: the ranks that
+    share every batch, each of which calls this with the same arguments; parallel: how they do it. Rank 0 alone writes.
+    out: the run's folder; without it a new one under ``root``. resume: go on with the run in ``out``.
+    checkpoint_every: a length such as "1ep" or "200ba". source: where ``data`` came from, if not from
+    ``load_dataset``, which tells it.
     Warns when a resumed run passes over a damaged checkpoint, or goes on under other conditions.
     Raises ConfigError, EngineError, RunError, TrainingError, CheckpointError, and Interrupted after SIGINT or SIGTERM.
     """
-    recipe = recipe or Recipe()
+    recipe, comm, parallel = recipe or Recipe(), comm or Serial(), parallel or Parallel()
     engine = engine or default_engine()
-    comm = comm or Serial()
-    _check_kinds(model, data, recipe, engine, params)
-    _check(model, data, recipe, resume, out, checkpoint_every)
+    check_kinds(model, data, recipe, engine, params)
+    check_fit(model, data, recipe, resume, out, checkpoint_every)
     if source is None and data.origin is not None:
         source = DataSpec(**data.origin)
     config = {
@@ -79,6 +84,7 @@ def fit(
         "recipe": plain(recipe),
         "engine": plain(engine),
         "ranks": comm.size,
+        "parallel": plain(parallel),
         "checkpoint_every": checkpoint_every,
     }
     with ExitStack() as closing:
@@ -89,24 +95,28 @@ def fit(
         for each in (executor, teacher):
             if each is not None:
                 closing.callback(each.close)
-        checkpoint = None
-        if resume and out is not None:
+        checkpoint, opened = None, None
+        if comm.rank == 0 and resume and out is not None:
             shapes = {name: array.shape for name, array in executor.params.state_dict().items()}
-            free = ("engine", "ranks", "checkpoint_every", "data.source")
-            run, checkpoint = Run.resume(out, config, may_change=free, expect=shapes, keep_last=keep_last)
-        else:
+            free = ("engine", "ranks", "checkpoint_every", "data.source", *FREE)
+            opened, checkpoint = Run.resume(out, config, may_change=free, expect=shapes, keep_last=keep_last)
+        elif comm.rank == 0:
             label = f"{data.name}-{engine.NAME}"
-            run = Run.create(config, label, out=out, root=root, threads=engine.threads, keep_last=keep_last)
+            opened = Run.create(config, label, out=out, root=root, threads=engine.threads, keep_last=keep_last)
+        run = announced(opened, comm)
         closing.enter_context(run)
+        if comm.size > 1:
+            run.log("ranks", {"ranks": whereabouts(comm, engine.threads)})
         stop = closing.enter_context(StopRequest())
-        training = _Training(run, data, recipe, executor, loader, comm, stop, tuple(callbacks), checkpoint_every)
+        stepper = Stepper(executor, recipe, comm, parallel, stop)
+        training = _Training(run, data, recipe, executor, loader, stepper, tuple(callbacks), checkpoint_every)
         training.teacher = teacher
         try:
             training.start(checkpoint, from_given=params is not None)
             training.loop()
             training.finish(engine)
-        except StopAsked:
-            training.interrupt()
+        except StopAsked as stopped:
+            training.interrupt(stopped.signal)
         finally:
             for callback in callbacks:
                 callback.on_end(run.result)
@@ -125,13 +135,14 @@ class _Training:
         recipe: Recipe,
         executor: Executor,
         loader: Loader,
-        comm: Communicator,
-        stop: StopRequest,
+        stepper: Stepper,
         callbacks: tuple[Callback, ...],
         checkpoint_every: str,
     ) -> None:
         self.run, self.data, self.recipe, self.executor, self.loader = run, data, recipe, executor, loader
-        self.comm, self.stop, self.callbacks, self.checkpoint_every = comm, stop, callbacks, checkpoint_every
+        self.stepper, self.comm, self.callbacks = stepper, stepper.comm, callbacks
+        self.checkpoint_every = checkpoint_every
+        self.writes = self.comm.rank == 0
         self.total_steps = recipe.epochs * loader.steps_per_epoch
         self.state = State(executor, recipe.ema)
         self.saved_step: int | None = None
@@ -154,7 +165,7 @@ class _Training:
             self.executor.dropout = now.step >= length(recipe.dropout_from, now)
             optimizer = recipe.optimizer_at(now, self.progress.lr_factor)
             batch = self.batch(now.step)
-            result = None if now.step in self.progress.left_out else self.step(batch, optimizer)
+            result = None if now.step in self.progress.left_out else self.stepper.step(batch, optimizer)
             if result is not None and not math.isfinite(result.loss):
                 if self.rolled_back():
                     continue
@@ -165,42 +176,9 @@ class _Training:
                 self.progress.skipped += 1
             else:
                 self.state.average(self.time(self.progress.step))
-                right = int(correct(result.logits, batch.labels).sum())
-                self.progress.count(result.loss, right, len(batch.labels), clock.perf_counter() - began)
+                self.progress.count(result.loss, result.right, batch.size, clock.perf_counter() - began)
             self.tell(batch, math.nan if result is None else result.loss)
             self.close_step()
-
-    def step(self, batch: Batch, optimizer: Optimizer) -> StepResult:
-        """One optimizer step on the global batch; weights and statistics stay as they are when it is not finite."""
-        recipe, executor = self.recipe, self.executor
-        scale, pieces = 1 / batch.size, list(batch.pieces(recipe.micro_batch_size))
-        statistics = executor.statistics()
-        if self.comm.size == 1 and len(pieces) == 1 and not (recipe.clip_norm or recipe.clip_value):
-            result = executor.train_step(batch.images, batch.targets, recipe.loss, scale, optimizer, batch.rng)
-        else:
-            executor.zero_grads()
-            parts = [
-                executor.loss_and_grads(piece.images, piece.targets, recipe.loss, scale, piece.rng) for piece in pieces
-            ]
-            result = self.combined(parts)
-            if math.isfinite(result.loss):
-                if recipe.clip_value:
-                    clip_by_value(executor.grads.flat, recipe.clip_value)
-                if recipe.clip_norm:
-                    clip_by_norm(executor.grads.flat, recipe.clip_norm)
-                executor.update(optimizer)
-        if not math.isfinite(result.loss):
-            executor.restore_statistics(statistics)
-        return result
-
-    def combined(self, parts: list[StepResult]) -> StepResult:
-        """Sums over micro-batches and ranks; the loss is NaN when any gradient or statistic is not finite."""
-        self.comm.allreduce(self.executor.grads.flat)
-        loss = np.array([sum(part.loss for part in parts) if self.executor.statistics_are_finite() else math.nan])
-        self.comm.allreduce(loss)
-        finite = math.isfinite(float(loss[0]) + self.executor.grad_norm())
-        logits = np.concatenate([part.logits for part in parts]) if parts else np.zeros((0, self.data.num_classes))
-        return StepResult(float(loss[0]) if finite else math.nan, logits)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, with the teacher's answer where the loss wants it."""
@@ -223,22 +201,26 @@ class _Training:
             self.progress.left_out = left_out
             self.run.log("non_finite", event)
             return False
-        checkpoint = self.run.checkpoints.load("last")
         factor = self.progress.lr_factor * policy.lr_factor
+        checkpoint = self.run.checkpoints.load("last") if self.writes else None
         self.restore(checkpoint)
-        self.run.rewind(checkpoint)
+        if checkpoint is not None:
+            self.run.rewind(checkpoint)
+            self.warn(checkpoint.warnings)
         self.progress.left_out, self.progress.lr_factor = left_out, factor
-        self.warn(checkpoint.warnings)
-        self.run.log("non_finite", {**event, "back_to": checkpoint.step})
+        self.run.log("non_finite", {**event, "back_to": self.progress.step})
         return True
 
     # --------------------------------------------------------------------------------------- ends of steps, epochs
 
     def close_step(self) -> None:
         """Validate at an epoch's end, write a checkpoint when one is due, heed a signal."""
+        step = self.progress.step
+        if self.epoch_is_over or step % self.stepper.parallel.local_steps == 0:
+            self.state.meet(self.stepper)
         improved = self.epoch_is_over and self.close_epoch()
-        done = self.progress.step == self.total_steps or self.stopped_early
-        if improved or done or due(self.checkpoint_every, self.time(self.progress.step)):
+        done = step == self.total_steps or self.stopped_early
+        if improved or done or due(self.checkpoint_every, self.time(step)):
             self.save(best=improved)
         self.heed()
 
@@ -257,13 +239,11 @@ class _Training:
         """Validate, record the epoch, move early stopping; True when this is the best epoch so far."""
         valid = self.validate()  # first: it is left halfway when a signal comes
         progress = self.progress
-        sums = np.array([progress.correct, progress.images], np.float64)
-        self.comm.allreduce(sums)
-        right, images = (float(value) for value in sums)
+        images = progress.images
         record = Epoch(
             epoch=progress.epochs + 1,
             train_loss=progress.loss_sum / images if images else math.nan,
-            train_accuracy=right / images if images else math.nan,
+            train_accuracy=progress.correct / images if images else math.nan,
             valid_loss=valid and valid.loss,
             valid_accuracy=valid and valid.accuracy,
             lr=progress.lr,
@@ -275,8 +255,10 @@ class _Training:
         if valid is not None:
             metrics = {"valid_loss": valid.loss, "valid_accuracy": valid.accuracy}
             improved = progress.observe(metrics, self.recipe.early_stopping)
-        progress.close_epoch(int(images))
+        progress.close_epoch()
         self.run.log_epoch(record)
+        if self.comm.size > 1:
+            self.run.log("ranks_seconds", {"epoch": record.epoch, **self.stepper.all_seconds()})
         for callback in self.callbacks:
             callback.on_epoch(record)
         return improved
@@ -290,25 +272,24 @@ class _Training:
 
     def heed(self) -> None:
         """Raise StopAsked, on every rank, when a signal came to any of them."""
-        asked = np.array([float(self.stop.requested)])
-        self.comm.allreduce(asked)
-        if asked[0]:
-            raise StopAsked
+        asked = self.stepper.asked_to_stop()
+        if asked:
+            raise StopAsked(asked)
 
-    def interrupt(self) -> None:
+    def interrupt(self, asked: int) -> None:
         """End after a signal, saved. Raises Interrupted."""
         if self.saved_step != self.progress.step:
             self.save(best=False)
-        name = self.stop.signal.name if self.stop.signal else "a signal"
-        raise Interrupted(
-            f"{name} after step {self.progress.step} of {self.total_steps}, saved; go on with: {self.way_on()}"
-        )
+        self.comm.barrier()
+        done = f"{signal.Signals(asked).name} after step {self.progress.step} of {self.total_steps}"
+        raise Interrupted(f"{done}, saved; go on with: {self.way_on()}")
 
     def way_on(self) -> str:
         """How a user resumes this run: by the command line if that can load the data again."""
         if self.run.config["data"]["source"] is None:
             return f"fit(..., out={str(self.run.folder)!r}, resume=True)"
-        return f"convolt train --resume {self.run.folder}"
+        ranks = f" --ranks {self.comm.size}" if self.comm.size > 1 else ""
+        return f"convolt train --resume {self.run.folder}{ranks}"
 
     def time(self, step: int) -> Time:
         """Where the run stands after ``step`` steps, with what Plateau watches."""
@@ -325,19 +306,22 @@ class _Training:
 
     def warn(self, messages: Sequence[str]) -> None:
         """Tell the caller, and the run's log, what is not as it should be."""
-        for message in messages:
+        for message in messages if self.writes else ():
             warnings.warn(message, stacklevel=4)  # the caller of fit
             self.run.log("warning", {"message": message})
 
     # ------------------------------------------------------------------------------------------ start, save, finish
 
     def start(self, checkpoint: Checkpoint | None, from_given: bool) -> None:
-        """Take a checkpoint's state, if there is one.
+        """Take a checkpoint's state, if rank 0 has one.
 
         Without one, save what could not be made again (given weights), or what a rollback or a reader will want.
         """
         if checkpoint is not None:
             self.warn(checkpoint.warnings)
+        found = np.array([float(checkpoint is not None)])
+        self.comm.broadcast(found)
+        if found[0]:
             self.restore(checkpoint)
         elif from_given or self.recipe.non_finite.policy == "rollback" or not self.total_steps:
             self.save(best=False)
@@ -346,13 +330,18 @@ class _Training:
 
     def save(self, best: bool) -> None:
         """Write a checkpoint of where the run stands."""
-        self.state.save(self.run, best)
+        self.state.meet(self.stepper)
+        self.state.save(self.run, best, self.stepper)
         self.saved_step = self.progress.step
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint."""
-        self.state.restore(checkpoint)
-        self.saved_step = checkpoint.step
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Go back to a checkpoint, which rank 0 has read."""
+        if checkpoint is not None:
+            self.state.restore(checkpoint)
+        self.state.spread(self.comm)
+        if isinstance(self.run, Follower):
+            self.run.forget(self.progress.epochs)
+        self.saved_step = self.progress.step
 
     def finish(self, engine: Engine) -> None:
         """Take the weights that the recipe asks for, look once at the test set, and write the result."""
@@ -361,9 +350,12 @@ class _Training:
         if self.state.shadow is not None:
             executor.params.flat[...] = self.state.shadow
         if self.recipe.early_stopping is not None and progress.best is not None:
-            best = self.run.checkpoints.load("best")
-            self.warn(best.warnings)
-            executor.params.load_state_dict(best.model)
+            if self.writes:
+                best = self.run.checkpoints.load("best")
+                self.warn(best.warnings)
+                executor.params.load_state_dict(best.model)
+            for array in (executor.params.flat, *executor.params.buffers.values()):
+                self.comm.broadcast(array)
             kept = "best"
         executor.weights_changed()
         measured = {}
@@ -382,39 +374,9 @@ class _Training:
             "seed": self.recipe.seed,
             "weights": kept,
         }
+        if self.comm.size > 1:
+            result["ranks_seconds"] = self.stepper.all_seconds()
         self.run.finish(result, executor.params)
-
-
-def _check_kinds(model: object, data: object, recipe: object, engine: object, params: object) -> None:
-    """Objects of the right kind, so that a mistake is told before anything is made. Raises ConfigError."""
-    wanted = (("model", model, Model), ("data", data, Dataset), ("recipe", recipe, Recipe), ("engine", engine, Engine))
-    for name, value, kind in (*wanted, *((("params", params, Params),) if params is not None else ())):
-        if not isinstance(value, kind):
-            raise ConfigError(f"fit: {name} must be a {kind.__name__} object; got {value!r}"[:300])
-
-
-def _check(
-    model: Model, data: Dataset, recipe: Recipe, resume: bool, out: str | Path | None, checkpoint_every: str
-) -> None:
-    """Everything that can be known to be wrong before the first step. Raises ConfigError."""
-    if model.input_shape != data.input_shape:
-        raise ConfigError(
-            f"the model takes images {model.input_shape}, {data.name} has {data.input_shape};"
-            f" build the model with input_shape={data.input_shape}"
-        )
-    if model.output_shape != (data.num_classes,):
-        raise ConfigError(
-            f"the model has outputs {model.output_shape}, {data.name} has {data.num_classes} classes;"
-            f" end it with Dense(..., {data.num_classes})"
-        )
-    if resume and out is None:
-        raise ConfigError("resume needs the folder of the run: give out=")
-    if data.valid is None:
-        for name, holds in (("early_stopping", recipe.early_stopping), ("Plateau", watched(recipe.schedule))):
-            if holds:
-                raise ConfigError(f"{name} needs a validation split; load the data with valid=0.1 (--valid 0.1)")
-    if not is_length(checkpoint_every):
-        raise ConfigError(f"checkpoint_every must {HOW_TO}; got {checkpoint_every!r}")
 
 
 def _teacher(model: Model, recipe: Recipe) -> Executor | None:

@@ -56,6 +56,7 @@ class GlobalOptions:
     """What stands before the verb."""
 
     debug: bool = False
+    arguments: tuple[str, ...] = ()
 
 
 @click.group(
@@ -73,7 +74,7 @@ def cli(options: GlobalOptions, debug: bool) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = GlobalOptions()
+    options = GlobalOptions(arguments=tuple(sys.argv[1:] if args is None else args))
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -82,8 +83,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return USAGE
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt) as error:
+        return fail(error)
     except BrokenPipeError:
         # The reader has left (convolt ... | head): what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,13 +92,20 @@ def main(args: Sequence[str] | None = None) -> int:
     except (click.ClickException, ConvoltError, OSError) as error:
         if options.debug:
             raise
-        return _fail(_message(error), USAGE if isinstance(error, click.UsageError | ConfigError) else FAILURE)
+        return fail(error)
     return code if isinstance(code, int) else 0
 
 
-def _message(error: Exception) -> str:
+def fail(error: BaseException, who: str = "") -> int:
+    """Say in one line what went wrong; returns the exit code."""
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return _fail(f"{who}interrupted", INTERRUPTED)
+    return _fail(who + _message(error), USAGE if isinstance(error, click.UsageError | ConfigError) else FAILURE)
+
+
+def _message(error: BaseException) -> str:
     if not isinstance(error, click.ClickException):
-        return str(error)
+        return str(error) or type(error).__name__
     context = error.ctx if isinstance(error, click.UsageError) else None
     hint = f" See: {context.command_path} --help" if context else ""
     return error.format_message() + hint

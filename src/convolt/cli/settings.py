@@ -10,6 +10,7 @@ Each is a series of assignments to one plain mapping. Its keys are the fields of
     model             a network of the zoo, a file, or a mapping that describes the layers
     normalize         whether the data set's mean and deviation stand in front of a network of the zoo
     engine            the engine's fields, or a name alone
+    parallel          the fields of ``Parallel``: what ranks do together
     checkpoint_every  a length
 
 A ``run.json`` holds all of it resolved, so replaying a run, and resuming one, is reading it as a recipe file. The seed
@@ -33,10 +34,19 @@ from convolt.engines import default_engine, engine_class
 from convolt.errors import ConfigError, ShapeError, nearest
 from convolt.layers import Normalize
 from convolt.model import Model
+from convolt.parallel import Parallel
 from convolt.recipe import Recipe, model_from_plain, plain, recipe_from_plain
 from convolt.run import Run
 
-KEYS = (*(field.name for field in fields(Recipe)), "data", "model", "normalize", "engine", "checkpoint_every")
+KEYS = (
+    *(field.name for field in fields(Recipe)),
+    "data",
+    "model",
+    "normalize",
+    "engine",
+    "parallel",
+    "checkpoint_every",
+)
 DEFAULT_MODEL = "mnist-cnn"
 MODEL_FILES = (".toml", ".json")
 
@@ -50,6 +60,7 @@ class Settings:
     normalize: bool
     recipe: Recipe
     engine: Engine
+    parallel: Parallel
     checkpoint_every: str
 
     def build_model(self, data: Dataset) -> Model:
@@ -65,7 +76,8 @@ def defaults() -> Plain:
     """What a run does when nothing is asked for; the engine is chosen last, when nothing names one."""
     own = plain(Recipe())
     own.pop("type")
-    return {**own, "data": {}, "model": DEFAULT_MODEL, "normalize": None, "engine": {}, "checkpoint_every": "1ep"}
+    sections: Plain = {"data": {}, "engine": {}, "parallel": {}}
+    return {**own, **sections, "model": DEFAULT_MODEL, "normalize": None, "checkpoint_every": "1ep"}
 
 
 def read_recipe(path: Path) -> Plain:
@@ -78,7 +90,7 @@ def recorded(config: Plain, where: Path) -> Plain:
     """The assignments that repeat the run with this resolved config. Raises ConfigError."""
     try:
         source, recipe = config["data"]["source"] or {"name": None}, dict(config["recipe"])
-        own = {name: config[name] for name in ("model", "engine", "checkpoint_every")}
+        own = {name: config[name] for name in ("model", "engine", "parallel", "checkpoint_every")}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{where}: is not the record of a run: it lacks {error}") from None
     recipe.pop("type", None)
@@ -123,8 +135,12 @@ def resolve(settings: Plain) -> Settings:
     if not isinstance(settings["data"], dict) or settings["data"].get("name", "") is None:
         raise ConfigError("data: the run was trained on arrays in memory; name its data set with --data")
     spec = build(DataSpec, {"seed": recipe.seed, **settings["data"]}, "data", {})
+    if not isinstance(settings["parallel"], dict):
+        raise ConfigError(f"parallel: must be a mapping, such as parallel.wire=bf16; got {settings['parallel']!r}")
+    parallel = build(Parallel, settings["parallel"], "parallel", {})
     engine = resolve_engine(settings["engine"])
-    return Settings(located(spec), model, normalize is not False, recipe, engine, settings["checkpoint_every"])
+    every = settings["checkpoint_every"]
+    return Settings(located(spec), model, normalize is not False, recipe, engine, parallel, every)
 
 
 def resolve_model(given: Any) -> str | Model:

@@ -4,6 +4,7 @@ Everything that happens here is ``fit`` with what settings.py resolved. A signal
 line that goes on with the run; see signals.py.
 """
 
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import click
 from convolt import plots, zoo
 from convolt.augment import AUGMENTS
 from convolt.callbacks import ProgressBar
+from convolt.cli import GlobalOptions, fail
 from convolt.cli.options import (
     DataOption,
     EngineOption,
@@ -32,13 +34,16 @@ from convolt.cli.options import (
     threads_option,
     writable,
 )
+from convolt.cli.ranks import Ranks, describe, oversubscribed, start, wanted
 from convolt.cli.settings import DEFAULT_MODEL, Settings, defaults, merge, put, read_recipe, recorded, resolve
+from convolt.comms import whereabouts
 from convolt.config import Plain, build, parse_assignment, plain_name
 from convolt.data import Dataset
 from convolt.datasets import SOURCES
 from convolt.datasets.spec import DataSpec
 from convolt.directory import PLOTS, RECORD
 from convolt.errors import ConfigError, Interrupted
+from convolt.launch import threads_per_rank
 from convolt.losses import LOSSES
 from convolt.model import Model
 from convolt.optimizers import OPTIMIZERS
@@ -79,6 +84,7 @@ Examples:
   convolt train --recipe runs/NAME/run.json --seed 1
   convolt train --resume runs/NAME
   convolt train --model resnet9 --precision bf16 --explain
+  convolt train --ranks 2 --threads 4
 
 Any key of a recipe can be set: --set optimizer.betas=(0.9,0.95), --set early_stopping.patience=5, --set ema.decay=0.99,
 and those of the data and the engine: --set data.seed=7, --set engine.KEY=VALUE. A recipe file is TOML with the same
@@ -196,7 +202,13 @@ def names(family: tuple[Any, ...]) -> tuple[str, ...]:
 )
 @engine_option("the fastest")
 @threads_option
-@click.option("--ranks", cls=EngineOption, type=int, default=1, metavar="N", help="Processes. [default: 1, for now]")
+@click.option(
+    "--ranks",
+    cls=EngineOption,
+    type=int,
+    metavar="N",
+    help="Processes that share every batch, by MPI, each with --threads. [default: 1, or those of mpiexec]",
+)
 @click.option("--out", cls=RunOption, metavar="DIR", help="Folder of the run. [default: a new one in --runs-dir]")
 @click.option("--runs-dir", cls=RunOption, metavar="DIR", help="Folder of all runs. [default: runs]")
 @click.option(
@@ -223,7 +235,7 @@ def train(
     /,
     recipe_file: Path | None,
     assignments: tuple[str, ...],
-    ranks: int,
+    ranks: int | None,
     out: str | None,
     runs_dir: str | None,
     resume: Path | None,
@@ -238,63 +250,98 @@ def train(
 
     Without options: mnist-cnn on the embedded digits.
     """
-    if ranks != 1:
-        raise ConfigError(f"--ranks must be 1: MPI ranks are not in this version of Convolt; got {ranks}")
     if keep_last < 1:
         raise ConfigError(f"--keep-last must be at least 1; got {keep_last}")
     if resume is not None and (out is not None or runs_dir is not None):
         raise ConfigError("--resume goes on in the run's own folder; leave out --out and --runs-dir")
     if save_metrics is not None:
         writable(save_metrics, "--save-metrics")
-    settings = collect(resume, recipe_file, options, assignments)
-    console = notes(quiet)
-    with console.status(f"loading {settings.data.name}"):
-        data = settings.data.load()
-        model = settings.build_model(data)
-    if explain:
-        recipe = settings.recipe
-        explanation = settings.engine.explain(model, recipe.precision, recipe.micro_batch_size or recipe.batch_size)
-        if as_json:
-            print_json(asdict(explanation))
-        else:
-            click.echo(explanation)
-        return
-    console.print(headline(settings, model, data), markup=False)
-    try:
-        run = fit(
-            model,
-            data,
-            settings.recipe,
-            engine=settings.engine,
-            out=out if resume is None else resume,
-            root=runs_dir or "runs",
-            resume=resume is not None,
-            checkpoint_every=settings.checkpoint_every,
-            keep_last=keep_last,
-            callbacks=() if quiet else (ProgressBar(),),
-            source=settings.data,
-        )
-    except Interrupted as interrupted:
-        click.echo(f"convolt: {interrupted}", err=True)
-        ctx.exit(ExitCode.INTERRUPTED)
+    own: GlobalOptions = ctx.obj
+    to_start = wanted(ranks)
+    if to_start > 1:
+        collect(resume, recipe_file, options, assignments, to_start)  # a mistake is told once, and before MPI starts
+        ctx.exit(start(to_start, own.arguments, str(out or resume) if out or resume else None))
+    with Ranks(own.debug, fail) as comm:
+        settings = collect(resume, recipe_file, options, assignments, comm.size, comm.node_size)
+        console = notes(quiet or comm.rank > 0)
+        with console.status(f"loading {settings.data.name}"):
+            data = settings.data.load()
+            model = settings.build_model(data)
+        if explain:
+            tell_kernels(settings, model, as_json)
+            return
+        console.print(headline(settings, model, data), markup=False)
+        if comm.size > 1:
+            places = whereabouts(comm, settings.engine.threads)
+            console.print(describe(places), markup=False)
+            if (crowd := oversubscribed(places)) is not None:
+                warnings.warn(crowd, stacklevel=1)
+        try:
+            run = fit(
+                model,
+                data,
+                settings.recipe,
+                engine=settings.engine,
+                comm=comm,
+                parallel=settings.parallel,
+                out=out if resume is None else resume,
+                root=runs_dir or "runs",
+                resume=resume is not None,
+                checkpoint_every=settings.checkpoint_every,
+                keep_last=keep_last,
+                callbacks=() if quiet or comm.rank > 0 else (ProgressBar(),),
+                source=settings.data,
+            )
+        except Interrupted as interrupted:
+            if comm.rank == 0:
+                click.echo(f"convolt: {interrupted}", err=True)
+            ctx.exit(ExitCode.INTERRUPTED)
+        if comm.rank == 0:
+            report(run, save_metrics, as_json)
+
+
+def tell_kernels(settings: Settings, model: Model, as_json: bool) -> None:
+    """Which kernel computes each stage, and why, instead of a training."""
+    recipe = settings.recipe
+    explanation = settings.engine.explain(model, recipe.precision, recipe.micro_batch_size or recipe.batch_size)
+    if as_json:
+        print_json(asdict(explanation))
+    else:
+        click.echo(explanation)
+
+
+def report(run: Run, save_metrics: Path | None, as_json: bool) -> None:
+    """What is left of a finished run: plots, metrics as arrays, its result on standard output."""
     if run.history:
         plots.save(plots.learning_curves(run.history, run.folder.name), run.folder / PLOTS / "learning-curves")
     if save_metrics is not None:
         run.save_metrics(save_metrics)
     result = run.result or {}
     if as_json:
-        print_json({key: result[key] for key in RESULT})
+        print_json({key: result[key] for key in (*RESULT, "ranks_seconds") if key in result})
     else:
         click.echo(summary(run, result))
 
 
-def collect(resume: Path | None, recipe_file: Path | None, options: Plain, assignments: tuple[str, ...]) -> Settings:
-    """Defaults, the run to resume, the recipe file, the options and ``--set``, in this order. Raises ConfigError."""
+def collect(
+    resume: Path | None,
+    recipe_file: Path | None,
+    options: Plain,
+    assignments: tuple[str, ...],
+    ranks: int = 1,
+    node_size: int | None = None,
+) -> Settings:
+    """Defaults, the run to resume, the recipe file, the options and ``--set``, in this order. Raises ConfigError.
+
+    node_size: how many of the ranks are on this machine, which share its cores if nobody says otherwise.
+    """
     settings = defaults()
     run = None if resume is None else Run.load(resume)
     if run is not None:
         record = run.folder / RECORD
         merge(settings, recorded(run.config, record), str(record))
+        if run.config.get("ranks") != ranks:
+            settings["engine"].pop("threads", None)
     if recipe_file is not None:
         merge(settings, read_recipe(recipe_file), str(recipe_file))
     for name, value in options.items():
@@ -302,6 +349,8 @@ def collect(resume: Path | None, recipe_file: Path | None, options: Plain, assig
             put(settings, KEYS.get(name, name), value, f"--{name}")
     for text in assignments:
         put(settings, *parse_assignment(text), "--set")
+    if ranks > 1 and isinstance(settings["engine"], dict) and not settings["engine"].get("threads"):
+        put(settings, "engine.threads", threads_per_rank(node_size or ranks), "--ranks")
     resolved = resolve(settings)
     if run is not None:
         require_same_data(run, resolved.data)

@@ -105,9 +105,9 @@ class JitExecutor(Executor):
         self._updater.update(optimizer)
         return StepResult(total, logits)
 
-    def update(self, optimizer: Optimizer) -> None:
+    def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """The optimizer's step in compiled code; one that the kernels do not know runs in NumPy."""
-        self._updater.update(optimizer)
+        self._updater.update(optimizer, part)
 
     def optimizer_state(self) -> dict[str, Array]:
         """The optimizer's flat arrays and ``step``."""

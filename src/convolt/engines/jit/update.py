@@ -11,7 +11,7 @@ from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import NUMBERS, LossSpec, UpdateSpec
 from convolt.engines.jit.plan import Plan, Task, address_of
 from convolt.engines.jit.runtime import Program, Team
-from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, step_flat
+from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, runs_within, step_flat
 from convolt.params import Params
 
 Array = NDArray[Any]
@@ -28,9 +28,9 @@ class Updater:
         self._params, self._grads, self._compiler, self._team = params, grads, compiler, team
         self._plan = Plan(params, grads, 1, isa, 1, set())
         self._numbers = np.zeros(NUMBERS)
-        self._spec: UpdateSpec | None = None
-        self._runs: dict[bool, Array] = {}
-        self.square_sums = np.zeros(len(self._cut(decays_all=True)))
+        self._made_for: tuple[UpdateSpec, slice | None] | None = None
+        self._all = self._cut(True, None)
+        self.square_sums = np.zeros(len(self._all))
 
     def load(self, state: dict[str, Array]) -> None:
         """Go on from a checkpoint's state."""
@@ -38,33 +38,33 @@ class Updater:
         flat = self._params.flat
         self.state = {name: array.astype(flat.dtype) for name, array in state.items() if array.shape == flat.shape}
 
-    def update(self, optimizer: Optimizer) -> None:
-        """One step."""
+    def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
+        """One step of all parameters, or of a part of them."""
         if not self.state:
             self.state = init_state(optimizer, self._params.flat.size, self._params.dtype)
         self.step += 1
         spec = _spec(optimizer)
         if spec is None or set(optimizer.state_names) - self.state.keys():
-            step_flat(optimizer, self._params.flat, self._grads.flat, self.state, self.step, self._params.decays())
+            decays = self._params.decays()
+            step_flat(optimizer, self._params.flat, self._grads.flat, self.state, self.step, decays, part)
             return
-        if self.program is None or self._spec != spec:
-            self._spec, self.program = spec, self._make(optimizer, spec)
+        if self.program is None or self._made_for != (spec, part):
+            self._made_for, self.program = (spec, part), self._make(optimizer, spec, part)
         numbers = _numbers(optimizer, self.step)
         self._numbers[: len(numbers)] = numbers
         self._team.run(self.program)
 
     def norm_task(self) -> Task:
         """The squares of the gradient, summed run by run into ``square_sums``."""
-        runs = self._cut(decays_all=True)
-        arguments = address_of(self._grads.flat), address_of(self.square_sums), address_of(runs)
-        return self._plan.whole("gradient norm", "loss:square_sum", LossSpec(), len(runs), *arguments)
+        arguments = address_of(self._grads.flat), address_of(self.square_sums), address_of(self._all)
+        return self._plan.whole("gradient norm", "loss:square_sum", LossSpec(), len(self._all), *arguments)
 
-    def _make(self, optimizer: Optimizer, spec: UpdateSpec) -> Program:
+    def _make(self, optimizer: Optimizer, spec: UpdateSpec, part: slice | None) -> Program:
         vectors = [address_of(self.state[name]) for name in optimizer.state_names]
         if isinstance(optimizer, RMSprop) and not optimizer.centered:
             vectors.insert(1, vectors[0])  # no grad_avg: its place is not read
         vectors += [address_of(self._params.flat)] * (3 - len(vectors))
-        runs = self._cut(optimizer.decay_norm_and_bias)
+        runs = self._cut(optimizer.decay_norm_and_bias, part)
         arguments = (
             address_of(self._params.flat),
             address_of(self._grads.flat),
@@ -74,20 +74,18 @@ class Updater:
         )
         task = self._plan.whole("update", "weights:update", spec, len(runs), *arguments)
         program = self._plan.program([task], self._compiler)
-        program.keep += [self]
+        program.keep += [self, runs]
         return program
 
-    def _cut(self, decays_all: bool) -> Array:
+    def _cut(self, decays_all: bool, part: slice | None) -> Array:
         """Runs of parameters that one chunk takes: start, stop, whether weight decay acts."""
-        if decays_all not in self._runs:
-            whole = [(slice(0, self._params.flat.size), True)]
-            rows = [
-                (start, min(start + RUN, segment.stop), int(decays))
-                for segment, decays in (whole if decays_all else self._params.decays())
-                for start in range(segment.start, segment.stop, RUN)
-            ]
-            self._runs[decays_all] = np.array(rows, np.int64).reshape(-1, 3)
-        return self._runs[decays_all]
+        whole = [(slice(0, self._params.flat.size), True)]
+        rows = [
+            (start, min(start + RUN, segment.stop), int(decays))
+            for segment, decays in runs_within(whole if decays_all else self._params.decays(), part)
+            for start in range(segment.start, segment.stop, RUN)
+        ]
+        return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def _spec(optimizer: Optimizer) -> UpdateSpec | None:

@@ -203,10 +203,10 @@ class TorchExecutor(Executor):
                 self._backward(total * scale, on_ready)
             return StepResult(total.item(), to_numpy(logits))
 
-    def update(self, optimizer: Optimizer) -> None:
+    def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """One step of PyTorch's optimizer on the flat weights."""
         with self._limited():
-            self._optimizer.step(optimizer, self._weights.on_device(), self._gradient.on_device())
+            self._optimizer.step(optimizer, self._weights.on_device(), self._gradient.on_device(), part)
 
     def optimizer_state(self) -> dict[str, Array]:
         """The optimizer's flat arrays and ``step``; with fp16 also the loss scale and how long it has been good."""

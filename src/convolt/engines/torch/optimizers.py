@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convolt.engines.torch.losses import to_numpy
 from convolt.errors import ConfigError, EngineError
-from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
+from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, runs_within
 from convolt.params import Array
 
 # RMSprop has no fused form.
@@ -36,7 +36,7 @@ class FlatOptimizer:
     steps: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
     _native: Any = None
-    _built_for: tuple[type, bool] | None = None
+    _built_for: tuple[type, bool, slice | None] | None = None
 
     def save(self) -> dict[str, Array]:
         """Copies of the flat vectors, and ``step``."""
@@ -53,8 +53,8 @@ class FlatOptimizer:
         }
         self._built_for = None
 
-    def step(self, optimizer: Optimizer, weights: Tensor, gradient: Tensor) -> None:
-        """One step of ``weights``, in place. Raises EngineError, ConfigError."""
+    def step(self, optimizer: Optimizer, weights: Tensor, gradient: Tensor, part: slice | None = None) -> None:
+        """One step of ``weights``, or of a part of them, in place. Raises EngineError, ConfigError."""
         if self.steps == 0:
             for name in optimizer.state_names:
                 self.state.setdefault(name, torch.zeros_like(weights))
@@ -63,14 +63,14 @@ class FlatOptimizer:
                 f"{type(optimizer).__name__}: the run began without {', '.join(sorted(missing))}; "
                 "a momentum that is scheduled must not begin at 0"
             )
-        if self._built_for != (type(optimizer), optimizer.decay_norm_and_bias):
-            self._build(optimizer, weights, gradient)
+        if self._built_for != (type(optimizer), optimizer.decay_norm_and_bias, part):
+            self._build(optimizer, weights, gradient, part)
         for group in self._native.param_groups:
             self._set_hyperparameters(group, optimizer)
         self._native.step()
         self.steps += 1
 
-    def _build(self, optimizer: Optimizer, weights: Tensor, gradient: Tensor) -> None:
+    def _build(self, optimizer: Optimizer, weights: Tensor, gradient: Tensor, part: slice | None) -> None:
         """One segment for all, or one for each run of weights and of biases and norms if only weights decay."""
         make = _NATIVE.get(type(optimizer))
         if make is None:
@@ -79,7 +79,7 @@ class FlatOptimizer:
         runs = [(slice(0, self.size), True)] if optimizer.decay_norm_and_bias else self.decays
         segments: dict[bool, list[Tensor]] = {}
         state: dict[Tensor, dict[str, Tensor]] = {}
-        for run, is_weight in runs:
+        for run, is_weight in runs_within(runs, part):
             segment = weights[run]
             segment.grad = gradient[run]
             segments.setdefault(is_weight, []).append(segment)
@@ -87,7 +87,7 @@ class FlatOptimizer:
             state[segment]["step"] = torch.tensor(float(self.steps), device=weights.device)
         self._native = make([{"params": members, "decays": kind} for kind, members in segments.items()])
         self._native.state.update(state)
-        self._built_for = type(optimizer), optimizer.decay_norm_and_bias
+        self._built_for = type(optimizer), optimizer.decay_norm_and_bias, part
 
     def _set_hyperparameters(self, group: dict[str, Any], optimizer: Optimizer) -> None:
         """PyTorch knows decoupled decay in Adam and AdamW; elsewhere it is applied here."""

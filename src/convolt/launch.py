@@ -1,0 +1,271 @@
+"""Starting a program on several ranks: what ``mpiexec`` is told, and what becomes of its signals, words and codes.
+
+    launch.run(4, ["train", "--threads", "2"])      # convolt train --threads 2 on 4 ranks; returns when it has ended
+    launch.command(4, ["train", "--threads", "2"])  # the command line alone
+    launch.placement()                              # in a rank: who am I; None where no MPI started this process
+
+``python -m mpi4py`` stands in front: without it an exception in one rank leaves the others waiting for ever. No rank is
+bound to one core, which Open MPI and Intel MPI do by themselves, and with it all threads of a hybrid run.
+
+`run` passes SIGINT and SIGTERM on to ``mpiexec``, which hands them to every rank: training then saves once and all
+ranks end. Should this process be killed, the kernel ends ``mpiexec``, and that its ranks. What ``mpiexec`` itself says
+about a failure is left out: the rank that failed has said it better.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import FrameType
+from typing import IO, Any
+
+from convolt.errors import ConfigError, EngineError, MissingDependency
+from convolt.machine import allowed_cores, mpi_runtime
+
+PR_SET_PDEATHSIG = 1
+KILLED = 128  # a program that a signal ended has the code 128 + its number, as in a shell
+
+# What a launcher tells its processes: rank, size, rank and size on the node. Slurm's are those of a step, not of a job.
+VARIABLES = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
+
+# The launcher's own words about a failure, which stand around those of the rank that failed.
+NOISE = re.compile(
+    r"=+$|= {3}(BAD TERMINATION|PID \d+ RUNNING|EXIT CODE|CLEANING UP|YOU CAN IGNORE)|YOUR APPLICATION TERMINATED"
+    r"|This typically refers to a problem|Please see the FAQ page|Abort\(\d+\) on node|\[mpiexec@|\[proxy:"
+    r"|MPI_ABORT was invoked|-{20,}$|mpirun has exited|prterun"
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a launcher put this process. size counts all ranks, node_size those of this machine."""
+
+    rank: int
+    size: int
+    node_rank: int = 0
+    node_size: int = 1
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How ranks ended. code: 0 done, 75 interrupted and saved, 128 + n killed by signal n, else an error.
+
+    output: what was written to standard output, if it was caught.
+    """
+
+    code: int
+    output: str = ""
+
+
+def placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
+    """What the launcher's environment variables say; None where no launcher started this process."""
+    for names in VARIABLES:
+        rank, size, node_rank, node_size = (_number(environ.get(name, "")) for name in names)
+        if rank is not None and size is not None:
+            return Placement(rank, size, node_rank or 0, node_size or 1)
+    return None
+
+
+def threads_per_rank(node_size: int) -> int:
+    """The cores that are allowed, shared among the ranks of a machine; at least one."""
+    return max(1, allowed_cores() // max(1, node_size))
+
+
+def command(ranks: int, arguments: Sequence[str]) -> list[str]:
+    """The command line of ``convolt ARGUMENTS`` on so many ranks of this machine; one rank needs no launcher.
+
+    Raises ConfigError, MissingDependency, EngineError.
+    """
+    check_ranks(ranks)
+    if ranks == 1:
+        return [sys.executable, "-m", "convolt", *arguments]
+    return [*launcher(ranks), sys.executable, "-m", "mpi4py", "-m", "convolt", *arguments]
+
+
+def launcher(ranks: int) -> list[str]:
+    """``mpiexec`` and its options for so many ranks of any program. Raises MissingDependency, EngineError."""
+    check_ranks(ranks)
+    require_mpi4py()
+    runtime = mpi_runtime()
+    if runtime.launcher is None:
+        raise EngineError("ranks: no mpiexec was found, and no MPI with it; run: pip install 'convolt[mpi]'")
+    options = {
+        "Open MPI": ["--bind-to", "none", "--oversubscribe"],
+        "Intel MPI": ["-genv", "I_MPI_PIN", "off"],
+    }.get(runtime.vendor or "", [])
+    return [runtime.launcher, *options, "-n", str(ranks)]
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise ConfigError unless so many ranks can be meant."""
+    if ranks < 1:
+        raise ConfigError(f"ranks must be at least 1; got {ranks}")
+    if ranks > max(64, 8 * allowed_cores()):
+        raise ConfigError(f"ranks={ranks} is far beyond the {allowed_cores()} usable cores of this machine")
+
+
+def require_mpi4py() -> None:
+    """Raise MissingDependency where mpi4py is not installed; it is not imported, as that would start MPI here."""
+    if find_spec("mpi4py") is None:
+        raise MissingDependency("mpi4py", "more than one rank", "mpi")
+
+
+def run(
+    ranks: int,
+    arguments: Sequence[str],
+    *,
+    catch_output: bool = False,
+    quiet: bool = False,
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run ``convolt ARGUMENTS`` on so many ranks and wait for their end.
+
+    catch_output: keep standard output for the result. quiet: pass on nothing of standard error. timeout: seconds, after
+    which everything is killed. environment: replaces this process's own.
+    Raises ConfigError, MissingDependency, EngineError; subprocess.TimeoutExpired.
+    """
+    return run_command(
+        command(ranks, arguments), catch_output=catch_output, quiet=quiet, timeout=timeout, environment=environment
+    )
+
+
+def run_command(
+    words: Sequence[str],
+    *,
+    catch_output: bool = False,
+    quiet: bool = False,
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run a command line that `command` or `launcher` made, as `run` does."""
+    caught: list[str] = []
+    errors = _Errors(None if quiet else sys.stderr)
+    process = subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=None if environment is None else dict(environment),
+        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+        preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - one system call, which takes no lock
+        text=True,
+        errors="replace",
+    )
+    output = caught.append if catch_output else _writer(sys.stdout)
+    relays = [
+        threading.Thread(target=_relay, args=(stream, take), daemon=True)
+        for stream, take in ((process.stdout, output), (process.stderr, errors.take))
+    ]
+    with _signals_to(process):
+        for relay in relays:
+            relay.start()
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            raise
+        for relay in relays:
+            relay.join()
+    if code < 0:
+        code = KILLED - code
+    elif code == signal.SIGKILL:  # MPICH's code when a rank was killed, and when one that has said why took its leave
+        code = 1 if errors.spoke else KILLED + signal.SIGKILL
+    return Ended(code, "".join(caught))
+
+
+class _Errors:
+    """Standard error of the ranks on its way to ours."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream = stream
+        self.spoke = False
+
+    def take(self, line: str) -> None:
+        self.spoke |= line.startswith("convolt: error")
+        if self._stream is not None:
+            self._stream.write(line)
+            self._stream.flush()
+
+
+def _writer(stream: IO[str]) -> Callable[[str], None]:
+    def write(line: str) -> None:
+        stream.write(line)
+        stream.flush()
+
+    return write
+
+
+def _relay(stream: IO[str] | None, take: Callable[[str], object]) -> None:
+    """Pass lines on as they come, but for the launcher's own and the empty lines around them."""
+    assert stream is not None
+    held: list[str] = []
+    silent = False
+    with stream:
+        for line in stream:
+            if NOISE.match(line):
+                silent, held = True, []
+            elif not line.strip():
+                held += [] if silent else [line]
+            else:
+                for each in (*held, line):
+                    take(each)
+                silent, held = False, []
+    for line in held:
+        take(line)
+
+
+@contextmanager
+def _signals_to(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """SIGINT and SIGTERM go on to the launcher while it runs; only the main thread can see to that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if process.poll() is None:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _die_with(parent: int) -> Callable[[], Any]:
+    """What the child calls before it becomes the launcher: SIGTERM to it when ``parent`` is gone."""
+    if not sys.platform.startswith("linux"):
+        return lambda: None
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """End the launcher and every process it started, on this machine."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _number(text: str) -> int | None:
+    """The first number of a text such as ``4`` or Slurm's ``4(x2)``."""
+    match = re.match(r"\d+", text)
+    return int(match.group()) if match else None

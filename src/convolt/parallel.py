@@ -1,0 +1,45 @@
+"""How the ranks of a run work together: what of it may be chosen.
+
+The gradient of a step is the sum over ranks, whatever is chosen here but ``local_steps``. `overlap` and
+`shard_optimizer` change when numbers travel and who moves which weights, and no result; the others change the
+mathematics, and stand in the run's configuration.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from convolt.checks import check_choice, check_flag, check_integer
+from convolt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What ranks do together.
+
+    sync_batch_norm: BatchNorm takes mean and variance over the whole batch; without it over each rank's part, and the
+    running ones are averaged over ranks. overlap: gradients leave while backward goes on. shard_optimizer: each rank
+    moves its part of the weights and sends it to all. wire: "bf16" sends gradients in two bytes a number.
+    local_steps: so many steps on its own part of the batches before the ranks average their weights (local SGD: Stich,
+    ICLR 2019); 1 adds gradients in every step.
+    Raises ConfigError.
+    """
+
+    sync_batch_norm: bool = False
+    overlap: bool = True
+    shard_optimizer: bool = False
+    wire: Literal["fp32", "bf16"] = "fp32"
+    local_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("sync_batch_norm", "overlap", "shard_optimizer"):
+            check_flag(self, name)
+        check_choice(self, "wire", ("fp32", "bf16"))
+        check_integer(self, "local_steps", at_least=1)
+        if self.local_steps > 1 and (self.shard_optimizer or self.wire != "fp32"):
+            raise ConfigError(
+                f"Parallel: local_steps={self.local_steps} sends no gradients: leave out shard_optimizer and wire"
+            )
+
+
+#: The fields that a resumed run may change: they do not change what is computed.
+FREE = ("parallel.overlap", "parallel.shard_optimizer")

@@ -1,0 +1,255 @@
+"""One optimizer step on the global batch, by one process or by many.
+
+With ranks a step has four parts, which `Seconds` keeps apart: each rank computes the gradient of its samples, whose
+parts may leave on the way; a handful of numbers is added up (loss, correct answers, BatchNorm's statistics, whether a
+signal came), which is also where ranks wait for the slowest; then for what is left of the gradient's sum; and the
+weights move. The numbers are the same bits on every rank, so all of them decide alike what to do about a loss that is
+not finite and when to stop.
+"""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from convolt.comms import Array, Communicator
+from convolt.engine import Executor, StepResult
+from convolt.loader import Batch
+from convolt.metrics import correct
+from convolt.optimizers import Optimizer, clip_by_norm, clip_by_value
+from convolt.parallel import Parallel
+from convolt.recipe import Recipe
+from convolt.signals import SIGNALS, StopRequest
+
+
+class Outcome(NamedTuple):
+    """What a step on the global batch gave: the summed loss (NaN: nothing was changed) and how many were right."""
+
+    loss: float
+    right: int
+
+
+@dataclass
+class Seconds:
+    """Where a rank's time in steps went.
+
+    waiting: for the slowest rank; communication: for numbers on their way, what backward did not cover.
+    """
+
+    compute: float = 0.0
+    communication: float = 0.0
+    waiting: float = 0.0
+
+
+class Stepper:
+    """Steps of one run on one rank."""
+
+    def __init__(
+        self, executor: Executor, recipe: Recipe, comm: Communicator, parallel: Parallel, stop: StopRequest
+    ) -> None:
+        self.executor, self.recipe, self.comm, self.parallel, self.stop = executor, recipe, comm, parallel, stop
+        self.seconds = Seconds()
+        self._asked: int | None = None
+        self._drifted = False
+        self._serial = comm.size == 1
+        self._local = parallel.local_steps > 1 and not self._serial
+        grads = executor.grads.flat
+        self._sum = comm.summation(grads, parallel.shard_optimizer, parallel.wire)
+        self._own = None if self._sum.own == slice(0, grads.size) else self._sum.own
+        self._synced = parallel.sync_batch_norm and not self._serial and bool(executor.params.buffers)
+        if self._synced:
+            executor.synchronize_statistics(comm.allreduce)
+
+    # ---------------------------------------------------------------------------------------------------- one step
+
+    def step(self, batch: Batch, optimizer: Optimizer) -> Outcome:
+        """One step; weights and statistics stay as they are when loss, gradient or a statistic is not finite."""
+        recipe, executor = self.recipe, self.executor
+        statistics = executor.statistics()
+        clipped = recipe.clip_norm is not None or recipe.clip_value is not None
+        whole = recipe.micro_batch_size is None or recipe.micro_batch_size >= batch.size
+        if self._serial and whole and not clipped:
+            scale = 1 / batch.size
+            result = executor.train_step(batch.images, batch.targets, recipe.loss, scale, optimizer, batch.rng)
+            outcome = Outcome(result.loss, right_of([result], [batch]))
+        else:
+            outcome = self._accumulated(batch, optimizer, statistics)
+        if not math.isfinite(outcome.loss):
+            executor.restore_statistics(statistics)
+        return outcome
+
+    def _accumulated(self, batch: Batch, optimizer: Optimizer, statistics: dict[str, Array]) -> Outcome:
+        began = time.perf_counter()
+        executor = self.executor
+        equally_often = self._most_pieces(batch) if self._synced else 0
+        pieces = list(batch.pieces(self.recipe.micro_batch_size, equally_often))
+        results = self._gradient(pieces, batch)
+        loss = sum(result.loss for result in results) if executor.statistics_are_finite() else math.nan
+        computed = time.perf_counter()
+        loss, right = self._agree(loss, right_of(results, pieces), batch)
+        agreed = time.perf_counter()
+        if not self._local:
+            self._sum.finish()
+        summed = time.perf_counter()
+        norm = self._norm()
+        normed = time.perf_counter()
+        shared = normed
+        if math.isfinite(loss + norm):
+            self._update(optimizer)
+            shared = time.perf_counter()
+            self._share_weights()
+            self._count_batches(statistics, batch)
+            self._drifted = self._local
+        done = time.perf_counter()
+        waits = (agreed - computed, summed - agreed, done - shared)
+        self.seconds.waiting += waits[0]
+        self.seconds.communication += waits[1] + waits[2]
+        self.seconds.compute += done - began - sum(waits)
+        return Outcome(loss if math.isfinite(norm) else math.nan, right)
+
+    def _gradient(self, pieces: list[Batch], batch: Batch) -> list[StepResult]:
+        """Forward and backward of every micro-batch; in the last one the gradient leaves slice by slice."""
+        executor, recipe = self.executor, self.recipe
+        executor.zero_grads()
+        count = len(batch.labels) if self._local else batch.size
+        told: list[slice] = []
+
+        def on_ready(part: slice) -> None:
+            executor.grads  # noqa: B018 - where it lies on a device, asking brings it here
+            self._sum.add(part)
+            told.append(part)
+
+        results = []
+        for number, piece in enumerate(pieces, 1):
+            leaves = on_ready if number == len(pieces) and self.parallel.overlap and not self._local else None
+            results.append(
+                executor.loss_and_grads(piece.images, piece.targets, recipe.loss, 1 / max(1, count), piece.rng, leaves)
+            )
+        if not self._local:
+            for part in gaps(told, executor.grads.flat.size):
+                self._sum.add(part)
+        return results
+
+    def _agree(self, loss: float, right: int, batch: Batch) -> tuple[float, int]:
+        """Add up what all ranks must know; BatchNorm's statistics become their mean, weighted by samples."""
+        if self._serial:
+            return loss, right
+        buffers = self.executor.params.buffers_flat
+        averaged = buffers.size if not self._synced else 0
+        numbers = np.zeros(2 + len(SIGNALS) + averaged)
+        numbers[:2] = loss, right
+        numbers[2 : 2 + len(SIGNALS)] = [self.stop.signal == number for number in SIGNALS]
+        if averaged:
+            numbers[-averaged:] = buffers * (len(batch.labels) / batch.size)
+        self.comm.allreduce(numbers)
+        self._asked = int(asked_of(numbers[2 : 2 + len(SIGNALS)]))
+        if averaged:
+            buffers[...] = numbers[-averaged:]
+            self.executor.weights_changed()
+        return float(numbers[0]), int(numbers[1])
+
+    def _norm(self) -> float:
+        """The gradient's norm: of the sum, wherever its parts are; of this rank's own in a local step."""
+        if self._own is None and not self._local:
+            return self.executor.grad_norm()
+        part = self.executor.grads.flat[self._own or slice(None)]
+        squares = np.array([float(np.einsum("i,i", part, part, dtype=np.float64, casting="same_kind"))])
+        own = float(squares[0])
+        self.comm.allreduce(squares)  # in a local step it tells whether anybody's is not finite
+        return math.sqrt(own) if self._local and math.isfinite(squares[0]) else math.sqrt(squares[0])
+
+    def _update(self, optimizer: Optimizer) -> None:
+        part = self.executor.grads.flat[self._own or slice(None)]
+        if self.recipe.clip_value is not None:
+            clip_by_value(part, self.recipe.clip_value)
+        if self.recipe.clip_norm is not None:
+            clip_by_norm(part, self.recipe.clip_norm, None if self._own is None else self._norm())
+        self.executor.update(optimizer, self._own)
+
+    def _share_weights(self) -> None:
+        if self._own is not None:
+            self._sum.share(self.executor.params.flat)
+            self.executor.weights_changed()
+
+    def _count_batches(self, before: dict[str, Array], batch: Batch) -> None:
+        """BatchNorm's counters, on a rank without samples as on the others."""
+        if self._serial:
+            return
+        for name, array in self.executor.params.buffers.items():
+            if array.dtype.kind == "i":
+                array[...] = before[name] + self._most_pieces(batch)
+
+    def _most_pieces(self, batch: Batch) -> int:
+        """Micro-batches of the rank that has most."""
+        most = -(-batch.size // self.comm.size)
+        return -(-most // (self.recipe.micro_batch_size or most))
+
+    # --------------------------------------------------------------------------------------------- between two steps
+
+    def asked_to_stop(self) -> int:
+        """The signal that came to any rank, 0 if none did; all ranks get the same answer.
+
+        A step has asked already: what came since is seen after the next one.
+        """
+        if self._serial:
+            return int(self.stop.signal or 0)
+        if self._asked is None:
+            flags = np.array([float(self.stop.signal == number) for number in SIGNALS])
+            self.comm.allreduce(flags)
+            self._asked = int(asked_of(flags))
+        asked, self._asked = self._asked, None
+        return asked
+
+    def meet(self, arrays: Iterable[Array]) -> None:
+        """After local steps: every rank takes the mean of these arrays. Nothing to do after any other step."""
+        if not self._drifted:
+            return
+        for array in arrays:
+            self.comm.allreduce(array)
+            np.divide(array, self.comm.size, out=array)
+        self._drifted = False
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the ranks' weights differ, as after local steps."""
+        return self._drifted
+
+    def whole(self, arrays: Iterable[Array]) -> None:
+        """Give every rank all parts of the optimizer's arrays, of which each keeps its own alone."""
+        if self._own is not None:
+            for array in arrays:
+                self._sum.share(array)
+
+    def all_seconds(self) -> dict[str, list[float]]:
+        """Where each rank's time went, by rank."""
+        table = np.zeros((self.comm.size, 3))
+        table[self.comm.rank] = astuple(self.seconds)
+        self.comm.allreduce(table)
+        return {name: table[:, column].tolist() for column, name in enumerate(vars(self.seconds))}
+
+
+def right_of(results: list[StepResult], pieces: list[Batch]) -> int:
+    """How many logits name their label."""
+    return sum(int(correct(result.logits, piece.labels).sum()) for result, piece in zip(results, pieces, strict=True))
+
+
+def asked_of(flags: Array) -> int:
+    """The signal of the first flag that is up; 0 for none."""
+    return next((int(number) for number, flag in zip(SIGNALS, flags, strict=True) if flag), 0)
+
+
+def gaps(parts: list[slice], size: int) -> list[slice]:
+    """What is left of ``size`` elements beside these parts.
+
+    >>> gaps([slice(4, 6), slice(0, 2)], 8)
+    [slice(2, 4, None), slice(6, 8, None)]
+    """
+    found, at = [], 0
+    for part in sorted(parts, key=lambda part: part.start):
+        if part.start > at:
+            found.append(slice(at, part.start))
+        at = max(at, part.stop)
+    return [*found, slice(at, size)] if at < size else found
