@@ -96,7 +96,7 @@ class OnnxExecutor(Executor):
         """Refused. Raises EngineError."""
         raise _predicts_only()
 
-    def update(self, optimizer: Optimizer) -> None:
+    def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """Refused. Raises EngineError."""
         raise _predicts_only()
 

@@ -1,7 +1,9 @@
 """The jit executor: programs of compiled kernels for steps and for predictions.
 
 A whole step - unpacking, forward, softmax and cross-entropy, backward, the gradient's norm - is one call into compiled
-code, and the optimizer a second, after the look at whether all is finite. Other losses, accumulation and gradients
+code, and the optimizer a second, after the look at whether all is finite. The gradient of a large dense matrix is made
+in the second, a few rows before the optimizer takes them, if operands are so small that it must be finite: after
+``train_step`` it is not in ``grads``. Other losses, accumulation and gradients
 that somebody waits for take the same kernels in two or more programs. Plans are made for a batch capacity when a batch
 first needs it and kept; a smaller batch runs in the same buffers.
 """
@@ -27,6 +29,7 @@ from convolt.rng import SampleRng
 
 Array = NDArray[Any]
 PREDICT_BATCH = 256
+SAFE = 1e15  # a gradient up to here is finite and so is the sum of its squares; beyond, it is looked at first
 
 
 class JitExecutor(Executor):
@@ -96,13 +99,18 @@ class JitExecutor(Executor):
         programs = self._loaded(x, rng)
         programs.labels[: len(x)] = y
         programs.scale[0] = scale
-        self._team.run(programs.step(loss, self._updater.norm_task()))
+        step = programs.step(loss, self._updater, self._updater.fuses(optimizer))
+        self._team.run(step.program)
         self._count_batches()
         total, logits = float(programs.loss[0]), programs.logits[: len(x)].copy()
-        finite = math.isfinite(total + float(self._updater.square_sums.sum())) and self.statistics_are_finite()
+        finite = math.isfinite(total + float(step.square_sums.sum())) and self.statistics_are_finite()
+        deferred = step.deferred
+        if finite and step.late is not None and not all(one.bound < SAFE for one in deferred):
+            self._team.run(step.late)
+            finite, deferred = math.isfinite(self.grad_norm()), ()
         if not finite:
             return StepResult(math.nan, logits)
-        self._updater.update(optimizer)
+        self._updater.update(optimizer, deferred=deferred)
         return StepResult(total, logits)
 
     def update(self, optimizer: Optimizer, part: slice | None = None) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Isa
+from convolt.engines.jit.kernels.specs import UpdateSpec
 from convolt.engines.jit.runtime import Phase, Program
 from convolt.layers import Dropout
 from convolt.params import Params, aligned_zeros
@@ -44,6 +45,27 @@ class Task:
 
 Tasks = list[Task]
 Served = tuple[Tasks, Callable[[], Tasks]]  # forward, and what makes the backward tasks
+
+
+@dataclass(frozen=True, eq=False)
+class Deferred:
+    """A matrix of weights whose gradient and optimizer step are one pass, behind everything else of a step.
+
+    peaks: the largest inputs of each chunk and, last, the largest slope. gradient: the task that makes the gradient
+    alone, where the step has to be looked at first. update: the one pass, of the optimizer's spec, the addresses of
+    its state for the first of all parameters, and its numbers.
+    """
+
+    name: str
+    samples: int
+    peaks: Array
+    gradient: Task
+    update: Callable[[UpdateSpec, tuple[int, ...], int], Task]
+
+    @property
+    def bound(self) -> float:
+        """What no element of the gradient can exceed; NaN if an operand was."""
+        return float(self.samples * self.peaks[:-1].max() * self.peaks[-1])
 
 
 class DropoutMask(NamedTuple):
@@ -80,7 +102,8 @@ class Plan:
         self.masks: list[DropoutMask] = []
         self.state = self.buffer("state", 8, np.int64)
         self._threads = threads
-        self.accumulate = True
+        self.accumulate, self.fuses_update = True, False
+        self.deferred: list[Deferred] = []
         self._written: set[Tensor] = set()
 
     @property
@@ -110,9 +133,13 @@ class Plan:
         """The address of a tensor's gradient, without a frame."""
         return self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
 
-    def begin_backward(self, accumulate: bool) -> None:
-        """Before the tasks of a backward pass are made: whether it adds to the gradients of the parameters."""
-        self.accumulate = accumulate
+    def begin_backward(self, accumulate: bool, fuses_update: bool = False) -> None:
+        """Before the tasks of a backward pass are made: whether it adds to the gradients of the parameters.
+
+        fuses_update: whether gradients may be left to the pass that moves the weights; they are then ``deferred``.
+        """
+        self.accumulate, self.fuses_update = accumulate, fuses_update
+        self.deferred = []
         self._written.clear()
 
     def begin_slope(self, tensor: Tensor) -> bool:

@@ -15,9 +15,11 @@ from convolt.engines.jit.kernels.specs import (
     WIDE,
     ConvSpec,
     DenseSpec,
+    DenseUpdateSpec,
     Frame,
     PackSpec,
     ReduceSpec,
+    UpdateSpec,
     Windowing,
     dense_backward_scratch,
     dense_forward_scratch,
@@ -32,7 +34,7 @@ from convolt.engines.jit.kernels.tile_specs import (
     backward_spec,
     input_gradient,
 )
-from convolt.engines.jit.plan import Plan, Served, Tasks
+from convolt.engines.jit.plan import Deferred, Plan, Served, Task, Tasks, address_of
 from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 16
@@ -208,8 +210,10 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
     x, y = plan.value(source), plan.value(target)
     parts = plan.address(f"parts of {name}", chunks * N * columns)
     scratch = plan.scratch(dense_forward_scratch(spec) // FLOAT)
+    peaks = plan.buffer(f"peaks {name}", chunks + 1)[: chunks + 1]
+    largest = address_of(peaks)
     forward = [
-        plan.whole(label, "dense_tiles:forward", spec, chunks, x, weight, parts, scratch),
+        plan.whole(label, "dense_tiles:forward", spec, chunks, x, weight, parts, scratch, largest),
         plan.whole(f"{label} total", "dense_tiles:total", spec, 16, parts, bias, y),
     ]
 
@@ -223,23 +227,26 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         own = plan.scratch(dense_backward_scratch(spec) // FLOAT)
         wide_chunks = -(-layer.in_features // wide_run)
         dy = plan.slope(target)
-        return [
+        slopes = [
             plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db),
-            plan.whole(f"{label} turn", "dense_tiles:turn", back, 1, dy, rows, turned_rows),
-            plan.whole(
-                f"{label} backward",
-                "dense_tiles:backward",
-                back,
-                wide_chunks,
-                x,
-                weight,
-                rows,
-                turned_rows,
-                dw,
-                dx,
-                own,
-            ),
+            plan.whole(f"{label} turn", "dense_tiles:turn", back, 1, dy, rows, turned_rows, largest + FLOAT * chunks),
         ]
+
+        def products(what: str, spec: DenseSpec) -> Task:
+            arguments = (x, weight, rows, turned_rows, dw, dx, own)
+            return plan.whole(f"{label} {what}", "dense_tiles:backward", spec, wide_chunks, *arguments)
+
+        if not plan.fuses_update:
+            return [*slopes, products("backward", back)]
+
+        def update(spec: UpdateSpec, state: tuple[int, ...], numbers: int) -> Task:
+            arguments = (x, turned_rows, weight, *state, numbers, own)
+            fused = DenseUpdateSpec(back, spec)
+            return plan.whole(f"{label} dw+update", "dense_tiles:update", fused, wide_chunks, *arguments)
+
+        alone = products("dw", replace(back, wants_dx=False))
+        plan.deferred.append(Deferred(f"{name}.weight", N, peaks, alone, update))
+        return [*slopes, products("dx", replace(back, wants_dw=False))] if spec.wants_dx else slopes
 
     return forward, backward
 

@@ -2,7 +2,7 @@
 
 import math
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,11 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import LossSpec
-from convolt.engines.jit.plan import KERNELS, Plan, Task, address_of
+from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Task, address_of
 from convolt.engines.jit.products import reads_planes
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
+from convolt.engines.jit.update import Updater
 from convolt.errors import ConfigError
 from convolt.explanation import Stage
 from convolt.flops import layer_work
@@ -24,6 +25,18 @@ from convolt.model import Model
 from convolt.params import Params
 
 Array = NDArray[Any]
+
+
+class Step(NamedTuple):
+    """A step up to the look at its gradient: what runs, where the sums of squares lie, and what is left for later.
+
+    late: the program that makes the gradients left for later, where they are wanted by themselves.
+    """
+
+    program: Program
+    square_sums: Array
+    deferred: tuple[Deferred, ...]
+    late: Program | None
 
 
 class Programs:
@@ -64,7 +77,7 @@ class Programs:
         self.logits = self._array(f"value {self._output.name}", outputs)
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
         self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(1), np.zeros(1)
-        self._steps: dict[float, Program] = {}
+        self._steps: dict[tuple[float, bool], Step] = {}
 
     def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
         capacity = self.plan.capacity
@@ -88,9 +101,9 @@ class Programs:
         """From the images to the logits."""
         return [*self._input_tasks, *(task for forward, _ in self._served for task in forward)]
 
-    def backward_tasks(self, accumulate: bool) -> list[tuple[Task, Operation]]:
+    def backward_tasks(self, accumulate: bool, fuses_update: bool = False) -> list[tuple[Task, Operation]]:
         """From the gradient of the logits to those of the parameters, each task with its operation."""
-        self.plan.begin_backward(accumulate)
+        self.plan.begin_backward(accumulate, fuses_update)
         self.plan.begin_slope(self._output)
         return [
             (task, operation)
@@ -143,17 +156,24 @@ class Programs:
                 pending = []
         return found
 
-    def step(self, loss: CrossEntropy, norm: Task) -> Program:
-        """Forward, loss, backward and the gradient's norm; gradients are written, not added."""
-        if loss.label_smoothing not in self._steps:
+    def step(self, loss: CrossEntropy, updater: Updater, fuses_update: bool) -> Step:
+        """Forward, loss, backward and the gradient's norm; gradients are written, not added.
+
+        fuses_update: whether gradients of large matrices are left to the optimizer's pass.
+        """
+        key = loss.label_smoothing, fuses_update
+        if key not in self._steps:
             spec = LossSpec(self.plan.capacity, self.logits.shape[1], loss.label_smoothing)
             arrays = self.logits, self.labels, self.dlogits, self.loss, self.scale
             criterion = self.plan.whole("loss", "loss:cross_entropy", spec, 1, *map(address_of, arrays))
-            backward = [task for task, _ in self.backward_tasks(accumulate=False)]
+            backward = [task for task, _ in self.backward_tasks(accumulate=False, fuses_update=fuses_update)]
+            deferred = tuple(self.plan.deferred)
+            norm, square_sums = updater.norm_task(tuple(one.name for one in deferred))
             program = self._program([*self.forward_tasks, criterion, *backward, norm])
             program.keep += [self.labels, self.loss, self.scale]
-            self._steps[loss.label_smoothing] = program
-        return self._steps[loss.label_smoothing]
+            late = self._program([one.gradient for one in deferred]) if deferred else None
+            self._steps[key] = Step(program, square_sums, deferred, late)
+        return self._steps[key]
 
     def requests(self, tasks: list[Task]) -> list[tuple[str, Any]]:
         """What the compiler is asked for."""

@@ -1,6 +1,7 @@
 """The optimizer's step as a program: equations of ``convolt.optimizers`` in compiled loops over runs of parameters."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import NUMBERS, LossSpec, UpdateSpec
-from convolt.engines.jit.plan import Plan, Task, address_of
+from convolt.engines.jit.plan import Deferred, Plan, Task, address_of
 from convolt.engines.jit.runtime import Program, Team
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, runs_within, step_flat
 from convolt.params import Params
@@ -28,9 +29,8 @@ class Updater:
         self._params, self._grads, self._compiler, self._team = params, grads, compiler, team
         self._plan = Plan(params, grads, 1, isa, 1, set())
         self._numbers = np.zeros(NUMBERS)
-        self._made_for: tuple[UpdateSpec, slice | None] | None = None
-        self._all = self._cut(True, None)
-        self.square_sums = np.zeros(len(self._all))
+        self._norms: dict[tuple[str, ...], tuple[Task, Array, Array]] = {}
+        self._made_for: tuple[Any, ...] | None = None
 
     def load(self, state: dict[str, Array]) -> None:
         """Go on from a checkpoint's state."""
@@ -38,8 +38,12 @@ class Updater:
         flat = self._params.flat
         self.state = {name: array.astype(flat.dtype) for name, array in state.items() if array.shape == flat.shape}
 
-    def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
-        """One step of all parameters, or of a part of them."""
+    def fuses(self, optimizer: Optimizer) -> bool:
+        """Whether a step of this optimizer can be one pass with the gradient of a matrix."""
+        return _spec(optimizer) is not None
+
+    def update(self, optimizer: Optimizer, part: slice | None = None, deferred: Sequence[Deferred] = ()) -> None:
+        """One step of all parameters, or of a part of them; of ``deferred`` ones the gradient is made on the way."""
         if not self.state:
             self.state = init_state(optimizer, self._params.flat.size, self._params.dtype)
         self.step += 1
@@ -48,23 +52,32 @@ class Updater:
             decays = self._params.decays()
             step_flat(optimizer, self._params.flat, self._grads.flat, self.state, self.step, decays, part)
             return
-        if self.program is None or self._made_for != (spec, part):
-            self._made_for, self.program = (spec, part), self._make(optimizer, spec, part)
+        wanted = (spec, optimizer.decay_norm_and_bias, part, deferred)
+        if self.program is None or self._made_for != wanted:
+            self._made_for, self.program = wanted, self._make(optimizer, spec, part, deferred)
         numbers = _numbers(optimizer, self.step)
         self._numbers[: len(numbers)] = numbers
         self._team.run(self.program)
 
-    def norm_task(self) -> Task:
-        """The squares of the gradient, summed run by run into ``square_sums``."""
-        arguments = address_of(self._grads.flat), address_of(self.square_sums), address_of(self._all)
-        return self._plan.whole("gradient norm", "loss:square_sum", LossSpec(), len(self._all), *arguments)
+    def norm_task(self, without: tuple[str, ...] = ()) -> tuple[Task, Array]:
+        """The squares of the gradient, without some parameters', summed run by run; and the array of these sums."""
+        if without not in self._norms:
+            runs = self._cut(True, self._around(without))
+            sums = np.zeros(len(runs))
+            arguments = address_of(self._grads.flat), address_of(sums), address_of(runs)
+            task = self._plan.whole("gradient norm", "loss:square_sum", LossSpec(), len(runs), *arguments)
+            self._norms[without] = task, sums, runs
+        return self._norms[without][:2]
 
-    def _make(self, optimizer: Optimizer, spec: UpdateSpec, part: slice | None) -> Program:
+    def _make(
+        self, optimizer: Optimizer, spec: UpdateSpec, part: slice | None, deferred: Sequence[Deferred]
+    ) -> Program:
         vectors = [address_of(self.state[name]) for name in optimizer.state_names]
         if isinstance(optimizer, RMSprop) and not optimizer.centered:
             vectors.insert(1, vectors[0])  # no grad_avg: its place is not read
         vectors += [address_of(self._params.flat)] * (3 - len(vectors))
-        runs = self._cut(optimizer.decay_norm_and_bias, part)
+        parts = [part] if part is not None else self._around(tuple(one.name for one in deferred))
+        runs = self._cut(optimizer.decay_norm_and_bias, parts)
         arguments = (
             address_of(self._params.flat),
             address_of(self._grads.flat),
@@ -73,15 +86,31 @@ class Updater:
             address_of(runs),
         )
         task = self._plan.whole("update", "weights:update", spec, len(runs), *arguments)
-        program = self._plan.program([task], self._compiler)
+        tasks = [
+            one.update(spec, tuple(vector + self._offset(one.name) for vector in vectors), address_of(self._numbers))
+            for one in deferred
+        ]
+        program = self._plan.program([*tasks, task], self._compiler)
         program.keep += [self, runs]
         return program
 
-    def _cut(self, decays_all: bool, part: slice | None) -> Array:
+    def _offset(self, name: str) -> int:
+        """Bytes from the first of all parameters to this one."""
+        return self._params.flat.itemsize * self._params.slices[name].start
+
+    def _around(self, without: tuple[str, ...]) -> list[slice]:
+        """All parameters but these."""
+        stops = sorted((self._params.slices[name].start, self._params.slices[name].stop) for name in without)
+        starts = [0, *(stop for _, stop in stops)]
+        ends = [*(start for start, _ in stops), self._params.flat.size]
+        return [slice(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
+
+    def _cut(self, decays_all: bool, parts: Sequence[slice]) -> Array:
         """Runs of parameters that one chunk takes: start, stop, whether weight decay acts."""
         whole = [(slice(0, self._params.flat.size), True)]
         rows = [
             (start, min(start + RUN, segment.stop), int(decays))
+            for part in parts
             for segment, decays in runs_within(whole if decays_all else self._params.decays(), part)
             for start in range(segment.start, segment.stop, RUN)
         ]

@@ -4,6 +4,9 @@ Forward splits the sum: a chunk is a run of inputs, whose panels of x and W are 
 multiplied there; ``total`` then adds the chunks' parts in order, with bias and activation. Every number of x and W is
 read once, where blocks of outputs would read x again for each.
 
+Both passes note the largest number they see. If the batch cannot make a gradient that is too large, ``update`` makes dw
+and moves the weights in one pass at the end of the step: dw never goes to memory.
+
 Backward goes over blocks of 128 inputs: dw = dy^T x and dx = dy W share nothing but the packed dy, which ``turn`` makes
 once. The paired operand (x or W, 128 columns) is packed into the L1 cache.
 
@@ -18,18 +21,21 @@ import numpy as np
 from numba import njit
 
 from convolt.engines.jit.amx import AmxGemm, amx, configure, release
-from convolt.engines.jit.bf16 import Pairs, pack_pairs, to_bf16
+from convolt.engines.jit.bf16 import Pairs, float32_of_bf16, pack_pairs, to_bf16
 from convolt.engines.jit.kernels.specs import (
     BF16,
     BLOCK,
     DEPTH,
     FLOAT,
+    NUMBERS,
     WIDE,
     DenseSpec,
+    DenseUpdateSpec,
     dense_backward_scratch,
     dense_forward_scratch,
     round_up,
 )
+from convolt.engines.jit.kernels.weights import optimizer_step
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
 
@@ -60,7 +66,10 @@ def blocks_of(spec: AmxGemm, rows: int) -> Callable[[int, int, int], None]:
 
 
 def forward(spec: DenseSpec) -> Callable[..., None]:
-    """One part of x W^T; arguments: state, x, W, parts (chunks, N, columns), scratch. A chunk is ``run`` inputs."""
+    """One part of x W^T; arguments: state, x, W, parts (chunks, N, columns), scratch, peaks. A chunk is ``run`` inputs.
+
+    ``peaks[chunk]`` is the largest absolute value of its inputs.
+    """
     run, chunks = spec.run, -(-spec.inputs // spec.run)
     last_run = spec.inputs - (chunks - 1) * run
     whole, last = _panel(spec, run), _panel(spec, last_run)
@@ -94,6 +103,7 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         first = FLOAT * chunk * run
         for n in range(N):
             narrow(arguments[1] + FLOAT * n * all_inputs + first, x + BF16 * n * depth)
+        view(arguments[5] + FLOAT * chunk, (1,), np.float32)[0] = largest(x, N * depth)
         for o in range(outputs):
             narrow(arguments[2] + FLOAT * o * all_inputs + first, rows + BF16 * o * depth)
         for o in range(0, columns, 16):
@@ -103,6 +113,16 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         release()
 
     return panel
+
+
+@njit
+def largest(numbers: int, count: int) -> float:
+    """The largest absolute value of so many bf16 numbers; NaN counts as larger than infinity."""
+    values = view(numbers, (count,), np.uint16)
+    top = np.uint16(0)
+    for i in range(count):
+        top = max(top, np.uint16(values[i] & np.uint16(0x7FFF)))
+    return float32_of_bf16(top)
 
 
 def total(spec: DenseSpec) -> Callable[..., None]:
@@ -128,7 +148,7 @@ def total(spec: DenseSpec) -> Callable[..., None]:
 
 
 def turn(spec: DenseSpec) -> Callable[..., None]:
-    """Dy as bf16 rows (N, columns) and turned (columns, N); arguments: state, dy, rows, turned. One chunk."""
+    """Dy as bf16 rows (N, columns) and turned (columns, N); arguments: state, dy, rows, turned, peak. One chunk."""
     N, outputs = spec.N, spec.outputs
     columns, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
     narrow = to_bf16(outputs, LANES, True)
@@ -138,6 +158,7 @@ def turn(spec: DenseSpec) -> Callable[..., None]:
         for n in range(N):
             narrow(arguments[1] + FLOAT * n * outputs, arguments[2] + BF16 * n * columns)
         across(arguments[2], arguments[3])
+        view(arguments[4], (1,), np.float32)[0] = largest(arguments[2], N * columns)
 
     return kernel
 
@@ -166,7 +187,7 @@ def backward(spec: DenseSpec) -> Callable[..., None]:
 
 def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     """Some columns of dw and of dx: ``both(arguments, first column, scratch)``."""
-    N, inputs, outputs, wants_dx = spec.N, spec.inputs, spec.outputs, spec.wants_dx
+    N, inputs, outputs, wants_dx, wants_dw = spec.N, spec.inputs, spec.outputs, spec.wants_dx, spec.wants_dw
     wide, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
     shape = AmxGemm(
         BLOCK,
@@ -190,13 +211,75 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     @njit
     def both(arguments: Any, column: int, scratch: int) -> None:
         offset = FLOAT * column
-        pair_x(arguments[1] + offset, scratch)
-        weights(arguments[4], scratch, arguments[5] + offset)
+        if wants_dw:
+            pair_x(arguments[1] + offset, scratch)
+            weights(arguments[4], scratch, arguments[5] + offset)
         if wants_dx:
             pair_w(arguments[2] + offset, scratch + x_bytes)
             slopes(arguments[3], scratch + x_bytes, arguments[6] + offset)
 
     return both
+
+
+def update(spec: DenseUpdateSpec) -> Callable[..., None]:
+    """``dw = dy^T x`` and the optimizer's step on W; a chunk is ``run`` inputs, as backward.
+
+    Arguments: state, x, dy turned, W, three vectors of the optimizer's state, numbers, scratch; see ``weights.update``.
+    """
+    dense = spec.dense
+    run, inputs, scratch = dense.run, dense.inputs, dense_backward_scratch(dense)
+    rest = inputs % WIDE
+    full, tail = _stepped_columns(spec, WIDE), _stepped_columns(spec, rest or WIDE)
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        own = arguments[8] + thread * scratch
+        view(own, (scratch,), np.uint8)[:] = np.uint8(0)
+        for column in range(chunk * run, min((chunk + 1) * run, inputs), WIDE):
+            if column + WIDE <= inputs:
+                full(arguments, column, own)
+            else:
+                tail(arguments, column, own)
+        release()
+
+    return kernel
+
+
+def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, int], None]:
+    """Some columns of W, 32 outputs at a time: their gradient in scratch memory, then the optimizer."""
+    dense, step = spec.dense, optimizer_step(spec.update)
+    N, inputs = dense.N, dense.inputs
+    samples = round_up(N, BLOCK)
+    whole, rest = divmod(dense.outputs, BLOCK)
+    shape = AmxGemm(BLOCK, BLOCK, DEPTH, samples // DEPTH, samples, DEPTH, 0, PAIRED_STEP, TILE_ELEMENTS, 0, WIDE)
+    block, last = _product(shape, BLOCK, columns), _product(shape, rest or BLOCK, columns)
+    pair = _paired(N, columns, inputs)
+    x_bytes, rows_bytes, outputs = BF16 * WIDE * samples, BF16 * BLOCK * samples, dense.outputs
+
+    @njit
+    def stepped(arguments: Any, column: int, scratch: int) -> None:
+        dw = scratch + x_bytes
+        numbers = view(arguments[7], (NUMBERS,), np.float64)
+        pair(arguments[1] + FLOAT * column, scratch)
+        for first in range(0, outputs, BLOCK):
+            turned = arguments[2] + first // BLOCK * rows_bytes
+            if first < whole * BLOCK:
+                block(turned, scratch, dw)
+            else:
+                last(turned, scratch, dw)
+            for row in range(min(BLOCK, outputs - first)):
+                place = FLOAT * ((first + row) * inputs + column)
+                w, g = (
+                    view(arguments[3] + place, (columns,), np.float32),
+                    view(dw + FLOAT * row * WIDE, (columns,), np.float32),
+                )
+                one, two, three = (
+                    view(arguments[4] + place, (columns,), np.float32),
+                    view(arguments[5] + place, (columns,), np.float32),
+                    view(arguments[6] + place, (columns,), np.float32),
+                )
+                step(w, g, one, two, three, numbers, 1)
+
+    return stepped
 
 
 def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int], None]:

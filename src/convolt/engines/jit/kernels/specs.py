@@ -168,7 +168,8 @@ def turned(spec: ConvSpec) -> ConvSpec:
 class DenseSpec:
     """Everything a dense kernel is compiled for. N: capacity in samples. run: outputs or inputs of a chunk.
 
-    accumulate: whether dw is added to what is there; add: whether dx is.
+    accumulate: whether dw is added to what is there; add: whether dx is. wants_dw: whether the backward pass makes dw;
+    without, it is made in one pass with the optimizer's step.
     """
 
     N: int
@@ -182,6 +183,7 @@ class DenseSpec:
     wants_dx: bool = True
     accumulate: bool = True
     add: bool = False
+    wants_dw: bool = True
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,14 @@ class UpdateSpec:
     decoupled: bool = False
 
 
+@dataclass(frozen=True)
+class DenseUpdateSpec:
+    """The gradient of a dense layer's weights and the optimizer's step, in one pass."""
+
+    dense: DenseSpec
+    update: UpdateSpec
+
+
 def dense_forward_scratch(spec: DenseSpec) -> int:
     """Bytes of scratch memory for each thread."""
     depth, columns = round_up(spec.run, DEPTH), round_up(spec.outputs, BLOCK)
@@ -330,5 +340,5 @@ def dense_forward_scratch(spec: DenseSpec) -> int:
 
 
 def dense_backward_scratch(spec: DenseSpec) -> int:
-    """Bytes of scratch memory for each thread: 128 columns of x, and of W, in pairs."""
-    return BF16 * WIDE * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK))
+    """Bytes of scratch memory for each thread: 128 columns of x, and of W, in pairs, and of dw for 32 outputs."""
+    return BF16 * WIDE * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK)) + FLOAT * WIDE * BLOCK

@@ -88,8 +88,7 @@ def update(spec: UpdateSpec) -> Callable[..., None]:
     Arguments: state, w, g, three vectors of the optimizer's state, numbers (float64), runs (chunks, 3) int64: start,
     stop, whether it decays. A chunk is one run. numbers: lr, weight decay, then what the optimizer's function names.
     """
-    step = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "rmsprop": _rmsprop}[spec.kind](spec)
-    decoupled = spec.decoupled
+    step = optimizer_step(spec)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         run = view(arguments[7] + 24 * chunk, (3,), np.int64)
@@ -99,13 +98,24 @@ def update(spec: UpdateSpec) -> Callable[..., None]:
         first = view(arguments[3] + FLOAT * start, (count,), np.float32)
         second = view(arguments[4] + FLOAT * start, (count,), np.float32)
         third = view(arguments[5] + FLOAT * start, (count,), np.float32)
-        numbers = view(arguments[6], (NUMBERS,), np.float64)
+        step(w, g, first, second, third, view(arguments[6], (NUMBERS,), np.float64), decays)
+
+    return kernel
+
+
+def optimizer_step(spec: UpdateSpec) -> Callable[..., None]:
+    """One step of some weights: ``step(w, g, first, second, third state, numbers, whether they decay)``, float32."""
+    equations = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "rmsprop": _rmsprop}[spec.kind](spec)
+    decoupled = spec.decoupled
+
+    @njit
+    def step(w: Any, g: Any, first: Any, second: Any, third: Any, numbers: Any, decays: int) -> None:
         decay = np.float32(numbers[1]) if decays else np.float32(0)
         shrink = np.float32(1) - np.float32(numbers[0]) * decay if decoupled else np.float32(1)
         pull = np.float32(0) if decoupled else decay
-        step(w, g, first, second, third, numbers, shrink, pull)
+        equations(w, g, first, second, third, numbers, shrink, pull)
 
-    return kernel
+    return step
 
 
 def _sgd(spec: UpdateSpec) -> Callable[..., None]:
