@@ -12,6 +12,7 @@ from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
+    STRIPE,
     WIDE,
     ConvSpec,
     DenseSpec,
@@ -23,6 +24,7 @@ from convolt.engines.jit.kernels.specs import (
     Windowing,
     dense_backward_scratch,
     dense_forward_scratch,
+    dense_update_scratch,
     round_up,
     turned,
 )
@@ -37,7 +39,7 @@ from convolt.engines.jit.kernels.tile_specs import (
 from convolt.engines.jit.plan import Deferred, Plan, Served, Task, Tasks, address_of
 from convolt.layers import Conv2d, Dense
 
-DENSE_CHUNKS = 16
+DENSE_CHUNKS = 8
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
 BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
@@ -240,9 +242,13 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
             return [*slopes, products("backward", back)]
 
         def update(spec: UpdateSpec, state: tuple[int, ...], numbers: int) -> Task:
+            own = plan.scratch(dense_update_scratch(back) // FLOAT)
+            stripes = replace(back, run=round_up(run, STRIPE))
             arguments = (x, turned_rows, weight, *state, numbers, own)
-            fused = DenseUpdateSpec(back, spec)
-            return plan.whole(f"{label} dw+update", "dense_tiles:update", fused, wide_chunks, *arguments)
+            chunks = -(-back.inputs // stripes.run)
+            return plan.whole(
+                f"{label} dw+update", "dense_tiles:update", DenseUpdateSpec(stripes, spec), chunks, *arguments
+            )
 
         alone = products("dw", replace(back, wants_dx=False))
         plan.deferred.append(Deferred(f"{name}.weight", N, peaks, alone, update))

@@ -28,11 +28,13 @@ from convolt.engines.jit.kernels.specs import (
     DEPTH,
     FLOAT,
     NUMBERS,
+    STRIPE,
     WIDE,
     DenseSpec,
     DenseUpdateSpec,
     dense_backward_scratch,
     dense_forward_scratch,
+    dense_update_scratch,
     round_up,
 )
 from convolt.engines.jit.kernels.weights import optimizer_step
@@ -205,7 +207,7 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     )
     weights = _product(shape, outputs, columns)
     slopes = _product(replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N, columns)
-    pair_x, pair_w = _paired(N, columns, inputs), _paired(outputs, columns, inputs)
+    pair_x, pair_w = _paired(N, columns, inputs, WIDE), _paired(outputs, columns, inputs, WIDE)
     x_bytes = BF16 * WIDE * samples
 
     @njit
@@ -227,15 +229,15 @@ def update(spec: DenseUpdateSpec) -> Callable[..., None]:
     Arguments: state, x, dy turned, W, three vectors of the optimizer's state, numbers, scratch; see ``weights.update``.
     """
     dense = spec.dense
-    run, inputs, scratch = dense.run, dense.inputs, dense_backward_scratch(dense)
-    rest = inputs % WIDE
-    full, tail = _stepped_columns(spec, WIDE), _stepped_columns(spec, rest or WIDE)
+    run, inputs, scratch = dense.run, dense.inputs, dense_update_scratch(dense)
+    rest = inputs % STRIPE
+    full, tail = _stepped_columns(spec, STRIPE), _stepped_columns(spec, rest or STRIPE)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         own = arguments[8] + thread * scratch
         view(own, (scratch,), np.uint8)[:] = np.uint8(0)
-        for column in range(chunk * run, min((chunk + 1) * run, inputs), WIDE):
-            if column + WIDE <= inputs:
+        for column in range(chunk * run, min((chunk + 1) * run, inputs), STRIPE):
+            if column + STRIPE <= inputs:
                 full(arguments, column, own)
             else:
                 tail(arguments, column, own)
@@ -250,10 +252,12 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
     N, inputs = dense.N, dense.inputs
     samples = round_up(N, BLOCK)
     whole, rest = divmod(dense.outputs, BLOCK)
-    shape = AmxGemm(BLOCK, BLOCK, DEPTH, samples // DEPTH, samples, DEPTH, 0, PAIRED_STEP, TILE_ELEMENTS, 0, WIDE)
+    shape = AmxGemm(
+        BLOCK, BLOCK, DEPTH, samples // DEPTH, samples, DEPTH, 0, STRIPE // 16 * TILE_ELEMENTS, TILE_ELEMENTS, 0, STRIPE
+    )
     block, last = _product(shape, BLOCK, columns), _product(shape, rest or BLOCK, columns)
-    pair = _paired(N, columns, inputs)
-    x_bytes, rows_bytes, outputs = BF16 * WIDE * samples, BF16 * BLOCK * samples, dense.outputs
+    pair = _paired(N, columns, inputs, STRIPE)
+    x_bytes, rows_bytes, outputs = BF16 * STRIPE * samples, BF16 * BLOCK * samples, dense.outputs
 
     @njit
     def stepped(arguments: Any, column: int, scratch: int) -> None:
@@ -270,7 +274,7 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
                 place = FLOAT * ((first + row) * inputs + column)
                 w, g = (
                     view(arguments[3] + place, (columns,), np.float32),
-                    view(dw + FLOAT * row * WIDE, (columns,), np.float32),
+                    view(dw + FLOAT * row * STRIPE, (columns,), np.float32),
                 )
                 one, two, three = (
                     view(arguments[4] + place, (columns,), np.float32),
@@ -318,8 +322,9 @@ def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int]
     return run
 
 
-def _paired(rows: int, columns: int, row: int) -> Callable[[int, int], None]:
-    """Float32 rows as paired bf16 tiles, 32 at a time: ``pair(source, target)``; the rest stays zero."""
+def _paired(rows: int, columns: int, row: int, wide: int) -> Callable[[int, int], None]:
+    """Float32 rows as paired bf16 tiles, 32 at a time: ``pair(source, target)``; the rest of ``wide`` stays zero."""
+    step_bytes = BF16 * wide // 16 * TILE_ELEMENTS
     whole, rest = divmod(rows, DEPTH)
     spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "fp32", True)
     main, tail = pack_pairs(spec), pack_pairs(replace(spec, depth=rest or DEPTH))
@@ -327,8 +332,8 @@ def _paired(rows: int, columns: int, row: int) -> Callable[[int, int], None]:
     @njit
     def pair(source: int, target: int) -> None:
         for step in range(whole):
-            main(source + FLOAT * step * DEPTH * row, target + BF16 * step * PAIRED_STEP)
+            main(source + FLOAT * step * DEPTH * row, target + step * step_bytes)
         if rest:
-            tail(source + FLOAT * whole * DEPTH * row, target + BF16 * whole * PAIRED_STEP)
+            tail(source + FLOAT * whole * DEPTH * row, target + whole * step_bytes)
 
     return pair

@@ -17,6 +17,7 @@ BF16 = 2  # bytes
 DEPTH = 32  # bf16 numbers in a tile row
 BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
+STRIPE = 1024  # columns of a dense layer that the optimizer takes together
 GROUP = 256  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
 DEAD = 255  # code of a pooled output that ReLU set to zero
@@ -340,5 +341,10 @@ def dense_forward_scratch(spec: DenseSpec) -> int:
 
 
 def dense_backward_scratch(spec: DenseSpec) -> int:
-    """Bytes of scratch memory for each thread: 128 columns of x, and of W, in pairs, and of dw for 32 outputs."""
-    return BF16 * WIDE * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK)) + FLOAT * WIDE * BLOCK
+    """Bytes of scratch memory for each thread: 128 columns of x, and of W, in pairs."""
+    return BF16 * WIDE * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK))
+
+
+def dense_update_scratch(spec: DenseSpec) -> int:
+    """Bytes of scratch memory for each thread: a stripe of x in pairs, and of dw for 32 outputs."""
+    return STRIPE * (BF16 * round_up(spec.N, BLOCK) + FLOAT * BLOCK)
