@@ -18,7 +18,7 @@ DEPTH = 32  # bf16 numbers in a tile row
 BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
-GROUP = 256  # output pixels whose columns are gathered at a time
+GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
 DEAD = 255  # code of a pooled output that ReLU set to zero
 
