@@ -12,6 +12,7 @@ from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
+    QUARTERS,
     STRIPE,
     WIDE,
     ConvSpec,
@@ -259,7 +260,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
             own = plan.scratch(dense_update_scratch(back) // FLOAT)
             stripes = replace(back, run=round_up(run, STRIPE))
             arguments = (x, turned_rows, weight, *state, numbers, own, shadow)
-            chunks = -(-back.inputs // stripes.run)
+            chunks = -(-back.inputs // stripes.run) * QUARTERS
             return plan.whole(
                 f"{label} dw+update", "dense_tiles:update", DenseUpdateSpec(stripes, spec), chunks, *arguments
             )

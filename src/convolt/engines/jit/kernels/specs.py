@@ -17,6 +17,7 @@ BF16 = 2  # bytes
 DEPTH = 32  # bf16 numbers in a tile row
 BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
+QUARTERS = 4  # of the outputs of a dense layer that the optimizer takes one by one
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
 GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
@@ -324,10 +325,11 @@ class LossSpec:
 class UpdateSpec:
     """An optimizer step; ``kind`` is the optimizer's class name in lower case.
 
-    decoupled: weight decay beside the gradient.
+    decoupled: weight decay beside the gradient. lanes: of a vector.
     """
 
     kind: str
+    lanes: int
     momentum: bool = False
     nesterov: bool = False
     centered: bool = False

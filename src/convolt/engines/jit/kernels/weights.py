@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from convolt.engines.jit.adam import LANES, adam_step
 from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, PackSpec, ReduceSpec, UpdateSpec, turned
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.memory import address_of, view
 
 
 def pack(spec: PackSpec) -> Callable[..., None]:
@@ -138,6 +139,17 @@ def _sgd(spec: UpdateSpec) -> Callable[..., None]:
 
 def _adam(spec: UpdateSpec) -> Callable[..., None]:
     """numbers: lr, decay, beta1, beta2, eps root, rate; root and rate as in ``convolt.optimizers``."""
+
+    @njit
+    def estimated(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:
+        beta1, beta2 = np.float32(numbers[2]), np.float32(numbers[3])
+        fresh1, fresh2 = np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
+        scalars = (shrink, pull, beta1, fresh1, beta2, fresh2, np.float32(numbers[4]), np.float32(numbers[5]))
+        addresses = (address_of(w, (0,)), address_of(g, (0,)), address_of(m, (0,)), address_of(v, (0,)))
+        adam_step(addresses, scalars, len(w))
+
+    if spec.lanes == LANES:
+        return estimated
 
     @njit
     def step(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:
