@@ -287,6 +287,11 @@ def _nested(*layers: Layer) -> Sequential:
 NETWORKS = (
     Case("conv-relu-pool", (1, 6, 7), (Conv2d(1, 3, 3, padding=1), ReLU(), MaxPool2d(2))),
     Case("conv-bn-relu", (2, 5, 4), (Conv2d(2, 3, 3, bias=False), BatchNorm2d(3), ReLU())),
+    Case("conv-bn-relu-pool", (2, 6, 4), (Conv2d(2, 19, 3, padding=1), BatchNorm2d(19), ReLU(), MaxPool2d((3, 2)))),
+    Case("conv-bn-pool", (2, 4, 4), (Conv2d(2, 3, 1), BatchNorm2d(3), MaxPool2d(2))),
+    Case("conv-bn-relu-pool, a row left over", (2, 5, 4), (Conv2d(2, 3, 1), BatchNorm2d(3), ReLU(), MaxPool2d(2))),
+    Case("conv-relu-bn", (2, 4, 4), (Conv2d(2, 3, 3), ReLU(), BatchNorm2d(3), LeakyReLU(0.1))),
+    Case("bn-relu-conv-bn", (2, 4, 4), (BatchNorm2d(2), ReLU(), Conv2d(2, 3, 3), BatchNorm2d(3, affine=False))),
     Case("relu-normalize", (3, 3, 4), (ReLU(), Normalize((1, 1, 1), (2, 2, 2)), LeakyReLU())),
     Case("relu-dropout-relu", (2, 4, 4), (ReLU(), Dropout(0.4), ReLU(), Dropout(0.2))),
     Case("gelu-silu-leaky", (2, 4, 4), (GELU(), LeakyReLU(), SiLU(), ReLU())),
@@ -317,6 +322,17 @@ NETWORKS = (
         (2, 4, 4),
         (Residual((Residual((ReLU(), Conv2d(2, 2, 3, padding=1))), ReLU()), (Residual((SiLU(),)), Flatten())[:1]),),
     ),
+    Case(
+        "residual of norms",
+        (2, 4, 4),
+        (Conv2d(2, 3, 1), Residual((Conv2d(3, 3, 3, padding=1), BatchNorm2d(3), LeakyReLU(0.2))), ReLU()),
+    ),
+    Case(
+        "residual of norms in residual",
+        (2, 4, 4),
+        (Conv2d(2, 2, 1), Residual((Residual((Conv2d(2, 2, 3, padding=1), BatchNorm2d(2))), ReLU()))),
+    ),
+    Case("residual of two norms", (2, 4, 4), (Residual((BatchNorm2d(2),), (Conv2d(2, 2, 1), BatchNorm2d(2))),)),
     Case("residual that begins with a norm", (2, 4, 4), (Residual((BatchNorm2d(2), ReLU(), Conv2d(2, 2, 1))),)),
     Case(
         "residual of poolings",
@@ -335,6 +351,8 @@ COMPILED = frozenset(
         "conv channels that fill no vector",
         "conv-relu-pool",
         "conv-bn-relu",
+        "conv-bn-relu-pool",
+        "residual of norms in residual",
         "relu-normalize",
         "gelu-silu-leaky",
         "pools in a row",

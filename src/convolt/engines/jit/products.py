@@ -3,6 +3,7 @@
 The contract is that of ``serve``, whose table leads here.
 """
 
+import math
 from dataclasses import replace
 from typing import cast
 
@@ -18,6 +19,7 @@ from convolt.engines.jit.kernels.specs import (
     ConvSpec,
     DenseSpec,
     DenseUpdateSpec,
+    FoldSpec,
     Frame,
     PackSpec,
     ReduceSpec,
@@ -37,7 +39,8 @@ from convolt.engines.jit.kernels.tile_specs import (
     backward_spec,
     input_gradient,
 )
-from convolt.engines.jit.plan import Deferred, Plan, Served, Task, Tasks, address_of
+from convolt.engines.jit.phases import Task, Tasks
+from convolt.engines.jit.plan import Deferred, Plan, Served, address_of
 from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 8
@@ -66,7 +69,7 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         K=layer.out_channels,
         P=P,
         Q=Q,
-        bias=layer.bias,
+        bias=layer.bias or operation.norm is not None,
         slope=operation.slope,
         pool=(1, 1) if operation.pool is None else operation.pool.geometry.kernel,
         images=plan.images,
@@ -74,6 +77,23 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         registers=plan.isa.registers,
         wants_dx=source in plan.learning,
     )
+
+
+def filters(plan: Plan, operation: Operation) -> tuple[int, int, Tasks]:
+    """Where a convolution's filters and bias are (0 for none); with a BatchNorm taken in, what puts them there."""
+    layer, norm = cast(Conv2d, operation.layer), operation.norm
+    weight = plan.parameter(operation, "weight")
+    bias = plan.parameter(operation, "bias") if layer.bias else 0
+    if norm is None:
+        return weight, bias, []
+    K, row = layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.geometry.kernel)
+    folded, offset = (plan.address(f"folded {operation.names[0]}", size) for size in (K * row, K))
+    affine = (plan.parameter(operation, key, layer=1) if norm.affine else 0 for key in ("weight", "bias"))
+    running = (plan.statistic(operation, f"running_{key}", layer=1) for key in ("mean", "var"))
+    spec = FoldSpec(K, row, layer.bias, norm.affine, norm.eps, FILTERS_AT_ONCE)
+    arguments = (weight, bias, *affine, *running, folded, offset)
+    task = plan.whole(f"{operation.label} fold", "weights:fold_norm", spec, -(-K // FILTERS_AT_ONCE), *arguments)
+    return folded, offset, [task]
 
 
 def conv(plan: Plan, operation: Operation) -> Served:
@@ -86,13 +106,13 @@ def conv(plan: Plan, operation: Operation) -> Served:
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
-    weight = plan.parameter(operation, "weight")
-    bias = plan.parameter(operation, "bias") if spec.bias else 0
+    weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", taps * spec.groups * spec.channels * spec.packed_columns)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     scratch = plan.scratch(spec.scratch)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
     forward = [
+        *folding,
         plan.whole(f"{label} pack", "weights:pack", PackSpec(spec, turned=False), taps, weight, packed),
         plan.by_image(label, "conv:conv_forward", spec, *arguments),
     ]
@@ -157,12 +177,12 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
     """The same on AMX tiles, bf16 products."""
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     tiles, source, target = TileSpec(spec), operation.inputs[0], operation.output
-    weight = plan.parameter(operation, "weight")
-    bias = plan.parameter(operation, "bias") if spec.bias else 0
+    weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
     forward = [
+        *folding,
         plan.whole(f"{label} pack", "tiles:pack", PackSpec(spec, turned=False), tiles.columns // BLOCK, weight, packed),
         plan.by_image(label, "tiles:conv_forward", tiles, *arguments),
     ]

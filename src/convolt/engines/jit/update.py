@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import NUMBERS, LossSpec, UpdateSpec
-from convolt.engines.jit.plan import Deferred, Plan, Task, address_of
+from convolt.engines.jit.phases import Task
+from convolt.engines.jit.plan import Deferred, Plan, address_of
 from convolt.engines.jit.runtime import Program, Team
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, runs_within, step_flat
 from convolt.params import Params

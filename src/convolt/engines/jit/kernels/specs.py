@@ -47,11 +47,10 @@ class Frame:
         C, H, W = tensor.shape
         return cls(C, H, W, tensor.height, tensor.width, tensor.origin, tensor.planar)
 
-    @classmethod
-    def bare(cls, tensor: "Tensor") -> "Frame":
-        """The same without border, as gradients are kept."""
-        C, H, W = tensor.shape if tensor.is_image else (tensor.shape[0], 1, 1)
-        return cls(C, H, W, H, W, 0)
+    @property
+    def bare(self) -> "Frame":
+        """The same without a border, as gradients are."""
+        return Frame(self.C, self.H, self.W, self.H, self.W, 0)
 
     @property
     def size(self) -> int:
@@ -206,9 +205,9 @@ class MapSpec:
     x: Frame
     y: Frame
     images: int
+    lanes: int
     number: float = 0.0
     add: bool = False
-    lanes: int = 1
     half: bool = False
 
 
@@ -221,6 +220,7 @@ class AddSpec:
     y: Frame
     slope: float
     images: int
+    lanes: int
     adds_a: bool = False
     adds_b: bool = False
 
@@ -235,6 +235,7 @@ class PoolSpec:
     P: int
     Q: int
     images: int
+    lanes: int
     count_include_pad: bool = True
     add: bool = False
 
@@ -296,6 +297,18 @@ class PackSpec:
 
     conv: ConvSpec
     turned: bool
+
+
+@dataclass(frozen=True)
+class FoldSpec:
+    """BatchNorm taken into K filters of ``row`` weights each, for prediction; ``run`` filters a chunk."""
+
+    K: int
+    row: int
+    bias: bool
+    affine: bool
+    eps: float
+    run: int
 
 
 @dataclass(frozen=True)

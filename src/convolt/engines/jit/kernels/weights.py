@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from convolt.engines.jit.adam import LANES, adam_step
-from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, PackSpec, ReduceSpec, UpdateSpec, turned
+from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec, turned
 from convolt.engines.jit.memory import address_of, view
 
 
@@ -41,6 +41,33 @@ def pack(spec: PackSpec) -> Callable[..., None]:
                 for c in range(C):
                     for k in range(filters):
                         packed[group, r, s, c, k] = w[group, k, c, r, s]
+
+    return kernel
+
+
+def fold_norm(spec: FoldSpec) -> Callable[..., None]:
+    """``w' = w scale`` and ``b' = (b - mean) scale + beta``, with scale = gamma / sqrt(var + eps) of each filter.
+
+    Arguments: state, w (K, row), b, gamma, beta, running mean, running var, w', b'. A chunk is ``run`` filters.
+    """
+    K, row, bias, affine, eps, run = spec.K, spec.row, spec.bias, spec.affine, spec.eps, spec.run
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        w, folded = view(arguments[1], (K, row), np.float32), view(arguments[7], (K, row), np.float32)
+        mean, var = view(arguments[5], (K,), np.float32), view(arguments[6], (K,), np.float32)
+        for k in range(chunk * run, min((chunk + 1) * run, K)):
+            scale = 1.0 / np.sqrt(np.float64(var[k]) + eps)
+            offset = -np.float64(mean[k])
+            if bias:
+                offset += view(arguments[2], (K,), np.float32)[k]
+            if affine:
+                scale *= view(arguments[3], (K,), np.float32)[k]
+            offset *= scale
+            if affine:
+                offset += view(arguments[4], (K,), np.float32)[k]
+            view(arguments[8], (K,), np.float32)[k] = np.float32(offset)
+            for i in range(row):
+                folded[k, i] = np.float32(w[k, i] * scale)
 
     return kernel
 
