@@ -234,6 +234,8 @@ DENSE = (
     alone(Dense(1, 1), (1,), batch=1),
     alone(Dense(7, 4, bias=False), (7,)),
     alone(Dense(600, 70), (600,), batch=2),
+    alone(Dense(200, 70), (200,), batch=9, note="of a batch"),
+    alone(Dense(70, 601), (70,), batch=8, note="of a batch"),
 )
 POOLING = (
     alone(MaxPool2d(2), (2, 4, 6)),
@@ -339,6 +341,8 @@ COMPILED = frozenset(
         "gelu-silu-leaky",
         "pools in a row",
         "flatten-dense-relu-dense",
+        f"{Dense(200, 70)} of a batch",
+        f"{Dense(70, 601)} of a batch",
         "residual identity",
         "residual in place on both sides",
         f"{MaxPool2d(3, 2, 1)} of equals",

@@ -30,7 +30,7 @@ from jit_cases import OPTIMIZERS, TILES, equals_float64, poisoned, update_is_tha
 from convolt.engines import JIT
 from convolt.engines.jit.compiler import FOLDER, Compiler
 from convolt.errors import ConvoltError
-from convolt.layers import AvgPool2d, MaxPool2d, Normalize
+from convolt.layers import AvgPool2d, Dense, MaxPool2d, Normalize
 
 PACKAGE = "convolt.engines.jit"
 # What a broken plan may raise besides a check's own AssertionError.
@@ -308,9 +308,27 @@ MUTANTS = (
         "residual of features",
         quick=True,
     ),
-    JitMutant("last inputs dropped", DENSE, "def dense_backward", "tail(arguments, whole * block)", "pass", FEATURES),
+    JitMutant(
+        "last inputs dropped", DENSE, "def dense_backward", "tail(arguments, whole * WIDE, thread)", "pass", FEATURES
+    ),
     JitMutant(
         "dx overwritten", DENSE, "def _columns", '"load" if spec.add else "zero"', '"zero"', "residual of features"
+    ),
+    JitMutant(
+        "every block begins anew",
+        DENSE,
+        "def deep_rows",
+        'depth=last, start="load"',
+        "depth=last",
+        f"{Dense(70, 601)} of a batch",
+    ),
+    JitMutant(
+        "a run of inputs dropped",
+        DENSE,
+        "def dense_forward",
+        "last(arguments, chunk, thread)",
+        "pass",
+        f"{Dense(200, 70)} of a batch",
     ),
     # bf16 tiles
     JitMutant(
