@@ -298,6 +298,15 @@ MUTANTS = (
     JitMutant(
         "weight not in dx", NORM, "def normalize_backward", "constants[2, c] * (dy", "constants[1, c] * (dy", NORMED
     ),
+    # depthwise
+    JitMutant(
+        "filters of dx not turned",
+        WEIGHTS,
+        "def _pack_depthwise",
+        "R * S - 1 - chunk if back else chunk",
+        "chunk",
+        "conv depthwise, many channels",
+    ),
     # dense
     JitMutant(
         "a sample too many",
@@ -321,14 +330,6 @@ MUTANTS = (
         'depth=last, start="load"',
         "depth=last",
         f"{Dense(70, 601)} of a batch",
-    ),
-    JitMutant(
-        "a run of inputs dropped",
-        DENSE,
-        "def dense_forward",
-        "last(arguments, chunk, thread)",
-        "pass",
-        f"{Dense(200, 70)} of a batch",
     ),
     # bf16 tiles
     JitMutant(

@@ -119,6 +119,11 @@ class ConvSpec:
         return self.groups == 1 and self.window.dilation_w == 1
 
     @property
+    def depthwise(self) -> bool:
+        """Whether every channel has one filter of its own, and nothing is pooled behind."""
+        return 1 < self.groups == self.x.C == self.K and self.pool == (1, 1)
+
+    @property
     def channels(self) -> int:
         """Input channels of a group."""
         return self.x.C // self.groups

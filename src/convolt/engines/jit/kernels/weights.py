@@ -21,6 +21,8 @@ def pack(spec: PackSpec) -> Callable[..., None]:
     chunk is one tap (r, s); columns behind the last filter stay zero.
     """
     conv = spec.conv
+    if conv.depthwise:
+        return _pack_depthwise(spec)
     R, S, groups = conv.window.R, conv.window.S, conv.groups
     C, filters = conv.channels, conv.filters
     back = spec.turned
@@ -40,6 +42,19 @@ def pack(spec: PackSpec) -> Callable[..., None]:
                 for c in range(C):
                     for k in range(filters):
                         packed[group, r, s, c, k] = w[group, k, c, r, s]
+
+    return kernel
+
+
+def _pack_depthwise(spec: PackSpec) -> Callable[..., None]:
+    """Filters (K, 1, R, S) to (R, S, K), turned with taps in reverse."""
+    K, R, S, back = spec.conv.K, spec.conv.window.R, spec.conv.window.S, spec.turned
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        w, packed = view(arguments[1], (K, R * S), np.float32), view(arguments[2], (R * S, K), np.float32)
+        tap = R * S - 1 - chunk if back else chunk
+        for k in range(K):
+            packed[chunk, k] = w[k, tap]
 
     return kernel
 
