@@ -226,6 +226,7 @@ CONV = (
     conv("depthwise", (3, 5, 4), 3, 3, groups=3, padding=1),
     conv("depthwise, two filters a channel", (3, 5, 4), 6, 3, groups=3, bias=False),
     conv("depthwise, many channels", (19, 3, 3), 19, 3, groups=19, padding=1, batch=2),
+    conv("depthwise, stride 2", (3, 5, 6), 3, 3, groups=3, stride=2, padding=1),
     conv("more than one tile", (16, 14, 14), 2, 5, padding=2),
     conv("channels that fill no vector", (17, 3, 4), 9, 3, padding=1, batch=2),
 )
@@ -234,6 +235,8 @@ DENSE = (
     alone(Dense(1, 1), (1,), batch=1),
     alone(Dense(7, 4, bias=False), (7,)),
     alone(Dense(600, 70), (600,), batch=2),
+    alone(Dense(200, 70), (200,), batch=9, note="of a batch"),
+    alone(Dense(70, 601), (70,), batch=8, note="of a batch"),
 )
 POOLING = (
     alone(MaxPool2d(2), (2, 4, 6)),
@@ -349,6 +352,7 @@ COMPILED = frozenset(
     {
         "conv groups 2, stride 2, dilation 2",
         "conv channels that fill no vector",
+        "conv depthwise, many channels",
         "conv-relu-pool",
         "conv-bn-relu",
         "conv-bn-relu-pool",
@@ -357,6 +361,8 @@ COMPILED = frozenset(
         "gelu-silu-leaky",
         "pools in a row",
         "flatten-dense-relu-dense",
+        f"{Dense(200, 70)} of a batch",
+        f"{Dense(70, 601)} of a batch",
         "residual identity",
         "residual in place on both sides",
         f"{MaxPool2d(3, 2, 1)} of equals",

@@ -27,6 +27,7 @@ from convolt.engines.jit.kernels.specs import (
     Windowing,
     dense_backward_scratch,
     dense_forward_scratch,
+    dense_panel,
     dense_update_scratch,
     round_up,
     turned,
@@ -44,6 +45,9 @@ from convolt.engines.jit.plan import Deferred, Plan, Served, address_of
 from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 8
+RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
+FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
+SHORT_RUN = 64  # inputs of a chunk, at least
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
 BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
@@ -311,24 +315,32 @@ def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
 def dense(plan: Plan, operation: Operation) -> Served:
     """Dense layer with activation."""
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
-    weights = _weights(operation)
+    weights, N = _weights(operation), plan.capacity
     if plan.tiles and weights >= TILES_PAY:
         operation.because(f"AMX tiles: bf16, {weights:,} weights")
         return dense_on_tiles(plan, operation)
     few = f"{weights:,} weights, tiles pay from {TILES_PAY:,}"
     operation.because(f"{plan.isa.name} vectors: " + (few if plan.tiles else "fp32"))
     label = operation.label
-    block = 4 * plan.isa.lanes
-    run = round_up(-(-layer.out_features // DENSE_CHUNKS), 4)
-    spec = _dense_spec(plan, operation, run)
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(target)
-    chunks = -(-layer.out_features // run)
-    forward = [plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, bias, y)]
+    if N < FEW_SAMPLES:
+        run = round_up(-(-layer.out_features // RUNS), 4)
+        spec = _dense_spec(plan, operation, run)
+        forward = [plan.whole(label, "dense:dense_dots", spec, -(-layer.out_features // run), x, weight, bias, y)]
+    else:
+        run = max(-(-layer.in_features // RUNS), SHORT_RUN)
+        spec, chunks = _dense_spec(plan, operation, run), -(-layer.in_features // run)
+        parts = plan.address(f"parts of {operation.names[0]}", chunks * N * round_up(layer.out_features, BLOCK))
+        scratch = plan.scratch(dense_panel(spec))
+        forward = [
+            plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, parts, scratch),
+            plan.whole(f"{label} total", "dense_tiles:total", spec, RUNS, parts, bias, y),
+        ]
 
     def backward() -> Tasks:
-        columns = round_up(-(-layer.in_features // DENSE_CHUNKS), block)
+        columns = round_up(-(-layer.in_features // RUNS), WIDE)
         back = replace(spec, run=columns, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
@@ -345,6 +357,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
                 plan.slope(target),
                 dw,
                 dx,
+                plan.scratch(dense_panel(back)),
             ),
         ]
 

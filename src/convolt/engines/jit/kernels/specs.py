@@ -119,6 +119,11 @@ class ConvSpec:
         return self.groups == 1 and self.window.dilation_w == 1
 
     @property
+    def depthwise(self) -> bool:
+        """Whether every channel has one filter of its own, and nothing is pooled behind."""
+        return 1 < self.groups == self.x.C == self.K and self.pool == (1, 1)
+
+    @property
     def channels(self) -> int:
         """Input channels of a group."""
         return self.x.C // self.groups
@@ -371,3 +376,8 @@ def dense_backward_scratch(spec: DenseSpec) -> int:
 def dense_update_scratch(spec: DenseSpec) -> int:
     """Bytes of scratch memory for each thread: a stripe of x in pairs, and of dw for 32 outputs."""
     return STRIPE * (BF16 * round_up(spec.N, BLOCK) + FLOAT * BLOCK)
+
+
+def dense_panel(spec: DenseSpec) -> int:
+    """Elements of scratch memory for each thread: a run of W transposed, or 128 inputs of x and of W."""
+    return round_up(max(spec.run * round_up(spec.outputs, BLOCK), WIDE * (spec.N + spec.outputs)), 16) + 16

@@ -22,6 +22,8 @@ def pack(spec: PackSpec) -> Callable[..., None]:
     chunk is one tap (r, s); columns behind the last filter stay zero.
     """
     conv = spec.conv
+    if conv.depthwise:
+        return _pack_depthwise(spec)
     R, S, groups = conv.window.R, conv.window.S, conv.groups
     C, filters = conv.channels, conv.filters
     back = spec.turned
@@ -68,6 +70,19 @@ def fold_norm(spec: FoldSpec) -> Callable[..., None]:
             view(arguments[8], (K,), np.float32)[k] = np.float32(offset)
             for i in range(row):
                 folded[k, i] = np.float32(w[k, i] * scale)
+
+    return kernel
+
+
+def _pack_depthwise(spec: PackSpec) -> Callable[..., None]:
+    """Filters (K, 1, R, S) to (R, S, K), turned with taps in reverse."""
+    K, R, S, back = spec.conv.K, spec.conv.window.R, spec.conv.window.S, spec.turned
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        w, packed = view(arguments[1], (K, R * S), np.float32), view(arguments[2], (R * S, K), np.float32)
+        tap = R * S - 1 - chunk if back else chunk
+        for k in range(K):
+            packed[chunk, k] = w[k, tap]
 
     return kernel
 
