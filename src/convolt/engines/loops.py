@@ -200,7 +200,7 @@ def max_pool_forward(ctx: Context, layer: MaxPool2d, params: Scope, x: Array) ->
     y = np.zeros((*x.shape[:2], P, Q), x.dtype)
     argmax = np.zeros(y.shape, np.int64)
     for p, q, rows, columns in _positions(layer.geometry, P, Q):
-        values = padded[:, :, rows, columns].reshape(*x.shape[:2], -1)
+        values = padded[:, :, rows, columns].reshape(*x.shape[:2], math.prod(layer.geometry.kernel))
         argmax[:, :, p, q] = values.argmax(axis=2)
         y[:, :, p, q] = values.max(axis=2)
     ctx.saved.update(argmax=argmax, padded_shape=padded.shape)
@@ -379,7 +379,7 @@ def dropout_mask(ctx: Context, layer: Dropout, x: Array) -> Array | None:
 def flatten_forward(ctx: Context, layer: Flatten, params: Scope, x: Array) -> Array:
     """(N, C, H, W) becomes (N, C H W)."""
     ctx.saved["shape"] = x.shape
-    return x.reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def flatten_backward(ctx: Context, layer: Flatten, params: Scope, grads: Scope, dy: Array) -> Array:

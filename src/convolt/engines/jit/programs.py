@@ -88,7 +88,7 @@ class Programs:
     def load(self, x: Array) -> None:
         """Put a batch where the first kernel reads it."""
         self.plan.state[0] = len(x)
-        self._pixels[: len(x)] = x.reshape(len(x), -1)
+        self._pixels[: len(x)] = x.reshape(len(x), math.prod(x.shape[1:]))
 
     def check_norms(self, count: int) -> None:
         """Refuse to train on so few images that a BatchNorm would see one value a channel. Raises ConfigError."""
