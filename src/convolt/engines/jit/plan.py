@@ -184,9 +184,7 @@ class Plan:
         """A task with chunks of its own, behind a barrier."""
         return Task(label, factory, spec, (address_of(self.state), *arguments), chunks)
 
-    def sum_over_ranks(
-        self, name: str, parts: Array, totals: Array, pixels: int, about_pivots: bool = False
-    ) -> Call:
+    def sum_over_ranks(self, name: str, parts: Array, totals: Array, pixels: int, about_pivots: bool = False) -> Call:
         """Add up the sums of the chunks (chunks, 3, columns), and how many values they are of, over all ranks.
 
         about_pivots: they are sums and squares of what the third row was taken from; the totals are about zero.
