@@ -257,7 +257,7 @@ def train(
     if save_metrics is not None:
         writable(save_metrics, "--save-metrics")
     own: GlobalOptions = ctx.obj
-    to_start = wanted(ranks)
+    to_start = 1 if explain else wanted(ranks)
     if to_start > 1:
         collect(resume, recipe_file, options, assignments, to_start)  # a mistake is told once, and before MPI starts
         ctx.exit(start(to_start, own.arguments, str(out or resume) if out or resume else None))
@@ -268,7 +268,8 @@ def train(
             data = settings.data.load()
             model = settings.build_model(data)
         if explain:
-            tell_kernels(settings, model, as_json)
+            if comm.rank == 0:
+                tell_kernels(settings, model, as_json)
             return
         console.print(headline(settings, model, data), markup=False)
         if comm.size > 1:

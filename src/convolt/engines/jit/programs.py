@@ -121,11 +121,10 @@ class Programs:
         found = [Stage("input", "forward", unpack, why, 0)]
         for operation, (tasks, _) in zip(self._operations, self._served, strict=True):
             flops = sum(works[name].forward_flops for name in operation.names)
-            kernels = [task for task in tasks if isinstance(task, Task)]
-            found.append(_stage(operation, "forward", kernels, flops))
+            found.append(_stage(operation, "forward", tasks, flops))
         backward = self.backward_tasks(accumulate=False)
         for operation in reversed(self._operations):
-            tasks = [task for task, served in backward if served is operation and isinstance(task, Task)]
+            tasks = [task for task, served in backward if served is operation]
             flops = sum(works[name].backward_flops for name in operation.names)
             if tasks:
                 if not operation.inputs_learn(self.plan.learning):
@@ -189,10 +188,10 @@ class Programs:
         return self.plan.segments(tasks, self._compiler)
 
 
-def _stage(operation: Operation, direction: str, tasks: list[Task], flops: int) -> Stage:
+def _stage(operation: Operation, direction: str, tasks: Tasks, flops: int) -> Stage:
     """The stage of an operation; backward has the reasons of forward too."""
     reasons = operation.reasons["forward"] + (operation.reasons["backward"] if direction == "backward" else [])
-    kernels = tuple(dict.fromkeys(task.factory for task in tasks))
+    kernels = tuple(dict.fromkeys(task.factory for task in tasks if isinstance(task, Task)))
     return Stage(operation.label, direction, kernels, "; ".join(reasons) or "the only kernel for it", flops)
 
 

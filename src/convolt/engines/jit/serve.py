@@ -27,7 +27,7 @@ from convolt.engines.jit.products import conv, dense
 from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
 
-def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normalize | None) -> Tasks:
+def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normalize | None) -> list[Task]:
     """Unpacking of the images, with an input normalization folded in."""
     frame = Frame.of(tensor)
     spec = InputSpec(frame, byte_input, plan.images)
