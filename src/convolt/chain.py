@@ -262,8 +262,11 @@ class TableExecutor(Executor):
         scale: float,
         rng: SampleRng | None = None,
         on_ready: OnReady | None = None,
+        fresh: bool = False,
     ) -> StepResult:
         """Forward, loss and backward through the table's kernels."""
+        if fresh:
+            self.zero_grads()
         self._phase.training, self._phase.rng, self._phase.dropout = True, rng, self.dropout
         params, grads = self._scopes
         with self._limited():

@@ -76,6 +76,7 @@ class JitExecutor(Executor):
         scale: float,
         rng: SampleRng | None = None,
         on_ready: OnReady | None = None,
+        fresh: bool = False,
     ) -> StepResult:
         """Forward program, loss, backward program."""
         programs = self._loaded(x, rng)
@@ -86,11 +87,11 @@ class JitExecutor(Executor):
         programs.dlogits[: len(x)] = dlogits * np.float32(scale)
         programs.dlogits[len(x) :] = 0
         if on_ready is not None:
-            for segments, part in programs.slices:
+            for segments, part in programs.slices(accumulate=not fresh):
                 self._run(segments)
                 on_ready(part)
         else:
-            self._run(programs.backward)
+            self._run(programs.backward(accumulate=not fresh))
         return StepResult(total, logits)
 
     def train_step(
@@ -134,7 +135,7 @@ class JitExecutor(Executor):
         programs.load(x)
         steps = [("forward", segment) for segment in programs.forward]
         if training:
-            steps += [("backward", segment) for segment in programs.backward]
+            steps += [("backward", segment) for segment in programs.backward(accumulate=True)]
             steps += [("update", self._updater.program)] if self._updater.program is not None else []
         found = []
         for direction, program in steps:

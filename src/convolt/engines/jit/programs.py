@@ -80,6 +80,8 @@ class Programs:
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
         self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(1), np.zeros(1)
         self._steps: dict[tuple[float, bool], Step] = {}
+        self._backward: dict[bool, Segments] = {}
+        self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
 
     def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
         capacity = self.plan.capacity
@@ -137,18 +139,23 @@ class Programs:
         """The forward pass."""
         return self._segments(self.forward_tasks)
 
-    @cached_property
-    def backward(self) -> Segments:
-        """The backward pass; gradients are added."""
-        return self._segments([task for task, _ in self.backward_tasks(accumulate=True)])
+    def backward(self, accumulate: bool) -> Segments:
+        """The backward pass; gradients are added to what is there, or written."""
+        if accumulate not in self._backward:
+            self._backward[accumulate] = self._segments([task for task, _ in self.backward_tasks(accumulate)])
+        return self._backward[accumulate]
 
-    @cached_property
-    def slices(self) -> list[tuple[Segments, slice]]:
+    def slices(self, accumulate: bool) -> list[tuple[Segments, slice]]:
         """The backward pass cut after each operation with parameters, and the gradient that is final then."""
+        if accumulate not in self._slices:
+            self._slices[accumulate] = self._cut(accumulate)
+        return self._slices[accumulate]
+
+    def _cut(self, accumulate: bool) -> list[tuple[Segments, slice]]:
         assert self._grads is not None
         found: list[tuple[Segments, slice]] = []
         pending: list[Task | Call] = []
-        tasks = self.backward_tasks(accumulate=True)
+        tasks = self.backward_tasks(accumulate)
         for i, (task, operation) in enumerate(tasks):
             pending.append(task)
             last = i + 1 == len(tasks) or tasks[i + 1][1] is not operation

@@ -202,8 +202,11 @@ class TorchExecutor(Executor):
         scale: float,
         rng: SampleRng | None = None,
         on_ready: OnReady | None = None,
+        fresh: bool = False,
     ) -> StepResult:
         """Forward, native loss and autograd; the loss is read after backward, so that CUDA waits once."""
+        if fresh:
+            self.zero_grads()
         with self._limited():
             self._prepare(training=True)
             self._check_batch(len(x))
