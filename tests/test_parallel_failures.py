@@ -20,6 +20,10 @@ SOON = 60  # seconds for a start on a busy machine, three steps and the end; a h
 TRAIN = (*("train", "--engine", "im2col", "--threads", "1", "--quiet", "--epochs", "3"), "--checkpoint-every", "5ba")
 
 
+def slow(place: str):
+    return pytest.param(place, marks=pytest.mark.slow)
+
+
 def start(ranks: int, *arguments: str, fault: str = "none@0:0") -> subprocess.CompletedProcess[str]:
     """``convolt ARGUMENTS`` by an mpiexec of one's own, with a fault ``what@rank:step``."""
     words = [*launch.launcher(ranks), sys.executable, "-m", "mpi4py", str(PROGRAM), fault, *arguments]
@@ -41,7 +45,7 @@ def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip() and not launch.NOISE.match(line)]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 2])
 def test_an_error_on_one_rank_ends_all_with_one_line(rank, tmp_path):
     done = start(3, *TRAIN, "--out", str(tmp_path / "run"), fault=f"error@{rank}:7")
     assert done.returncode == 1
@@ -71,7 +75,7 @@ def test_a_defect_shows_its_traceback(tmp_path):
     assert lines(done.stderr)[0].startswith("Traceback")
 
 
-@pytest.mark.parametrize("place", ["0:7", "1:7", "1:1", "1:22"])
+@pytest.mark.parametrize("place", [slow("0:7"), "1:7", slow("1:1"), slow("1:22"), slow("0:33")])
 def test_a_killed_rank_ends_all_and_the_run_goes_on_with_the_same_bits(place, undisturbed, tmp_path):
     folder = tmp_path / "run"
     assert start(2, *TRAIN, "--out", str(folder), fault=f"kill@{place}").returncode != 0

@@ -84,7 +84,7 @@ class Mpi:
         return bool(self._failed[0] == 1 + self.rank)
 
     def linger(self, seconds: float) -> None:
-        """Leave the word to the rank that speaks first, which ends this one as well."""
+        """Let others do what they have to, before this rank ends them or is ended."""
         time.sleep(seconds)
 
     def abort(self, code: int) -> None:
