@@ -54,6 +54,7 @@ class JitExecutor(Executor):
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
         self._add_ranks: Callable[[Array], None] | None = None
+        self._version = 0  # of the weights: copies of them in bf16 belong to one
         self._updater = Updater(params, self.grads, isa, self._compiler, self._team)
 
     def predict(self, x: Array) -> Array:
@@ -63,7 +64,7 @@ class JitExecutor(Executor):
         for start in range(0, len(x), PREDICT_BATCH):
             part = x[start : start + PREDICT_BATCH]
             programs = self._ready(part, training=False)
-            programs.load(part)
+            programs.load(part, self._version)
             self._run(programs.forward)
             parts.append(programs.logits[: len(part)].copy())
         return np.concatenate(parts) if parts else np.zeros((0, *self.model.output_shape), np.float32)
@@ -115,11 +116,19 @@ class JitExecutor(Executor):
         if not finite:
             return StepResult(math.nan, logits)
         self._updater.update(optimizer, deferred=deferred)
+        self._version += 1
+        if deferred:  # the kernel that moves these weights has rounded them as well
+            programs.version = self._version
         return StepResult(total, logits)
 
     def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """The optimizer's step in compiled code; one that the kernels do not know runs in NumPy."""
         self._updater.update(optimizer, part)
+        self._version += 1
+
+    def weights_changed(self) -> None:
+        """Copies of the weights are made again."""
+        self._version += 1
 
     def optimizer_state(self) -> dict[str, Array]:
         """The optimizer's flat arrays and ``step``."""
@@ -132,7 +141,7 @@ class JitExecutor(Executor):
     def profile(self, x: Array, training: bool) -> tuple[StageTime, ...]:
         """The programs of a step once more, on what is in their buffers; a phase's time is shared among its kernels."""
         programs = self._ready(x, training)
-        programs.load(x)
+        programs.load(x, self._version)
         steps = [("forward", segment) for segment in programs.forward]
         if training:
             steps += [("backward", segment) for segment in programs.backward(accumulate=True)]
@@ -173,7 +182,7 @@ class JitExecutor(Executor):
         self._check(x)
         programs = self._ready(x, training=True)
         programs.check_norms(len(x))
-        programs.load(x)
+        programs.load(x, self._version)
         self._draw(programs, rng)
         return programs
 

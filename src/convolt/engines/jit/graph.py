@@ -24,6 +24,7 @@ class Tensor:
 
     border: rows above and below, columns left and right. readers: operations that read it; with more than one its
     gradient is a sum. planar: bf16 planes (C, H, W) instead of float32 pixels (H, W, C).
+    half: bf16 instead of float32.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Tensor:
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
     readers: list["Operation"] = field(default_factory=list)
     planar: bool = False
+    half: bool = False
 
     @property
     def is_image(self) -> bool:

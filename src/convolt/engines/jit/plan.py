@@ -139,7 +139,7 @@ class Plan:
 
     def value(self, tensor: Tensor) -> int:
         """The address of a tensor: framed images, or features."""
-        kind = np.uint16 if tensor.planar else np.float32
+        kind = np.uint16 if tensor.planar or tensor.half else np.float32
         return self.address(f"value {tensor.name}", self.capacity * tensor.size, kind)
 
     def slope(self, tensor: Tensor) -> int:

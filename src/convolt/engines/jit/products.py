@@ -140,6 +140,18 @@ def reads_planes(tensor: Tensor) -> bool:
     )
 
 
+def reads_half(tensor: Tensor) -> bool:
+    """Whether all that read a tensor round it to bf16 anyway: dense layers on tiles."""
+    return bool(tensor.readers) and all(
+        operation.kind == "Dense" and _weights(operation) >= TILES_PAY for operation in tensor.readers
+    )
+
+
+def _weights(operation: Operation) -> int:
+    layer = cast(Dense, operation.layer)
+    return layer.in_features * layer.out_features
+
+
 def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
     """The same on AMX tiles, bf16 products."""
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
@@ -214,8 +226,10 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
     scratch = plan.scratch(dense_forward_scratch(spec) // FLOAT)
     peaks = plan.buffer(f"peaks {name}", chunks + 1)[: chunks + 1]
     largest = address_of(peaks)
+    shadow = plan.address(f"bf16 weights {name}", layer.in_features * layer.out_features, np.uint16)
     forward = [
-        plan.whole(label, "dense_tiles:forward", spec, chunks, x, weight, parts, scratch, largest),
+        plan.whole(f"{label} rounding", "dense_tiles:round_weights", spec, DENSE_CHUNKS, weight, shadow),
+        plan.whole(label, "dense_tiles:forward", spec, chunks, x, shadow, parts, scratch, largest),
         plan.whole(f"{label} total", "dense_tiles:total", spec, 16, parts, bias, y),
     ]
 
@@ -235,7 +249,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         ]
 
         def products(what: str, spec: DenseSpec) -> Task:
-            arguments = (x, weight, rows, turned_rows, dw, dx, own)
+            arguments = (x, shadow, rows, turned_rows, dw, dx, own)
             return plan.whole(f"{label} {what}", "dense_tiles:backward", spec, wide_chunks, *arguments)
 
         if not plan.fuses_update:
@@ -244,7 +258,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         def update(spec: UpdateSpec, state: tuple[int, ...], numbers: int) -> Task:
             own = plan.scratch(dense_update_scratch(back) // FLOAT)
             stripes = replace(back, run=round_up(run, STRIPE))
-            arguments = (x, turned_rows, weight, *state, numbers, own)
+            arguments = (x, turned_rows, weight, *state, numbers, own, shadow)
             chunks = -(-back.inputs // stripes.run)
             return plan.whole(
                 f"{label} dw+update", "dense_tiles:update", DenseUpdateSpec(stripes, spec), chunks, *arguments
@@ -269,13 +283,14 @@ def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
         plan.isa.lanes,
         plan.isa.registers,
         wants_dx=operation.inputs[0] in plan.learning,
+        half=operation.inputs[0].half,
     )
 
 
 def dense(plan: Plan, operation: Operation) -> Served:
     """Dense layer with activation."""
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
-    weights = layer.in_features * layer.out_features
+    weights = _weights(operation)
     if plan.tiles and weights >= TILES_PAY:
         operation.because(f"AMX tiles: bf16, {weights:,} weights")
         return dense_on_tiles(plan, operation)

@@ -13,7 +13,7 @@ from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import LossSpec
 from convolt.engines.jit.plan import KERNELS, Call, Deferred, Plan, Segments, Task, Tasks, address_of
-from convolt.engines.jit.products import reads_planes
+from convolt.engines.jit.products import reads_half, reads_planes
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
 from convolt.engines.jit.update import Updater
@@ -70,11 +70,12 @@ class Programs:
         self._output = self._operations[-1].output if self._operations else start
         if tiles and reads_planes(start):
             start.lay_in_planes()
+        for operation in self._operations:
+            operation.output.half = tiles and operation.kind == "Flatten" and reads_half(operation.output)
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
         self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]
-        size = math.prod(model.input_shape)
-        self._pixels = self._array("pixels", size, np.uint8 if byte_input else np.float32)
+        self._images = np.zeros(0, np.uint8 if byte_input else np.float32)
         outputs = math.prod(self._output.shape)
         self.logits = self._array(f"value {self._output.name}", outputs)
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
@@ -82,15 +83,20 @@ class Programs:
         self._steps: dict[tuple[float, bool], Step] = {}
         self._backward: dict[bool, Segments] = {}
         self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
+        self.version = -1
 
     def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
         capacity = self.plan.capacity
         return self.plan.buffer(name, capacity * size, dtype)[: capacity * size].reshape(capacity, size)
 
-    def load(self, x: Array) -> None:
-        """Put a batch where the first kernel reads it."""
-        self.plan.state[0] = len(x)
-        self._pixels[: len(x)] = x.reshape(len(x), math.prod(x.shape[1:]))
+    def load(self, x: Array, version: int) -> None:
+        """Tell the first kernel where a batch lies; it must not change until the programs have run.
+
+        version: of the weights; copies of them in bf16 are made again when it is another one than theirs.
+        """
+        self._images = np.ascontiguousarray(x, self._images.dtype)
+        self.plan.state[:3] = len(x), address_of(self._images), version != self.version
+        self.version = version
 
     def check_norms(self, count: int) -> None:
         """Refuse to train on so few images that a BatchNorm would see one value a channel. Raises ConfigError."""

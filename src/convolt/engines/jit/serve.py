@@ -38,10 +38,9 @@ def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normali
         scale = scale / 255
     constants = plan.buffer("input constants", 2 * frame.C)
     constants[: frame.C], constants[frame.C : 2 * frame.C] = scale, shift
-    pixels = plan.address("pixels", plan.capacity * frame.C * frame.H * frame.W, np.uint8 if byte_input else np.float32)
     scales = int(constants.ctypes.data)
     factory = "planes:unpack" if tensor.planar else "images:unpack"
-    return [plan.by_image("input", factory, spec, pixels, plan.value(tensor), scales, scales + 4 * frame.C)]
+    return [plan.by_image("input", factory, spec, plan.value(tensor), scales, scales + 4 * frame.C)]
 
 
 def batch_norm(plan: Plan, operation: Operation) -> Served:
@@ -197,8 +196,10 @@ def shaping(plan: Plan, operation: Operation) -> Served:
     """Flatten and global average."""
     source, target = operation.inputs[0], operation.output
     factory = "images:flatten" if operation.kind == "Flatten" else "images:global_average"
-    spec = MapSpec(operation.kind, Frame.of(source), Frame.of(target), plan.images, lanes=plan.isa.lanes)
-    forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target))]
+    frames = Frame.of(source), Frame.of(target)
+    spec = MapSpec(operation.kind, *frames, plan.images, lanes=plan.isa.lanes, half=target.half)
+    own = plan.scratch(math.prod(source.shape)) if target.half else 0
+    forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target), own)]
 
     def backward() -> Tasks:
         if source not in plan.learning:

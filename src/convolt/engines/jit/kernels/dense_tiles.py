@@ -68,7 +68,9 @@ def blocks_of(spec: AmxGemm, rows: int) -> Callable[[int, int, int], None]:
 
 
 def forward(spec: DenseSpec) -> Callable[..., None]:
-    """One part of x W^T; arguments: state, x, W, parts (chunks, N, columns), scratch, peaks. A chunk is ``run`` inputs.
+    """One part of x W^T; arguments: state, x, W in bf16, parts (chunks, N, columns), scratch, peaks.
+
+    A chunk is ``run`` inputs.
 
     ``peaks[chunk]`` is the largest absolute value of its inputs.
     """
@@ -87,13 +89,13 @@ def forward(spec: DenseSpec) -> Callable[..., None]:
 
 def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     N, outputs, columns, scratch = spec.N, spec.outputs, round_up(spec.outputs, BLOCK), dense_forward_scratch(spec)
-    depth = round_up(inputs, DEPTH)
+    depth, row, half = round_up(inputs, DEPTH), spec.panel_row, spec.half
     narrow = to_bf16(inputs, LANES, True)
     turn = transpose(Transpose(16, depth // 2, depth // 2, 16, LANES))  # pairs of bf16 move as one float32
     tile = depth // 2 * 32
-    shape = AmxGemm(BLOCK, BLOCK, DEPTH, depth // DEPTH, depth, DEPTH, 0, TILE_ELEMENTS, tile, 0, columns)
+    shape = AmxGemm(BLOCK, BLOCK, DEPTH, depth // DEPTH, row, DEPTH, 0, TILE_ELEMENTS, tile, 0, columns)
     product = blocks_of(shape, N)
-    panel_bytes, weights_bytes = BF16 * round_up(N, BLOCK) * depth, BF16 * columns * depth
+    panel_bytes, weights_bytes = BF16 * round_up(N, BLOCK) * row, BF16 * columns * depth
     all_inputs, run = spec.inputs, spec.run
 
     @njit
@@ -102,12 +104,15 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         rows = x + panel_bytes
         packed = rows + weights_bytes
         view(x, (panel_bytes + weights_bytes,), np.uint8)[:] = np.uint8(0)
-        first = FLOAT * chunk * run
+        first = chunk * run
         for n in range(N):
-            narrow(arguments[1] + FLOAT * n * all_inputs + first, x + BF16 * n * depth)
-        view(arguments[5] + FLOAT * chunk, (1,), np.float32)[0] = largest(x, N * depth)
+            if half:
+                _move(arguments[1] + BF16 * (n * all_inputs + first), x + BF16 * n * row, inputs)
+            else:
+                narrow(arguments[1] + FLOAT * (n * all_inputs + first), x + BF16 * n * row)
+        view(arguments[5] + FLOAT * chunk, (1,), np.float32)[0] = largest(x, N * row)
         for o in range(outputs):
-            narrow(arguments[2] + FLOAT * o * all_inputs + first, rows + BF16 * o * depth)
+            _move(arguments[2] + BF16 * (o * all_inputs + first), rows + BF16 * o * depth, inputs)
         for o in range(0, columns, 16):
             turn(rows + BF16 * o * depth, packed + BF16 * o // 16 * tile)
         for o in range(0, columns, BLOCK):
@@ -115,6 +120,27 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         release()
 
     return panel
+
+
+@njit
+def _move(source: int, target: int, count: int) -> None:
+    """Copy so many bf16 numbers."""
+    numbers, copies = view(source, (count,), np.uint16), view(target, (count,), np.uint16)
+    for i in range(count):
+        copies[i] = numbers[i]
+
+
+def round_weights(spec: DenseSpec) -> Callable[..., None]:
+    """W in bf16, where the state says that W has changed since; arguments: state, W, its copy. A chunk is an eighth."""
+    outputs, inputs = spec.outputs, spec.inputs
+    rows, narrow = -(-outputs // 8), to_bf16(inputs, LANES, True)
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        if view(arguments[0], (3,), np.int64)[2]:
+            for o in range(chunk * rows, min((chunk + 1) * rows, outputs)):
+                narrow(arguments[1] + FLOAT * o * inputs, arguments[2] + BF16 * o * inputs)
+
+    return kernel
 
 
 @njit
@@ -166,7 +192,7 @@ def turn(spec: DenseSpec) -> Callable[..., None]:
 
 
 def backward(spec: DenseSpec) -> Callable[..., None]:
-    """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W, dy rows, dy turned, dw, dx, scratch.
+    """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W in bf16, dy rows, dy turned, dw, dx, scratch.
 
     A chunk is ``run`` inputs, a multiple of 128: rows of 512 bytes, which the hardware fetches ahead.
     """
@@ -207,17 +233,18 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     )
     weights = _product(shape, outputs, columns)
     slopes = _product(replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N, columns)
-    pair_x, pair_w = _paired(N, columns, inputs, WIDE), _paired(outputs, columns, inputs, WIDE)
+    pair_x, pair_w = _paired(N, columns, inputs, WIDE, spec.half), _paired(outputs, columns, inputs, WIDE, True)
+    x_width = BF16 if spec.half else FLOAT
     x_bytes = BF16 * WIDE * samples
 
     @njit
     def both(arguments: Any, column: int, scratch: int) -> None:
         offset = FLOAT * column
         if wants_dw:
-            pair_x(arguments[1] + offset, scratch)
+            pair_x(arguments[1] + x_width * column, scratch)
             weights(arguments[4], scratch, arguments[5] + offset)
         if wants_dx:
-            pair_w(arguments[2] + offset, scratch + x_bytes)
+            pair_w(arguments[2] + BF16 * column, scratch + x_bytes)
             slopes(arguments[3], scratch + x_bytes, arguments[6] + offset)
 
     return both
@@ -226,7 +253,8 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
 def update(spec: DenseUpdateSpec) -> Callable[..., None]:
     """``dw = dy^T x`` and the optimizer's step on W; a chunk is ``run`` inputs, as backward.
 
-    Arguments: state, x, dy turned, W, three vectors of the optimizer's state, numbers, scratch; see ``weights.update``.
+    Arguments: state, x, dy turned, W, three vectors of the optimizer's state, numbers, scratch, W in bf16;
+    see ``weights.update``.
     """
     dense = spec.dense
     run, inputs, scratch = dense.run, dense.inputs, dense_update_scratch(dense)
@@ -256,14 +284,15 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
         BLOCK, BLOCK, DEPTH, samples // DEPTH, samples, DEPTH, 0, STRIPE // 16 * TILE_ELEMENTS, TILE_ELEMENTS, 0, STRIPE
     )
     block, last = _product(shape, BLOCK, columns), _product(shape, rest or BLOCK, columns)
-    pair = _paired(N, columns, inputs, STRIPE)
+    pair, narrow = _paired(N, columns, inputs, STRIPE, dense.half), to_bf16(columns, LANES, True)
+    x_width = BF16 if dense.half else FLOAT
     x_bytes, rows_bytes, outputs = BF16 * STRIPE * samples, BF16 * BLOCK * samples, dense.outputs
 
     @njit
     def stepped(arguments: Any, column: int, scratch: int) -> None:
         dw = scratch + x_bytes
         numbers = view(arguments[7], (NUMBERS,), np.float64)
-        pair(arguments[1] + FLOAT * column, scratch)
+        pair(arguments[1] + x_width * column, scratch)
         for first in range(0, outputs, BLOCK):
             turned = arguments[2] + first // BLOCK * rows_bytes
             if first < whole * BLOCK:
@@ -282,6 +311,7 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
                     view(arguments[6] + place, (columns,), np.float32),
                 )
                 step(w, g, one, two, three, numbers, 1)
+                narrow(arguments[3] + place, arguments[9] + place // 2)
 
     return stepped
 
@@ -322,18 +352,22 @@ def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int]
     return run
 
 
-def _paired(rows: int, columns: int, row: int, wide: int) -> Callable[[int, int], None]:
-    """Float32 rows as paired bf16 tiles, 32 at a time: ``pair(source, target)``; the rest of ``wide`` stays zero."""
+def _paired(rows: int, columns: int, row: int, wide: int, half: bool) -> Callable[[int, int], None]:
+    """Rows as paired bf16 tiles, 32 at a time: ``pair(source, target)``; the rest of ``wide`` stays zero.
+
+    half: whether they are bf16 already.
+    """
+    number = BF16 if half else FLOAT
     step_bytes = BF16 * wide // 16 * TILE_ELEMENTS
     whole, rest = divmod(rows, DEPTH)
-    spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "fp32", True)
+    spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "bf16" if half else "fp32", True)
     main, tail = pack_pairs(spec), pack_pairs(replace(spec, depth=rest or DEPTH))
 
     @njit
     def pair(source: int, target: int) -> None:
         for step in range(whole):
-            main(source + FLOAT * step * DEPTH * row, target + step * step_bytes)
+            main(source + number * step * DEPTH * row, target + step * step_bytes)
         if rest:
-            tail(source + FLOAT * whole * DEPTH * row, target + whole * step_bytes)
+            tail(source + number * whole * DEPTH * row, target + whole * step_bytes)
 
     return pair

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from convolt.engines.jit.kernels.specs import FLOAT, AddSpec, InputSpec, MapSpec
+from convolt.engines.jit.bf16 import to_bf16
+from convolt.engines.jit.kernels.specs import BF16, FLOAT, AddSpec, InputSpec, MapSpec
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
 
 
 def unpack(spec: InputSpec) -> Callable[..., None]:
-    """Images (N, C, H, W) into the frame, NHWC, normalized; arguments: state, images, y, scale, shift.
+    """Images (N, C, H, W) into the frame, NHWC, normalized; arguments: state, y, scale, shift.
 
     y = x scale + shift for each channel, where scale holds 1/255 for bytes and 1/std.
     """
@@ -28,12 +29,13 @@ def unpack(spec: InputSpec) -> Callable[..., None]:
     width = 1 if spec.bytes else FLOAT
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        count = view(arguments[0], (1,), np.int64)[0]
-        scale, shift = view(arguments[3], (C,), np.float32), view(arguments[4], (C,), np.float32)
+        state = view(arguments[0], (2,), np.int64)
+        count, pixels = state[0], state[1]
+        scale, shift = view(arguments[2], (C,), np.float32), view(arguments[3], (C,), np.float32)
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            source = view(arguments[1] + width * image * C * H * W, (C, H, W), dtype)
+            source = view(pixels + width * image * C * H * W, (C, H, W), dtype)
             for h in range(H):
-                target = view(arguments[2] + FLOAT * (image * size + origin + h * columns * C), (W, C), np.float32)
+                target = view(arguments[1] + FLOAT * (image * size + origin + h * columns * C), (W, C), np.float32)
                 for c in range(C):
                     for w in range(W):
                         target[w, c] = np.float32(source[c, h, w]) * scale[c] + shift[c]
@@ -184,18 +186,22 @@ def add_backward(spec: AddSpec) -> Callable[..., None]:
 
 
 def flatten(spec: MapSpec) -> Callable[..., None]:
-    """(H, W, C) to features in PyTorch's order (C, H, W); arguments: state, x, y."""
-    x, images = spec.x, spec.images
+    """(H, W, C) to features in PyTorch's order (C, H, W); arguments: state, x, y, scratch; y may be bf16."""
+    x, images, half = spec.x, spec.images, spec.half
     C, H, W = x.C, x.H, x.W
     rows, at_once = (1, H * W) if x.columns == W else (H, W)
     turn = transpose(Transpose(at_once, C, C, H * W, spec.lanes))
+    features = C * H * W
+    narrow = to_bf16(features, spec.lanes, half)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
+            target = arguments[3] + FLOAT * thread * features if half else arguments[2] + FLOAT * image * features
             for h in range(rows):
-                source = arguments[1] + FLOAT * (image * size + origin + h * pitch)
-                turn(source, arguments[2] + FLOAT * (image * C * H * W + h * W))
+                turn(arguments[1] + FLOAT * (image * size + origin + h * pitch), target + FLOAT * h * W)
+            if half:
+                narrow(target, arguments[2] + BF16 * image * features)
 
     size, origin, pitch = x.size, x.origin, x.pitch
     return kernel

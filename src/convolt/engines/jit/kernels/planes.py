@@ -31,7 +31,7 @@ PAIR_BYTES = 64  # of 16 channels of two pixels
 
 
 def unpack(spec: InputSpec) -> Callable[..., None]:
-    """Images (N, C, H, W) into bf16 planes, normalized; arguments: state, images, y, scale, shift.
+    """Images (N, C, H, W) into bf16 planes, normalized; arguments: state, y, scale, shift.
 
     y = x scale + shift for each channel, where scale holds 1/255 for bytes and 1/std.
     """
@@ -40,14 +40,15 @@ def unpack(spec: InputSpec) -> Callable[..., None]:
     origin, dtype, width = y.origin // y.C, np.uint8 if spec.bytes else np.float32, 1 if spec.bytes else FLOAT
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        count = view(arguments[0], (1,), np.int64)[0]
-        scales, shifts = view(arguments[3], (C,), np.float32), view(arguments[4], (C,), np.float32)
+        state = view(arguments[0], (2,), np.int64)
+        count, pixels = state[0], state[1]
+        scales, shifts = view(arguments[2], (C,), np.float32), view(arguments[3], (C,), np.float32)
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for c in range(C):
                 scale, shift = scales[c], shifts[c]
                 for h in range(H):
-                    source = view(arguments[1] + width * ((image * C + c) * H + h) * W, (W,), dtype)
-                    place = arguments[2] + BF16 * (image * size + c * plane + origin + h * pitch)
+                    source = view(pixels + width * ((image * C + c) * H + h) * W, (W,), dtype)
+                    place = arguments[1] + BF16 * (image * size + c * plane + origin + h * pitch)
                     target = view(place, (W,), np.uint16)
                     for w in range(W):
                         target[w] = bf16_of_float32(np.float32(source[w]) * scale + shift)

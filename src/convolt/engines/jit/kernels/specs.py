@@ -18,7 +18,7 @@ DEPTH = 32  # bf16 numbers in a tile row
 BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
-GROUP = 256  # output pixels whose columns are gathered at a time
+GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
 DEAD = 255  # code of a pooled output that ReLU set to zero
 
@@ -170,7 +170,7 @@ class DenseSpec:
     """Everything a dense kernel is compiled for. N: capacity in samples. run: outputs or inputs of a chunk.
 
     accumulate: whether dw is added to what is there; add: whether dx is. wants_dw: whether the backward pass makes dw;
-    without, it is made in one pass with the optimizer's step.
+    without, it is made in one pass with the optimizer's step. half: whether x is bf16.
     """
 
     N: int
@@ -185,13 +185,20 @@ class DenseSpec:
     accumulate: bool = True
     add: bool = False
     wants_dw: bool = True
+    half: bool = False
+
+    @property
+    def panel_row(self) -> int:
+        """Numbers from a row of a forward panel of x to the next: no multiple of a kilobyte."""
+        depth = round_up(self.run, DEPTH)
+        return depth + (DEPTH if depth % (2 * GROUP) == 0 else 0)
 
 
 @dataclass(frozen=True)
 class MapSpec:
     """An elementwise operation or a sum over some images: frames of what it reads and writes.
 
-    kind: which operation, such as "relu" or "add"; number: its constant. gradient_of: as in the kernel's docstring.
+    kind: which operation, such as "relu" or "add"; number: its constant. half: whether y is bf16.
     """
 
     kind: str
@@ -201,6 +208,7 @@ class MapSpec:
     number: float = 0.0
     add: bool = False
     lanes: int = 1
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -339,7 +347,7 @@ class DenseUpdateSpec:
 def dense_forward_scratch(spec: DenseSpec) -> int:
     """Bytes of scratch memory for each thread."""
     depth, columns = round_up(spec.run, DEPTH), round_up(spec.outputs, BLOCK)
-    return BF16 * depth * (round_up(spec.N, BLOCK) + 2 * columns)
+    return BF16 * (spec.panel_row * round_up(spec.N, BLOCK) + depth * 2 * columns)
 
 
 def dense_backward_scratch(spec: DenseSpec) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, GROUP, ConvSpec, Frame, round_up, turned
 from convolt.errors import EngineError
 
-PLANE_PIXELS = 512  # of a group of output rows
+PLANE_PIXELS = 256  # of a group of output rows
 SHIFTED_PIXELS = 1280  # of a group of images
 
 

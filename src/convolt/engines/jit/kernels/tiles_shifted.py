@@ -49,6 +49,8 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     K, bias, wants_dx, part, scratch = conv.K, conv.bias, conv.wants_dx, spec.part, spec.scratch
     lead_bytes, slopes_bytes, x_size = BF16 * spec.lead * spec.wide, spec.slopes_bytes, conv.x.size
     image_bytes, pairs_bytes = BF16 * spec.spacing * spec.wide, spec.copies * spec.pairs_bytes
+    runs, run_bytes = spec.copies * spec.channels // TILE, 2 * PAIR * spec.pairs
+    filled_bytes = spec.images * 2 * PAIR * spec.spacing // 2
     turned_bytes, bare = spec.turned_bytes, conv.x.H * conv.x.W * conv.x.C
     image_pairs, wide, spacing = 2 * BF16 * TILE * spec.spacing // 2, spec.wide, spec.spacing
 
@@ -59,7 +61,9 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
         pairs = own + slopes_bytes
         turned = pairs + pairs_bytes
         rest = turned + turned_bytes
-        view(own, (slopes_bytes + pairs_bytes,), np.uint8)[:] = np.uint8(0)
+        view(own, (slopes_bytes,), np.uint8)[:] = np.uint8(0)
+        for i in range(runs):  # behind the last image, where the last step reads
+            view(pairs + i * run_bytes + filled_bytes, (run_bytes - filled_bytes,), np.uint8)[:] = np.uint8(0)
         dw, db = arguments[7] + FLOAT * chunk * part, arguments[8] + FLOAT * chunk * K
         if bias:
             view(db, (K,), np.float32)[:] = np.float32(0)
