@@ -5,7 +5,7 @@ behind both. Tasks that have no buffer in common may change places: all that a k
 address.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,20 @@ class Task:
         return not set(self.arguments[1:]).isdisjoint({*other.arguments[1:]} - {0})
 
 
-Tasks = list[Task]
+@dataclass(frozen=True)
+class Call:
+    """Something that the host does between two kernels."""
+
+    label: str
+    function: Callable[[], None]
 
 
-def grouped(tasks: Iterable[Task]) -> list[Tasks]:
+Tasks = Sequence[Task | Call]
+
+
+def grouped(tasks: Iterable[Task]) -> list[list[Task]]:
     """The tasks of each phase, in order."""
-    groups: list[Tasks] = []
+    groups: list[list[Task]] = []
     for task in tasks:
         home = max((i for i, group in enumerate(groups) if group[0].by_image), default=None)
         if home is not None and task.by_image and task.chunks == groups[home][0].chunks:
@@ -45,7 +53,7 @@ def grouped(tasks: Iterable[Task]) -> list[Tasks]:
     return groups
 
 
-def _may_lead(before: list[Tasks], home: Tasks, between: list[Tasks]) -> bool:
+def _may_lead(before: list[list[Task]], home: list[Task], between: list[list[Task]]) -> bool:
     """Whether these of the tasks that stand behind ``home`` can stand in front of it and of the others."""
     others = [task for (task,) in between if [task] not in before]
     return not any(task.touches(other) for (task,) in before for other in [*home, *others])

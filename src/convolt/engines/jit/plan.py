@@ -21,8 +21,9 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import UpdateSpec
-from convolt.engines.jit.phases import Task, Tasks, grouped
+from convolt.engines.jit.phases import Call, Task, Tasks, grouped
 from convolt.engines.jit.runtime import Phase, Program
+from convolt.errors import ConfigError
 from convolt.layers import Dropout
 from convolt.params import Params, aligned_zeros
 
@@ -32,6 +33,7 @@ SLACK = 32  # elements behind a buffer that a vector may read
 KERNELS = "convolt.engines.jit.kernels"
 
 
+Segments = list[Program | Call]
 Served = tuple[Tasks, Callable[[], Tasks]]  # forward, and what makes the backward tasks
 
 
@@ -68,7 +70,8 @@ class Plan:
     """Buffers of one model for batches of up to ``capacity`` samples, and what the kernels need to know of it.
 
     params: arrays the kernels read. grads: arrays they add to, None for prediction. learning: tensors that need a
-    gradient. tiles: whether products run in bf16 on AMX tiles.
+    gradient. tiles: whether products run in bf16 on AMX tiles. add_ranks: replaces an array by its sum over ranks,
+    where BatchNorm's statistics are those of all ranks.
     """
 
     def __init__(
@@ -80,7 +83,9 @@ class Plan:
         threads: int,
         learning: set[Tensor],
         tiles: bool = False,
+        add_ranks: Callable[[Array], None] | None = None,
     ) -> None:
+        self.add_ranks = add_ranks
         self.params, self.grads, self.isa, self.capacity = params, grads, isa, capacity
         self.tiles = tiles
         self.learning = learning
@@ -163,6 +168,44 @@ class Plan:
     def whole(self, label: str, factory: str, spec: Any, chunks: int, *arguments: int) -> Task:
         """A task with chunks of its own, behind a barrier."""
         return Task(label, factory, spec, (address_of(self.state), *arguments), chunks)
+
+    def sum_over_ranks(self, name: str, parts: Array, totals: Array, pixels: int, about_pivots: bool = False) -> Call:
+        """Add up the sums of the chunks (chunks, 3, columns), and how many values they are of, over all ranks.
+
+        about_pivots: they are sums and squares of what the third row was taken from; the totals are about zero.
+        """
+
+        def add() -> None:
+            images = int(self.state[0])
+            chunks = -(-images // self.images)
+            rows = parts[: chunks * (len(totals) - 1)].reshape(chunks, 3, -1 if chunks else (len(totals) - 1) // 3)
+            sums, squares, pivots = rows[:, 0], rows[:, 1], rows[:, 2]
+            if about_pivots:
+                n = pixels * np.minimum(self.images, images - self.images * np.arange(chunks))[:, None]
+                sums, squares = sums + n * pivots, squares + 2 * pivots * sums + n * pivots * pivots
+            totals[:-1] = np.concatenate([sums.sum(axis=0), squares.sum(axis=0), np.zeros(rows.shape[2])])
+            totals[-1] = images * pixels
+            assert self.add_ranks is not None
+            self.add_ranks(totals)
+            if totals[-1] < 2:
+                raise ConfigError(
+                    f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
+                )
+
+        return Call(f"{name} sum over ranks", add)
+
+    def segments(self, tasks: Tasks, compiler: Compiler) -> Segments:
+        """Tasks as programs, cut where the host has something to do."""
+        found: Segments = []
+        pending: list[Task] = []
+        for task in tasks:
+            if isinstance(task, Task):
+                pending.append(task)
+                continue
+            found += [self.program(pending, compiler)] if pending else []
+            found.append(task)
+            pending = []
+        return [*found, self.program(pending, compiler)] if pending else found
 
     def program(self, tasks: Iterable[Task], compiler: Compiler) -> Program:
         """Tasks as phases."""

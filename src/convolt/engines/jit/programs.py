@@ -1,6 +1,7 @@
 """The programs of one plan: forward, backward, backward in slices, and the whole step in one."""
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import LossSpec
-from convolt.engines.jit.phases import Task
-from convolt.engines.jit.plan import KERNELS, Deferred, Plan, address_of
+from convolt.engines.jit.phases import Call, Task, Tasks
+from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.products import reads_half, reads_planes
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
@@ -44,7 +45,7 @@ class Step(NamedTuple):
 class Programs:
     """One plan of a model, for batches of up to ``capacity`` samples, and what can be run of it.
 
-    grads: what a backward pass adds to; None for prediction alone.
+    grads: what a backward pass adds to; None for prediction alone. add_ranks: see Plan.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Programs:
         isa: Isa,
         threads: int,
         compiler: Compiler,
+        add_ranks: Callable[[Array], None] | None = None,
     ) -> None:
         first, found = operations(model, training=grads is not None)
-        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles)
+        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles, add_ranks)
         self._grads, self._compiler = grads, compiler
         self._model = model
         normalize = found[0].layer if found and isinstance(found[0].layer, Normalize) else None
@@ -81,6 +83,8 @@ class Programs:
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
         self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(1), np.zeros(1)
         self._steps: dict[tuple[float, bool], Step] = {}
+        self._backward: dict[bool, Segments] = {}
+        self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
         self.version = -1
 
     def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
@@ -98,18 +102,18 @@ class Programs:
 
     def check_norms(self, count: int) -> None:
         """Refuse to train on so few images that a BatchNorm would see one value a channel. Raises ConfigError."""
-        for name, pixels in self._norms:
+        for name, pixels in self._norms if self.plan.add_ranks is None else ():
             if count * pixels < 2:
                 raise ConfigError(
                     f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
                 )
 
     @cached_property
-    def forward_tasks(self) -> list[Task]:
+    def forward_tasks(self) -> Tasks:
         """From the images to the logits."""
         return [*self._input_tasks, *(task for forward, _ in self._served for task in forward)]
 
-    def backward_tasks(self, accumulate: bool, fuses_update: bool = False) -> list[tuple[Task, Operation]]:
+    def backward_tasks(self, accumulate: bool, fuses_update: bool = False) -> list[tuple[Task | Call, Operation]]:
         """From the gradient of the logits to those of the parameters, each task with its operation."""
         self.plan.begin_backward(accumulate, fuses_update)
         self.plan.begin_slope(self._output)
@@ -148,37 +152,42 @@ class Programs:
     @cached_property
     def prepare(self) -> Program | None:
         """What a forward pass needs of the weights alone: filters packed, and with BatchNorm taken in."""
-        tasks = [task for task in self.forward_tasks if task.factory in OF_WEIGHTS]
+        tasks = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory in OF_WEIGHTS]
         return self._program(tasks) if tasks else None
 
     @cached_property
     def infer(self) -> Program:
         """The forward pass behind ``prepare``."""
-        return self._program([task for task in self.forward_tasks if task.factory not in OF_WEIGHTS])
+        rest = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory not in OF_WEIGHTS]
+        return self._program(rest)
 
     @cached_property
-    def forward(self) -> Program:
+    def forward(self) -> Segments:
         """The forward pass."""
-        return self._program(self.forward_tasks)
+        return self._segments(self.forward_tasks)
 
-    @cached_property
-    def backward(self) -> Program | None:
-        """The backward pass; gradients are added."""
-        tasks = [task for task, _ in self.backward_tasks(accumulate=True)]
-        return self._program(tasks) if tasks else None
+    def backward(self, accumulate: bool) -> Segments:
+        """The backward pass; gradients are added to what is there, or written."""
+        if accumulate not in self._backward:
+            self._backward[accumulate] = self._segments([task for task, _ in self.backward_tasks(accumulate)])
+        return self._backward[accumulate]
 
-    @cached_property
-    def slices(self) -> list[tuple[Program, slice]]:
+    def slices(self, accumulate: bool) -> list[tuple[Segments, slice]]:
         """The backward pass cut after each operation with parameters, and the gradient that is final then."""
+        if accumulate not in self._slices:
+            self._slices[accumulate] = self._cut(accumulate)
+        return self._slices[accumulate]
+
+    def _cut(self, accumulate: bool) -> list[tuple[Segments, slice]]:
         assert self._grads is not None
-        found: list[tuple[Program, slice]] = []
-        pending: list[Task] = []
-        tasks = self.backward_tasks(accumulate=True)
+        found: list[tuple[Segments, slice]] = []
+        pending: list[Task | Call] = []
+        tasks = self.backward_tasks(accumulate)
         for i, (task, operation) in enumerate(tasks):
             pending.append(task)
             last = i + 1 == len(tasks) or tasks[i + 1][1] is not operation
             if last and operation.has_parameters:
-                found.append((self._program(pending), _gradients_of(operation, self._grads)))
+                found.append((self._segments(pending), _gradients_of(operation, self._grads)))
                 pending = []
         return found
 
@@ -201,18 +210,22 @@ class Programs:
             self._steps[key] = Step(program, square_sums, deferred, late)
         return self._steps[key]
 
-    def requests(self, tasks: list[Task]) -> list[tuple[str, Any]]:
+    def requests(self, tasks: Tasks) -> list[tuple[str, Any]]:
         """What the compiler is asked for."""
-        return [(f"{KERNELS}.{task.factory}", task.spec) for task in tasks]
+        return [(f"{KERNELS}.{task.factory}", task.spec) for task in tasks if isinstance(task, Task)]
 
-    def _program(self, tasks: list[Task]) -> Program:
-        return self.plan.program(tasks, self._compiler)
+    def _program(self, tasks: Tasks) -> Program:
+        """A program of tasks among which the host has nothing to do."""
+        return self.plan.program([task for task in tasks if isinstance(task, Task)], self._compiler)
+
+    def _segments(self, tasks: Tasks) -> Segments:
+        return self.plan.segments(tasks, self._compiler)
 
 
-def _stage(operation: Operation, direction: str, tasks: list[Task], flops: int) -> Stage:
+def _stage(operation: Operation, direction: str, tasks: Tasks, flops: int) -> Stage:
     """The stage of an operation; backward has the reasons of forward too."""
     reasons = operation.reasons["forward"] + (operation.reasons["backward"] if direction == "backward" else [])
-    kernels = tuple(dict.fromkeys(task.factory for task in tasks))
+    kernels = tuple(dict.fromkeys(task.factory for task in tasks if isinstance(task, Task)))
     return Stage(operation.label, direction, kernels, "; ".join(reasons) or "the only kernel for it", flops)
 
 

@@ -22,13 +22,13 @@ from convolt.engines.jit.kernels.specs import (
     PoolSpec,
     Windowing,
 )
-from convolt.engines.jit.phases import Tasks
-from convolt.engines.jit.plan import DropoutMask, Plan, Served
+from convolt.engines.jit.phases import Call, Task, Tasks
+from convolt.engines.jit.plan import DropoutMask, Plan, Served, address_of
 from convolt.engines.jit.products import conv, dense
 from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
 
-def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normalize | None) -> Tasks:
+def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normalize | None) -> list[Task]:
     """Unpacking of the images, with an input normalization folded in."""
     frame = Frame.of(tensor)
     spec = InputSpec(frame, byte_input, plan.images)
@@ -49,7 +49,8 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
     layer, source, target = cast(BatchNorm2d, operation.layer), operation.inputs[0], operation.output
     label, name = operation.label, operation.names[0]
     spec = norm_spec(plan, operation)
-    sums = plan.address("sums", plan.chunks * 3 * spec.columns, np.float64)
+    parts = plan.buffer("sums", plan.chunks * 3 * spec.columns, np.float64)
+    sums, totals, pixels = address_of(parts), None, math.prod(source.shape[1:])
     constants = plan.address(f"constants {name}", 4 * spec.columns)
     momentum = int(np.float64(layer.momentum).view(np.int64))
     weight, bias = (plan.parameter(operation, key) if layer.affine else 0 for key in ("weight", "bias"))
@@ -64,11 +65,18 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
     apply = plan.by_image(label, "normalization:normalize", spec, *applied)
     if not plan.training:
         return [plan.whole(f"{label} fold", "normalization:fold_running", spec, 1, *folding), apply], list
-    forward = [
-        plan.by_image(f"{label} statistics", "normalization:statistics", _bare(spec), plan.value(source), sums),
-        plan.whole(f"{label} fold", "normalization:fold", _bare(spec), 1, *folding),
+    bare = _bare(spec)
+    statistics = plan.by_image(f"{label} statistics", "normalization:statistics", bare, plan.value(source), sums)
+    forward: list[Task | Call] = [
+        statistics,
+        plan.whole(f"{label} fold", "normalization:fold", bare, 1, *folding),
         apply,
     ]
+    if plan.add_ranks is not None:
+        totals = plan.buffer(f"totals {name}", 3 * spec.columns + 1, np.float64)[: 3 * spec.columns + 1]
+        of_all = replace(bare, synchronized=True)
+        fold = plan.whole(f"{label} fold", "normalization:fold", of_all, 1, address_of(totals), *folding[1:])
+        forward = [statistics, plan.sum_over_ranks(name, parts, totals, pixels, about_pivots=True), fold, apply]
 
     def backward() -> Tasks:
         add, adds_skip, wants_skip = plan.begin_slope(source), False, False
@@ -84,10 +92,16 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
             plan.parameter(operation, key, gradient=True) if layer.affine else 0 for key in ("weight", "bias")
         )
         seen = (plan.value(source), plan.value(target), plan.slope(target), codes, constants)
-        folded, written = replace(_bare(spec), accumulate=plan.accumulate), (plan.slope(source), dskip)
+        folded, written = replace(bare, accumulate=plan.accumulate), (plan.slope(source), dskip)
+        summed: tuple[int, ...] = sums, dweight, dbias, constants, terms
+        between: list[Call] = []
+        if totals is not None:
+            folded, summed = replace(folded, synchronized=True), (*summed, address_of(totals))
+            between = [plan.sum_over_ranks(name, parts, totals, pixels)]
         return [
             plan.by_image(f"{label} slopes", "normalization:slopes", spec, *seen, sums),
-            plan.whole(f"{label} fold", "normalization:fold_slopes", folded, 1, sums, dweight, dbias, constants, terms),
+            *between,
+            plan.whole(f"{label} fold", "normalization:fold_slopes", folded, 1, *summed),
             plan.by_image(f"{label} backward", "normalization:normalize_backward", back, *seen, terms, *written),
         ]
 

@@ -257,7 +257,8 @@ class NormSpec:
 
     pool: kernel of the max-pool, whose windows cover the image; (1, 1) for none. skip: what is added, and outer: the
     slope of the activation behind the sum. add, adds_skip: whether dx and dskip are added to what is there; wants_skip:
-    whether there is a dskip; accumulate: whether dweight and dbias are added.
+    whether there is a dskip; accumulate: whether dweight and dbias are added. synchronized: whether the sums and the
+    count over all ranks' samples are given.
     """
 
     x: Frame
@@ -274,6 +275,7 @@ class NormSpec:
     adds_skip: bool = False
     wants_skip: bool = True
     accumulate: bool = True
+    synchronized: bool = False
 
     @property
     def columns(self) -> int:
