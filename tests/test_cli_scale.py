@@ -44,7 +44,7 @@ def test_two_real_ranks(run, tmp_path):
         ("weak", 2, 16, "timed"),
     ]
     assert {(p["label"], p["ranks"], p["network"]) for p in found["predictions"]} == {
-        ("predicted", 2, "measured"),
+        ("predicted", 2, "this-machine"),
         ("predicted", 4, "10gbe"),
     }
     assert found["model"].endswith("tiny.json")

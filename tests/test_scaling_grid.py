@@ -11,7 +11,7 @@ from convolt import zoo
 from convolt.durable import encode_json
 from convolt.errors import ConfigError, EngineError
 from convolt.scaling import plots, tables
-from convolt.scaling.grid import MEASURED, Plan, Point, scale
+from convolt.scaling.grid import THIS_MACHINE, Plan, Point, scale
 from convolt.scaling.jobs import Samples, Slice
 from convolt.scaling.laws import amdahl
 from convolt.scaling.network import NETWORKS, Network, Sample, rabenseifner
@@ -171,17 +171,17 @@ def test_the_fastest_serial_program_is_the_base():
 
 def test_predictions_are_held_against_what_was_measured():
     report = measured(replace(PLAN, predict_ranks=(4, 16), networks=(NETWORKS["10gbe"], None)))
-    (network,) = [network for network in report.networks if network.name == MEASURED]
+    (network,) = [network for network in report.networks if network.name == THIS_MACHINE]
     assert (network.alpha, network.beta) == (pytest.approx(MEMORY.alpha), pytest.approx(MEMORY.beta))
     assert network.shared
-    assert [network.name for network in report.networks] == [MEASURED, "10gbe"]
-    held = next(p for p in report.predictions if (p.ranks, p.threads, p.network) == (2, 1, MEASURED))
+    assert [network.name for network in report.networks] == [THIS_MACHINE, "10gbe"]
+    held = next(p for p in report.predictions if (p.ranks, p.threads, p.network) == (2, 1, THIS_MACHINE))
     step = SERIAL + 32 * IMAGE
     small = rabenseifner(4 * SIZE, 2, MEMORY)
     assert step + small < 1e-3 * held.milliseconds.median < step + small + 3 * MEMORY.alpha
     assert held.error.median == pytest.approx(1e-3 * held.milliseconds.median / (step + 0.001) - 1)
     many = [p for p in report.predictions if p.ranks == 16]
-    assert {(p.network, p.threads) for p in many} == {(n, t) for n in (MEASURED, "10gbe") for t in (1, 2)}
+    assert {(p.network, p.threads) for p in many} == {(n, t) for n in (THIS_MACHINE, "10gbe") for t in (1, 2)}
     assert all(p.error is None and p.label == PREDICTED for p in many)
     assert all(sum(p.parts) == pytest.approx(p.milliseconds.median) for p in many)
     plain = encode_json(report.to_plain())

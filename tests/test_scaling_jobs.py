@@ -1,7 +1,10 @@
 """Jobs: what is asked and answered, in this process and on two real ranks."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +99,19 @@ def test_a_mistake_reaches_the_one_who_asked(ranks, impatient, capfd):
 def test_a_program_that_dies_is_told_apart(impatient):
     with pytest.raises(EngineError, match="step on 2 ranks x 1 threads: ended with code 3"):
         worker.run(replace(STEP, ranks=2), launcher=["sh", "-c", "exit 3"])
+
+
+def test_a_signal_ends_it_and_what_would_follow():
+    """The job interrupts the one who asked for it."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_scaling_jobs as t\n"
+        "try:\n"
+        "    t.worker.run(t.replace(t.STEP, ranks=2), launcher=['sh', '-c', 'kill -INT $PPID; exec sleep 60'])\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(42)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, check=False)
+    assert done.returncode == 42
 
 
 def test_a_program_that_hangs_is_ended(monkeypatch):

@@ -38,7 +38,7 @@ from convolt.machine import Machine
 from convolt.model import Model
 from convolt.precision import PRECISIONS
 from convolt.scaling import classic, plots, tables, worker
-from convolt.scaling.grid import MEASURED, MODES, Mode, Plan
+from convolt.scaling.grid import MODES, THIS_MACHINE, Mode, Plan
 from convolt.scaling.grid import scale as measure
 from convolt.scaling.network import NETWORKS, parse
 
@@ -162,7 +162,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
     cls=PredictionOption,
     multiple=True,
     metavar="NAME",
-    help=f"{listed([*NETWORKS])}, ALPHA:RATE such as 30us:10Gb/s, or {MEASURED}: what two ranks of this machine have; "
+    help=f"{listed([*NETWORKS])}, ALPHA:RATE such as 30us:10Gb/s, or {THIS_MACHINE}: as measured between two ranks; "
     f"may be given more than once. [default: {listed(PREDICTED_ON)}]",
 )
 @click.option(
@@ -236,7 +236,7 @@ def make_plan(given: Plain) -> Plan:
         rounds=given.get("rounds", ROUNDS),
         seconds=given["seconds_per_slice"],
         predict_ranks=given.get("predict_ranks", ()),
-        networks=tuple(None if name == MEASURED else parse(name) for name in given.get("networks", PREDICTED_ON)),
+        networks=tuple(None if name == THIS_MACHINE else parse(name) for name in given.get("networks", PREDICTED_ON)),
         seed=given.get("seed", 0),
     )
 

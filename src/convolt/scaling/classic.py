@@ -128,6 +128,8 @@ def trainer(arguments: Sequence[str], timeout: float | None = None) -> Train:
     def train(ranks: int, threads: int, folder: Path) -> Run:
         given = [*always, *arguments, "--threads", str(threads), "--out", str(folder), "--quiet"]
         ended = launch.run(ranks, given, catch_output=True, timeout=timeout)
+        if ended.signal is not None:
+            raise KeyboardInterrupt
         if ended.code:
             raise EngineError(f"training on {ranks} ranks x {threads} threads ended with code {ended.code}")
         return Run.load(folder)

@@ -41,7 +41,7 @@ from convolt.stats import estimate
 Mode = Literal["strong", "weak"]
 Runner = Callable[[Job], Answer]
 MODES: tuple[Mode, ...] = ("strong", "weak")
-MEASURED = "measured"  # the network between the ranks of this machine
+THIS_MACHINE = "this-machine"  # the network between its ranks, as measured
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ class _Evaluation:
         if not answers:
             return None
         samples = [sample for answer in answers for sample in answer.samples]
-        return fit(samples, answers[0].ranks, MEASURED, answers[0].shared)
+        return fit(samples, answers[0].ranks, THIS_MACHINE, answers[0].shared)
 
     def _predictions(self) -> tuple[Predicted, ...]:
         found = []

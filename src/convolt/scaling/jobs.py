@@ -133,20 +133,19 @@ def _steps(job: Job, executor: Executor, workload: Workload, comm: Communicator,
     """Warm up, agree on a number of steps, and time them: the steps of a training, whole."""
     mine, size = shard(job.batch_size, comm), job.batch_size
     batches = [Batch(x[mine], y[mine], y[mine], workload.samples[mine], size) for x, y in workload.batches]
-    with StopRequest() as stop:
-        stepper = Stepper(executor, recipe, comm, Parallel(sync_batch_norm=True), stop)
-        losses = [stepper.step(batches[number], OPTIMIZER).loss / size for number in range(WARM_UP)]
-        began = time.perf_counter()
-        stepper.step(batches[WARM_UP], OPTIMIZER)
-        count = np.array([_count(job.seconds, time.perf_counter() - began)])
-        comm.broadcast(count)
-        stepper.seconds = Seconds()
-        comm.barrier()
-        began = time.perf_counter()
-        for number in range(int(count[0])):
-            stepper.step(batches[number % BATCHES], OPTIMIZER)
-        seconds = (time.perf_counter() - began) / int(count[0])
-        spent = {what: fmean(ranks) / int(count[0]) for what, ranks in stepper.all_seconds().items()}
+    stepper = Stepper(executor, recipe, comm, Parallel(sync_batch_norm=True), StopRequest())
+    losses = [stepper.step(batches[number], OPTIMIZER).loss / size for number in range(WARM_UP)]
+    began = time.perf_counter()
+    stepper.step(batches[WARM_UP], OPTIMIZER)
+    count = np.array([_count(job.seconds, time.perf_counter() - began)])
+    comm.broadcast(count)
+    stepper.seconds = Seconds()
+    comm.barrier()
+    began = time.perf_counter()
+    for number in range(int(count[0])):
+        stepper.step(batches[number % BATCHES], OPTIMIZER)
+    seconds = (time.perf_counter() - began) / int(count[0])
+    spent = {what: fmean(ranks) / int(count[0]) for what, ranks in stepper.all_seconds().items()}
     if comm.size == 1:
         return Slice(Timeline(seconds, 0.0, 0.0), int(count[0]), tuple(losses))
     beside = seconds - spent["compute"] - spent["waiting"]

@@ -107,7 +107,8 @@ def _against_workers(
                 axes.plot(*zip(*shown, strict=True), color=GREY, linewidth=1, label=label)
         _dress(axes, workers, quantity, mode)
     _explain(figure)
-    figure.suptitle(f"{report.program}: {quantity} against {report.base.program} on one core", fontsize=12)
+    title = f"{report.program}: {quantity} against {report.base.program} on one core"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     return figure
 
 
@@ -176,12 +177,14 @@ def _dress(axes: "Axes", workers: Sequence[int], quantity: str, mode: str) -> No
 
 
 def _explain(figure: "Figure") -> None:
-    """One legend beside the panels; what stands in several of them is named once."""
+    """One legend beside the panels, what was measured first; what stands in several panels is named once."""
     named: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(str(label), handle)
-    figure.legend([*named.values()], [*named], loc="outside right upper", frameon=False, fontsize=8.5)
+    labels = sorted(named, key=lambda label: not label.startswith("measured"))
+    handles = [named[label] for label in labels]
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8.5)
 
 
 def _bars(report: ScalingReport, mode: str) -> list[tuple[str, PointResult | Predicted]]:
@@ -210,9 +213,10 @@ def _stack(axes: "Axes", bars: Sequence[tuple[str, PointResult | Predicted]]) ->
                 patch.set(hatch="///", edgecolor="white", linewidth=0)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for place, total in zip(places, left, strict=True):
-        axes.text(total, place, f" {total:.3g}", va="center", fontsize=8, color=GREY)
+        step = bars[place][1].milliseconds
+        axes.text(total, place, "" if step is None else f" {step.median:.3g}", va="center", fontsize=8, color=GREY)
     axes.set_yticks(places, [name for name, _ in bars], fontsize=8.5)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlim(0, 1.08 * max(left, default=1.0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True, axis="x", color="#dddddd", linewidth=0.6)

@@ -7,6 +7,7 @@ one who asked as what it is; anything else shows its traceback.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,8 @@ START_SECONDS = 300  # what a job may take beside its measurement: imports, and 
 def run(job: Job, launcher: Sequence[str] = ()) -> Answer:
     """Do the job on as many ranks as it needs. launcher: what starts them, if not this machine's ``mpiexec``.
 
-    Raises EngineError, MissingDependency, ConfigError.
+    Raises EngineError, MissingDependency, ConfigError; KeyboardInterrupt when a signal ended it, so that no other job
+    follows.
     """
     where = f"{job.kind} on {job.ranks} ranks x {job.threads} threads"
     with tempfile.TemporaryDirectory(prefix="convolt-scale-") as folder:
@@ -36,6 +38,8 @@ def run(job: Job, launcher: Sequence[str] = ()) -> Answer:
         except subprocess.TimeoutExpired as error:
             raise EngineError(f"{where}: no answer within {error.timeout:.0f} s") from None
         given = json.loads(answer.read_text()) if answer.exists() else {}
+    if ended.signal is not None:
+        raise KeyboardInterrupt
     if "error" in given:
         raise EngineError(given["error"])
     if ended.code or not given:
@@ -59,6 +63,8 @@ def main(question: Path, answer: Path) -> int:
     except ConvoltError as error:
         durable.write_json(answer, {"error": str(error)})
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     if comm.rank == 0:
         durable.write_json(answer, to_plain(found))
     return 0
