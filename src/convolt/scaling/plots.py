@@ -278,4 +278,5 @@ def classic_figure(comparison: Comparison) -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
+    times.grid(visible=False, axis="y")
     return figure
