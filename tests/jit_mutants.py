@@ -31,7 +31,7 @@ from convolt.engines import JIT
 from convolt.engines.jit import compiler
 from convolt.engines.jit.compiler import FOLDER, Compiler
 from convolt.errors import ConvoltError
-from convolt.layers import AvgPool2d, Dense, MaxPool2d, Normalize
+from convolt.layers import AvgPool2d, MaxPool2d, Normalize
 
 PACKAGE = "convolt.engines.jit"
 BATCHNORM = "batchnorm.py"
@@ -320,15 +320,6 @@ MUTANTS = (
         "x under its gradient", "graph.py", "    def consumes", "maker.slope == 1", "maker is source.maker", LATE
     ),
     JitMutant("mean kept", WEIGHTS, "def fold_norm", "offset = -np.float64(mean[k])", "offset = 0.0", NORMED),
-    # depthwise
-    JitMutant(
-        "filters of dx not turned",
-        WEIGHTS,
-        "def _pack_depthwise",
-        "R * S - 1 - chunk if back else chunk",
-        "chunk",
-        "conv depthwise, many channels",
-    ),
     # dense
     JitMutant(
         "a sample too many",
@@ -339,19 +330,9 @@ MUTANTS = (
         "residual of features",
         quick=True,
     ),
-    JitMutant(
-        "last inputs dropped", DENSE, "def dense_backward", "tail(arguments, whole * WIDE, thread)", "pass", FEATURES
-    ),
+    JitMutant("last inputs dropped", DENSE, "def dense_backward", "if rest and", "if False and", FEATURES),
     JitMutant(
         "dx overwritten", DENSE, "def _columns", '"load" if spec.add else "zero"', '"zero"', "residual of features"
-    ),
-    JitMutant(
-        "every block begins anew",
-        DENSE,
-        "def deep_rows",
-        'depth=last, start="load"',
-        "depth=last",
-        f"{Dense(70, 601)} of a batch",
     ),
     # bf16 tiles
     JitMutant(
