@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Isa
-from convolt.engines.jit.kernels.specs import UpdateSpec
+from convolt.engines.jit.kernels.specs import ONE, STATE, UpdateSpec
 from convolt.engines.jit.phases import Call, Task, Tasks, grouped
 from convolt.engines.jit.runtime import Phase, Program
 from convolt.errors import ConfigError
@@ -93,7 +93,8 @@ class Plan:
         self.chunks = -(-capacity // self.images)
         self.buffers: dict[str, Array] = {}
         self.masks: list[DropoutMask] = []
-        self.state = self.buffer("state", 8, np.int64)
+        self.state = self.buffer("state", STATE, np.int64)
+        self.state[ONE] = 1
         self._threads = threads
         self.accumulate, self.fuses_update = True, False
         self.deferred: list[Deferred] = []
