@@ -87,7 +87,7 @@ def equals_float64(case: Rounded) -> None:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-UNWRITTEN = ("scratch", "parts of", "sums", "means of slopes", "slope ")  # buffers that start without meaning
+UNWRITTEN = ("scratch", "parts of", "sums", "terms of dx", "slope ")  # buffers that start without meaning
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convolt import engines, zoo
+    from convolt import engines, scaling, zoo
     from convolt.augment import AlternatingFlip, Crop, Cutout, Flip, Mixup
     from convolt.callbacks import Callback, ProgressBar, StepEvent
     from convolt.comms.mpi import world
@@ -138,6 +138,7 @@ _HOMES: dict[str, str] = {
     "fit": "convolt.train",
     "from_torch": "convolt.convert",
     "load_dataset": "convolt.datasets",
+    "scaling": "convolt.scaling",
     "to_torch": "convolt.convert",
     "world": "convolt.comms.mpi",
     "zoo": "convolt.zoo",
@@ -212,6 +213,7 @@ __all__ = [
     "fit",
     "from_torch",
     "load_dataset",
+    "scaling",
     "to_torch",
     "world",
     "zoo",

@@ -36,6 +36,7 @@ import numpy as np
 
 from convolt import durable
 from convolt.engines.jit.isa import Isa, target
+from convolt.engines.jit.processes import Workers
 from convolt.errors import EngineError
 
 Factory = Callable[[Any], Callable[..., None]] | str
@@ -43,6 +44,7 @@ Request = tuple[Factory, Any]
 Progress = Callable[[int, int, str], None]
 
 FOLDER = Path(__file__).parent
+MANY = 8  # missing kernels from which it pays to start another process: it takes a second to import Numba
 SYMBOL = "kernel"
 """What the C function is called in every object file."""
 
@@ -81,16 +83,17 @@ def cache_folder() -> Path:
 class Compiler:
     """Makes kernels for one instruction set; asking twice for a kernel gives the same one.
 
-    folder: where object code is kept (default: `cache_folder`).
+    folder: where object code is kept (default: `cache_folder`). processes: that compile when much is missing.
     """
 
-    def __init__(self, isa: Isa, folder: Path | None = None):
+    def __init__(self, isa: Isa, folder: Path | None = None, processes: int = 1):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self.isa = isa
         self.statistics = Statistics()
         self._folder = _usable(cache_folder() if folder is None else folder)
         self._jit = llvm.create_lljit_compiler(use_jit_link=True, suppress_errors=True)
+        self._processes = processes
         self._kernels: dict[str, Kernel] = {}
         self._sources: dict[str, str] = {}
         self._environment = "\n".join(
@@ -103,14 +106,28 @@ class Compiler:
     def kernels(self, requests: Iterable[Request], progress: Progress | None = None) -> list[Kernel]:
         """The kernels of all (factory, spec); `progress` gets (done, total, name) before each and at the end."""
         wanted = list(requests)
+        workers = self._workers(wanted)
         made = []
         for done, (factory, spec) in enumerate(wanted):
             if progress is not None:
                 progress(done, len(wanted), _name(factory))
+            workers.claim(self.key(factory, spec))
             made.append(self.kernel(factory, spec))
         if progress is not None:
             progress(len(wanted), len(wanted), "")
         return made
+
+    def _workers(self, requests: Iterable[Request]) -> Workers:
+        """Processes that compile the last of these, if they are many and can be named."""
+        missing: dict[str, tuple[str, Any]] = {}
+        for factory, spec in requests:
+            if isinstance(factory, str) and self._folder is not None:
+                key = self.key(factory, spec)
+                if key not in self._kernels and not (self._folder / key).exists():
+                    missing[key] = factory, spec
+        if self._folder is None or len(missing) < MANY:
+            return Workers(0, self.isa, Path(), {})
+        return Workers(self._processes - 1, self.isa, self._folder, missing)
 
     def kernel(self, factory: Factory, spec: Any) -> Kernel:
         """The kernel ``factory(spec)``, from memory, from disk, or compiled. Raises EngineError."""

@@ -50,7 +50,7 @@ class JitExecutor(Executor):
         self.grads = Params(model, params.dtype)
         self._isa, self._threads, self._progress = isa, threads, progress
         self._tiles = tiles
-        self._compiler = Compiler(isa)
+        self._compiler = Compiler(isa, processes=threads)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
         self._add_ranks: Callable[[Array], None] | None = None
@@ -60,12 +60,16 @@ class JitExecutor(Executor):
     def predict(self, x: Array) -> Array:
         """Logits (N, classes)."""
         self._check(x)
-        parts = []
+        parts: list[Array] = []
+        prepared: set[Programs] = set()  # filters may change between two calls, not within one
         for start in range(0, len(x), PREDICT_BATCH):
             part = x[start : start + PREDICT_BATCH]
             programs = self._ready(part, training=False)
             programs.load(part, self._version)
-            self._run(programs.forward)
+            if programs not in prepared and programs.prepare is not None:
+                self._team.run(programs.prepare)
+            prepared.add(programs)
+            self._team.run(programs.infer)
             parts.append(programs.logits[: len(part)].copy())
         return np.concatenate(parts) if parts else np.zeros((0, *self.model.output_shape), np.float32)
 
@@ -148,11 +152,14 @@ class JitExecutor(Executor):
             steps += [("update", self._updater.program)] if self._updater.program is not None else []
         found = []
         for direction, program in steps:
+            times = []
             for phase in self._team.profile(program) if isinstance(program, Program) else ():
                 part = phase.wall / sum(phase.kernels)
                 for label, seconds in zip(phase.name.split(", "), phase.kernels, strict=True):
                     where, kind, kernel = [*label.split(" ", 2), "", ""][:3]
-                    found.append(StageTime(f"{where} {kind}".strip(), direction, kernel, seconds * part))
+                    times.append(StageTime(f"{where} {kind}".strip(), direction, kernel, seconds * part))
+            order = programs.order(direction)  # packing filters, for one, may have gone ahead
+            found += sorted(times, key=lambda time: order.get(time.stage, 0))
         return tuple(found)
 
     def close(self) -> None:

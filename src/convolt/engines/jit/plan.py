@@ -10,7 +10,7 @@ order: the bits are the same for any number of threads.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import UpdateSpec
+from convolt.engines.jit.phases import Call, Task, Tasks, grouped
 from convolt.engines.jit.runtime import Phase, Program
 from convolt.errors import ConfigError
 from convolt.layers import Dropout
@@ -32,27 +33,6 @@ SLACK = 32  # elements behind a buffer that a vector may read
 KERNELS = "convolt.engines.jit.kernels"
 
 
-@dataclass(frozen=True)
-class Task:
-    """A kernel at its place in the plan. by_image: its chunks are runs of images, so it can share a phase."""
-
-    label: str
-    factory: str
-    spec: Any
-    arguments: tuple[int, ...]
-    chunks: int
-    by_image: bool = False
-
-
-@dataclass(frozen=True)
-class Call:
-    """Something that the host does between two kernels."""
-
-    label: str
-    function: Callable[[], None]
-
-
-Tasks = Sequence[Task | Call]
 Segments = list[Program | Call]
 Served = tuple[Tasks, Callable[[], Tasks]]  # forward, and what makes the backward tasks
 
@@ -118,6 +98,7 @@ class Plan:
         self.accumulate, self.fuses_update = True, False
         self.deferred: list[Deferred] = []
         self._written: set[Tensor] = set()
+        self._slopes: dict[Tensor, int] = {}
 
     @property
     def training(self) -> bool:
@@ -144,7 +125,11 @@ class Plan:
 
     def slope(self, tensor: Tensor) -> int:
         """The address of a tensor's gradient, without a frame."""
-        return self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
+        return self._slopes.get(tensor) or self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
+
+    def put_slope(self, tensor: Tensor, address: int) -> None:
+        """Let a tensor's gradient lie in memory that is free by then."""
+        self._slopes[tensor] = address
 
     def begin_backward(self, accumulate: bool, fuses_update: bool = False) -> None:
         """Before the tasks of a backward pass are made: whether it adds to the gradients of the parameters.
@@ -165,14 +150,14 @@ class Plan:
         """Memory of the threads' own, ``floats`` each; kernels run one after another, so all share it."""
         return self.address("scratch", self._threads * floats)
 
-    def parameter(self, operation: Operation, name: str, gradient: bool = False) -> int:
-        """The address of a parameter, or of its gradient."""
+    def parameter(self, operation: Operation, name: str, gradient: bool = False, layer: int = 0) -> int:
+        """The address of a parameter, or of its gradient; ``layer``: which of those computed together."""
         arrays = self.grads if gradient and self.grads is not None else self.params
-        return address_of(arrays[f"{operation.names[0]}.{name}"])
+        return address_of(arrays[f"{operation.names[layer]}.{name}"])
 
-    def statistic(self, operation: Operation, name: str) -> int:
+    def statistic(self, operation: Operation, name: str, layer: int = 0) -> int:
         """The address of a buffer of the model, such as a running mean."""
-        return address_of(self.params.buffers[f"{operation.names[0]}.{name}"])
+        return address_of(self.params.buffers[f"{operation.names[layer]}.{name}"])
 
     # ------------------------------------------------------------------------------------------------- the program
 
@@ -223,20 +208,18 @@ class Plan:
         return [*found, self.program(pending, compiler)] if pending else found
 
     def program(self, tasks: Iterable[Task], compiler: Compiler) -> Program:
-        """Tasks as phases: successive ones by image share a phase."""
-        phases: list[tuple[list[str], list[tuple[int, int]], int, bool]] = []
+        """Tasks as phases."""
         keep: list[Any] = [self]
-        for task in tasks:
-            kernel = compiler.kernel(f"{KERNELS}.{task.factory}", task.spec)
-            arguments = np.array(task.arguments, np.int64)
-            keep += [kernel, arguments]
-            entry = (kernel.address, address_of(arguments))
-            if phases and task.by_image and phases[-1][3]:
-                phases[-1][0].append(task.label)
-                phases[-1][1].append(entry)
-            else:
-                phases.append(([task.label], [entry], task.chunks, task.by_image))
-        return Program([Phase(", ".join(labels), tuple(entries), count) for labels, entries, count, _ in phases], keep)
+        phases = []
+        for group in grouped(tasks):
+            entries = []
+            for task in group:
+                kernel = compiler.kernel(f"{KERNELS}.{task.factory}", task.spec)
+                arguments = np.array(task.arguments, np.int64)
+                keep += [kernel, arguments]
+                entries.append((kernel.address, address_of(arguments)))
+            phases.append(Phase(", ".join(task.label for task in group), tuple(entries), group[0].chunks))
+        return Program(phases, keep)
 
 
 def address_of(array: Array) -> int:

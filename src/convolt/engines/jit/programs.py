@@ -12,7 +12,8 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import LossSpec
-from convolt.engines.jit.plan import KERNELS, Call, Deferred, Plan, Segments, Task, Tasks, address_of
+from convolt.engines.jit.phases import Call, Task, Tasks
+from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.products import reads_half, reads_planes
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
@@ -26,6 +27,7 @@ from convolt.model import Model
 from convolt.params import Params
 
 Array = NDArray[Any]
+OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "tiles:pack", "normalization:fold_running")
 
 
 class Step(NamedTuple):
@@ -121,6 +123,13 @@ class Programs:
             for task in backward()
         ]
 
+    def order(self, direction: str) -> dict[str, int]:
+        """Places of the operations, by label, in the order in which a direction comes to them."""
+        labels = [operation.label for operation in self._operations]
+        if direction == "backward":
+            labels.reverse()
+        return {label: place for place, label in enumerate(labels, start=1)}
+
     def stages(self) -> list[Stage]:
         """What computes each operation, forward and then backward, and why."""
         works = {work.name: work for work in layer_work(self._model)}
@@ -139,6 +148,18 @@ class Programs:
                     operation.because("no dx: nothing before it learns", "backward")
                 found.append(_stage(operation, "backward", tasks, flops))
         return found
+
+    @cached_property
+    def prepare(self) -> Program | None:
+        """What a forward pass needs of the weights alone: filters packed, and with BatchNorm taken in."""
+        tasks = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory in OF_WEIGHTS]
+        return self._program(tasks) if tasks else None
+
+    @cached_property
+    def infer(self) -> Program:
+        """The forward pass behind ``prepare``."""
+        rest = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory not in OF_WEIGHTS]
+        return self._program(rest)
 
     @cached_property
     def forward(self) -> Segments:

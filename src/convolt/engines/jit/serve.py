@@ -22,7 +22,8 @@ from convolt.engines.jit.kernels.specs import (
     PoolSpec,
     Windowing,
 )
-from convolt.engines.jit.plan import Call, DropoutMask, Plan, Served, Task, Tasks, address_of
+from convolt.engines.jit.phases import Call, Task, Tasks
+from convolt.engines.jit.plan import DropoutMask, Plan, Served, address_of
 from convolt.engines.jit.products import conv, dense
 from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
@@ -58,6 +59,8 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
     skip = operation.inputs[1] if operation.adds else None
     pooled = spec.pool != (1, 1)
     codes = plan.address(f"codes {name}", plan.capacity * math.prod(target.shape), np.uint8) if pooled else 0
+    if operation.consumes:
+        plan.put_slope(source, plan.value(source))
     applied = (plan.value(source), constants, plan.value(target), 0 if skip is None else plan.value(skip), codes)
     apply = plan.by_image(label, "normalization:normalize", spec, *applied)
     if not plan.training:
@@ -76,14 +79,14 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
         forward = [statistics, plan.sum_over_ranks(name, parts, totals, pixels, about_pivots=True), fold, apply]
 
     def backward() -> Tasks:
-        wants_skip = skip is not None and skip in plan.learning
+        add, adds_skip, wants_skip = plan.begin_slope(source), False, False
+        if skip is not None and skip in plan.learning:
+            adds_skip = plan.begin_slope(skip)
+            if not adds_skip:  # it is dy, but for the outer activation, and nobody else needs that
+                plan.put_slope(skip, plan.slope(target))
+            wants_skip = adds_skip or spec.outer != 1
         dskip = plan.slope(skip) if skip is not None and wants_skip else 0
-        back = replace(
-            spec,
-            add=plan.begin_slope(source),
-            adds_skip=skip is not None and wants_skip and plan.begin_slope(skip),
-            wants_skip=wants_skip,
-        )
+        back = replace(spec, add=add, adds_skip=adds_skip, wants_skip=wants_skip)
         terms = plan.address("terms of dx", 2 * spec.columns)
         dweight, dbias = (
             plan.parameter(operation, key, gradient=True) if layer.affine else 0 for key in ("weight", "bias")
@@ -139,6 +142,7 @@ def pool(plan: Plan, operation: Operation) -> Served:
         P,
         Q,
         plan.images,
+        plan.isa.lanes,
         count_include_pad=largest or cast(AvgPool2d, layer).count_include_pad,
     )
     size = plan.capacity * P * Q * target.shape[0] * spec.code_bytes
@@ -150,7 +154,7 @@ def pool(plan: Plan, operation: Operation) -> Served:
         if source not in plan.learning:
             return []
         back = replace(spec, add=plan.begin_slope(source))
-        arguments = (plan.slope(target), codes, plan.slope(source))
+        arguments = (plan.slope(source), plan.slope(target), codes)
         return [plan.by_image(f"{operation.label} backward", f"{factory}_backward", back, *arguments)]
 
     return forward, backward
@@ -160,7 +164,7 @@ def elementwise(plan: Plan, operation: Operation) -> Served:
     """An activation or Dropout that is fused nowhere."""
     layer, source, target = cast(Layer, operation.layer), operation.inputs[0], operation.output
     kind, number = _function(layer)
-    spec = MapSpec(kind, Frame.of(source), Frame.of(target), plan.images, number)
+    spec = MapSpec(kind, Frame.of(source), Frame.of(target), plan.images, plan.isa.lanes, number)
     mask = 0
     if isinstance(layer, Dropout):
         size = plan.capacity * int(np.prod(source.shape))
@@ -197,7 +201,7 @@ def shaping(plan: Plan, operation: Operation) -> Served:
     source, target = operation.inputs[0], operation.output
     factory = "images:flatten" if operation.kind == "Flatten" else "images:global_average"
     frames = Frame.of(source), Frame.of(target)
-    spec = MapSpec(operation.kind, *frames, plan.images, lanes=plan.isa.lanes, half=target.half)
+    spec = MapSpec(operation.kind, *frames, plan.images, plan.isa.lanes, half=target.half)
     own = plan.scratch(math.prod(source.shape)) if target.half else 0
     forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target), own)]
 
@@ -215,7 +219,7 @@ def add(plan: Plan, operation: Operation) -> Served:
     """The sum of two branches, with activation."""
     left, right = operation.inputs
     target = operation.output
-    spec = AddSpec(Frame.of(left), Frame.of(right), Frame.of(target), operation.slope, plan.images)
+    spec = AddSpec(Frame.of(left), Frame.of(right), Frame.of(target), operation.slope, plan.images, plan.isa.lanes)
     arguments = (plan.value(left), plan.value(right), plan.value(target))
     forward = [plan.by_image(operation.label, "images:add", spec, *arguments)]
 
