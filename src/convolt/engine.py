@@ -152,6 +152,10 @@ class Executor(ABC):
         """
         return ()
 
+    def memory(self) -> dict[str, int]:
+        """Bytes that it holds, by what they are for (activations are made with the first batch); empty if unknown."""
+        return {}
+
     def close(self) -> None:
         """Give back threads and device memory; an executor that holds none does nothing."""
         return

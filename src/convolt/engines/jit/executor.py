@@ -42,12 +42,13 @@ class JitExecutor(Executor):
         isa: Isa,
         threads: int,
         tiles: bool = False,
+        segments: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self.model, self.params = model, params
         self.grads = Params(model, params.dtype)
         self._isa, self._threads, self._progress = isa, threads, progress
-        self._tiles = tiles
+        self._tiles, self._segments = tiles, segments
         self._compiler = Compiler(isa)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
@@ -150,6 +151,19 @@ class JitExecutor(Executor):
                     found.append(StageTime(f"{where} {kind}".strip(), direction, kernel, seconds * part))
         return tuple(found)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of everything that is held, plans that have been made included."""
+        flat = self.params.flat.nbytes
+        found = {
+            "weights": flat + self.params.buffers_flat.nbytes,
+            "gradients": self.grads.flat.nbytes + self.grads.buffers_flat.nbytes,
+            "optimizer state": sum(array.nbytes for array in self._updater.state.values()),
+        }
+        for programs in self._plans.values():
+            for kind, size in programs.plan.memory().items():
+                found[kind] = found.get(kind, 0) + size
+        return found
+
     def close(self) -> None:
         """End the threads."""
         self._team.close()
@@ -190,6 +204,7 @@ class JitExecutor(Executor):
                 self._isa,
                 self._threads,
                 self._compiler,
+                self._segments,
             )
             tasks = list(programs.forward_tasks)
             if training:

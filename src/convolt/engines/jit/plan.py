@@ -1,9 +1,10 @@
 """The plan of a step: where the buffers lie, and which tasks run in which order.
 
-A plan is made once for a model and a batch capacity. Every buffer is allocated here, 64-byte aligned. Operations that
-treat images one by one are chained: a chunk of images passes through all of them before the next chunk begins, so
-activations are still in the L2 cache when the next kernel reads them. Where an operation must see the whole batch
-(BatchNorm's statistics, dense layers), a new phase begins. ``serve`` says which kernels an operation gets.
+A plan is made once for a model and a batch capacity. Every buffer is named here and gets its place, 64-byte aligned,
+when all tasks are known (``buffers``). Operations that treat images one by one are chained: a chunk of images passes
+through all of them before the next chunk begins, so activations are still in the L2 cache when the next kernel reads
+them. Where an operation must see the whole batch (BatchNorm's statistics, dense layers), a new phase begins; ``order``
+finds as few phases as dependencies allow. ``serve`` says which kernels an operation gets.
 
 The number of chunks depends on the batch capacity alone, never on the number of threads, and parts are added in chunk
 order: the bits are the same for any number of threads.
@@ -17,34 +18,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from convolt.engines.jit.buffers import SHORT_LIVED, Address, Buffer, lifetimes, share
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import UpdateSpec
+from convolt.engines.jit.order import Group
 from convolt.engines.jit.runtime import Phase, Program
+from convolt.engines.jit.tasks import SCRATCH, Argument, Task
 from convolt.layers import Dropout
-from convolt.params import Params, aligned_zeros
+from convolt.params import Params
 
 Array = NDArray[Any]
 CHUNKS = 16  # into which a batch is cut
-SLACK = 32  # elements behind a buffer that a vector may read
 KERNELS = "convolt.engines.jit.kernels"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A kernel at its place in the plan. by_image: its chunks are runs of images, so it can share a phase."""
-
-    label: str
-    factory: str
-    spec: Any
-    arguments: tuple[int, ...]
-    chunks: int
-    by_image: bool = False
-
-
-Tasks = list[Task]
-Served = tuple[Tasks, Callable[[], Tasks]]  # forward, and what makes the backward tasks
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +85,8 @@ class Plan:
         self.learning = learning
         self.images = -(-capacity // CHUNKS)
         self.chunks = -(-capacity // self.images)
-        self.buffers: dict[str, Array] = {}
+        self.buffers: dict[str, Buffer] = {}
+        self.arena = np.zeros(0, np.uint8)
         self.masks: list[DropoutMask] = []
         self.state = self.buffer("state", 8, np.int64)
         self._threads = threads
@@ -113,23 +101,29 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------- the buffers
 
-    def buffer(self, name: str, size: int, dtype: Any = np.float32) -> Array:
-        """The array of that name and size, made when it is first asked for; kernels keep its address."""
+    def _named(self, name: str, size: int, dtype: Any) -> Buffer:
         key = f"{name} {size}"
         if key not in self.buffers:
-            self.buffers[key] = aligned_zeros(size + SLACK, dtype)
+            self.buffers[key] = Buffer(name, size, dtype)
         return self.buffers[key]
 
-    def address(self, name: str, size: int, dtype: Any = np.float32) -> int:
-        """The address of the array of that name."""
-        return address_of(self.buffer(name, size, dtype))
+    def buffer(self, name: str, size: int, dtype: Any = np.float32) -> Array:
+        """The array of that name and size, zeros at first, with a place of its own: for what the host reads or writes.
 
-    def value(self, tensor: Tensor) -> int:
+        Kernels keep its address.
+        """
+        return self._named(name, size, dtype).allocate()
+
+    def address(self, name: str, size: int, dtype: Any = np.float32) -> Address:
+        """The address of the buffer of that name and size, which may share memory with others."""
+        return Address(self._named(name, size, dtype))
+
+    def value(self, tensor: Tensor) -> Address:
         """The address of a tensor: framed images, or features."""
         kind = np.uint16 if tensor.planar or tensor.half else np.float32
         return self.address(f"value {tensor.name}", self.capacity * tensor.size, kind)
 
-    def slope(self, tensor: Tensor) -> int:
+    def slope(self, tensor: Tensor) -> Address:
         """The address of a tensor's gradient, without a frame."""
         return self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
 
@@ -148,9 +142,18 @@ class Plan:
         self._written.add(tensor)
         return before
 
-    def scratch(self, floats: int) -> int:
-        """Memory of the threads' own, ``floats`` each; kernels run one after another, so all share it."""
-        return self.address("scratch", self._threads * floats)
+    def twin(self, buffer: Buffer) -> Buffer:
+        """A second buffer for what the first one need not keep any more."""
+        again = self._named(f"{buffer.name} again", buffer.size, buffer.dtype)
+        buffer.short_lived = again.short_lived = True
+        return again
+
+    def scratch(self, floats: int) -> Address:
+        """Memory of the threads' own, ``floats`` each; kernels that want as much share it, a thread runs one at a time.
+
+        Others must not: it is cut by threads, and another thread may be running another kernel.
+        """
+        return self.address(SCRATCH, self._threads * floats)
 
     def parameter(self, operation: Operation, name: str, gradient: bool = False) -> int:
         """The address of a parameter, or of its gradient."""
@@ -163,29 +166,40 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------- the program
 
-    def by_image(self, label: str, factory: str, spec: Any, *arguments: int) -> Task:
+    def by_image(self, label: str, factory: str, spec: Any, *arguments: Argument) -> Task:
         """A task that treats images one by one."""
         return Task(label, factory, spec, (address_of(self.state), *arguments), self.chunks, by_image=True)
 
-    def whole(self, label: str, factory: str, spec: Any, chunks: int, *arguments: int) -> Task:
+    def whole(self, label: str, factory: str, spec: Any, chunks: int, *arguments: Argument) -> Task:
         """A task with chunks of its own, behind a barrier."""
         return Task(label, factory, spec, (address_of(self.state), *arguments), chunks)
 
-    def program(self, tasks: Iterable[Task], compiler: Compiler) -> Program:
-        """Tasks as phases: successive ones by image share a phase."""
-        phases: list[tuple[list[str], list[tuple[int, int]], int, bool]] = []
+    def lay_out(self, *orders: Iterable[Group]) -> None:
+        """Give buffers that are never live together the same memory; ``orders`` are those in which they may run."""
+        self.arena = share([lifetimes(group.buffers for group in order) for order in orders])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind of all buffers that have a place; what shares memory is one kind."""
+        found = {SHORT_LIVED: self.arena.nbytes} if self.arena.nbytes else {}
+        for buffer in self.buffers.values():
+            if buffer.array is not None and not np.shares_memory(buffer.array, self.arena):
+                found[buffer.kind] = found.get(buffer.kind, 0) + buffer.array.nbytes
+        return found
+
+    def program(self, groups: Iterable[Group], compiler: Compiler) -> Program:
+        """Groups as phases, with kernels, and addresses for all buffers."""
+        phases: list[Phase] = []
         keep: list[Any] = [self]
-        for task in tasks:
-            kernel = compiler.kernel(f"{KERNELS}.{task.factory}", task.spec)
-            arguments = np.array(task.arguments, np.int64)
-            keep += [kernel, arguments]
-            entry = (kernel.address, address_of(arguments))
-            if phases and task.by_image and phases[-1][3]:
-                phases[-1][0].append(task.label)
-                phases[-1][1].append(entry)
-            else:
-                phases.append(([task.label], [entry], task.chunks, task.by_image))
-        return Program([Phase(", ".join(labels), tuple(entries), count) for labels, entries, count, _ in phases], keep)
+        for group in groups:
+            entries = []
+            for task in group.tasks:
+                kernel = compiler.kernel(f"{KERNELS}.{task.factory}", task.spec)
+                resolved = [one.resolve() if isinstance(one, Address) else one for one in task.arguments]
+                arguments = np.array(resolved, np.int64)
+                keep += [kernel, arguments]
+                entries.append((kernel.address, address_of(arguments)))
+            phases.append(Phase(", ".join(task.label for task in group.tasks), tuple(entries), group.tasks[0].chunks))
+        return Program(phases, keep)
 
 
 def address_of(array: Array) -> int:

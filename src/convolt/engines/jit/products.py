@@ -36,7 +36,8 @@ from convolt.engines.jit.kernels.tile_specs import (
     backward_spec,
     input_gradient,
 )
-from convolt.engines.jit.plan import Deferred, Plan, Served, Task, Tasks, address_of
+from convolt.engines.jit.plan import Deferred, Plan, address_of
+from convolt.engines.jit.tasks import Argument, Served, Task, Tasks
 from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 8
@@ -100,8 +101,8 @@ def conv(plan: Plan, operation: Operation) -> Served:
         back = _adding(plan, spec, source)
         columns = turned(back).packed_columns
         reverse = plan.address(f"turned filters {name}", taps * spec.groups * spec.filters * columns)
-        parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
-        bias_parts = plan.address("parts of db", plan.chunks * spec.K)
+        parts = plan.address(f"parts of dw {name}", plan.chunks * taps * spec.channels * spec.K)
+        bias_parts = plan.address(f"parts of db {name}", plan.chunks * spec.K)
         dx = plan.slope(source) if back.wants_dx else 0
         tasks = []
         if back.wants_dx:
@@ -174,9 +175,11 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
             chunks = min(plan.chunks, FEW_CHUNKS)
             operation.because(f"{chunks} parts of dw: one has {back.part:,} elements", "backward")
             back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
-        parts = plan.address("parts of dw", chunks * back.part)
-        bias_parts = plan.address("parts of db", chunks * spec.K)
-        dx, turned_filters, tasks = 0, 0, []
+        parts = plan.address(f"parts of dw {name}", chunks * back.part)
+        bias_parts = plan.address(f"parts of db {name}", chunks * spec.K)
+        dx: Argument = 0
+        turned_filters: Argument = 0
+        tasks = []
         if spec.wants_dx:
             dx, inputs = plan.slope(source), input_gradient(back.conv)
             turned_filters = plan.address(f"turned filters {name}", inputs.columns * inputs.depth, np.uint16)

@@ -1,7 +1,9 @@
 """The programs of one plan: forward, backward, backward in slices, and the whole step in one."""
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +13,13 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import LossSpec
-from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Task, address_of
+from convolt.engines.jit.order import Group, arranged, in_turn, restricted
+from convolt.engines.jit.plan import KERNELS, Deferred, Plan, address_of
 from convolt.engines.jit.products import reads_half, reads_planes
+from convolt.engines.jit.recompute import Segment, clearing, cut, forget, needed_again
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
+from convolt.engines.jit.tasks import Task
 from convolt.engines.jit.update import Updater
 from convolt.errors import ConfigError
 from convolt.explanation import Stage
@@ -39,10 +44,22 @@ class Step(NamedTuple):
     late: Program | None
 
 
+class Backward(NamedTuple):
+    """The tasks of a backward pass, each with its operation, and what is left for the optimizer's pass."""
+
+    tasks: list[tuple[Task, Operation]]
+    deferred: tuple[Deferred, ...]
+
+
+#: Whether a backward pass accumulates, and whether it leaves something for the optimizer's pass.
+WAYS = ((False, False), (True, False), (False, True))
+
+
 class Programs:
     """One plan of a model, for batches of up to ``capacity`` samples, and what can be run of it.
 
-    grads: what a backward pass adds to; None for prediction alone.
+    grads: what a backward pass adds to; None for prediction alone. segments: into how many parts a model is cut whose
+    inner tensors are made twice (``recompute``); 0 or 1 keeps all of them.
     """
 
     def __init__(
@@ -56,6 +73,7 @@ class Programs:
         isa: Isa,
         threads: int,
         compiler: Compiler,
+        segments: int = 0,
     ) -> None:
         first, found = operations(model, training=grads is not None)
         self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles)
@@ -80,6 +98,12 @@ class Programs:
         self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(1), np.zeros(1)
         self._steps: dict[tuple[float, bool], Step] = {}
         self.version = -1
+        self._segments = self._forget(segments) if self.plan.training and segments > 1 else []
+        self.forward_tasks = [*self._input_tasks, *self._forward_tasks()]
+        self._backward = {way: self._make_backward(*way) for way in WAYS if self.plan.training}
+        if self.plan.training:
+            sections = [self._sections(way, self._criterion(0.0)) for way in WAYS]
+            self.plan.lay_out(*map(_arranged, sections), *(in_turn(chain.from_iterable(each)) for each in sections))
 
     def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
         capacity = self.plan.capacity
@@ -102,20 +126,65 @@ class Programs:
                     f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
                 )
 
-    @cached_property
-    def forward_tasks(self) -> list[Task]:
-        """From the images to the logits."""
-        return [*self._input_tasks, *(task for forward, _ in self._served for task in forward)]
+    # -------------------------------------------------------------------------------------------------- the tasks
+
+    def _forget(self, count: int) -> list[Segment]:
+        """The segments whose inner tensors are made twice: all but the last."""
+        forward = {operation: tasks for operation, (tasks, _) in zip(self._operations, self._served, strict=True)}
+        return [
+            forget(self.plan, run, self._operations, [task for operation in run for task in forward[operation]])
+            for run in cut(self._operations, count)[:-1]
+        ]
+
+    def _forward_tasks(self) -> Iterator[Task]:
+        cleared = {tensor for segment in self._segments for tensor in segment.forgotten}
+        for operation, (tasks, _) in zip(self._operations, self._served, strict=True):
+            if operation.output in cleared:
+                yield from clearing(self.plan, operation.output)
+            yield from tasks
+
+    def _make_backward(self, accumulate: bool, fuses_update: bool) -> "Backward":
+        # What is left for after the step may not read what is forgotten.
+        self.plan.begin_backward(accumulate, fuses_update and not self._segments)
+        self.plan.begin_slope(self._output)
+        segment_of = {operation: segment for segment in self._segments for operation in segment.operations}
+        made: list[tuple[Task, Operation]] = []
+        for operation, (_, backward) in zip(reversed(self._operations), reversed(self._served), strict=True):
+            segment, tasks = segment_of.get(operation), backward()
+            if segment is not None:
+                if operation is segment.operations[-1]:
+                    made += [(task, operation) for task in segment.second(self._again(segment))]
+                tasks = segment.second(tasks)
+            made += [(task, operation) for task in tasks]
+        return Backward(made, tuple(self.plan.deferred))
+
+    def _again(self, segment: Segment) -> list[Task]:
+        """The forward tasks that make what a segment forgot."""
+        served = dict(zip(self._operations, self._served, strict=True))
+        borders = [task for tensor in segment.forgotten for task in clearing(self.plan, tensor)]
+        return borders + needed_again(segment, [task for one in segment.operations for task in served[one][0]])
 
     def backward_tasks(self, accumulate: bool, fuses_update: bool = False) -> list[tuple[Task, Operation]]:
         """From the gradient of the logits to those of the parameters, each task with its operation."""
-        self.plan.begin_backward(accumulate, fuses_update)
-        self.plan.begin_slope(self._output)
-        return [
-            (task, operation)
-            for operation, (_, backward) in zip(reversed(self._operations), reversed(self._served), strict=True)
-            for task in backward()
-        ]
+        return self._backward[accumulate, fuses_update].tasks
+
+    def _criterion(self, label_smoothing: float) -> Task:
+        """Between forward and backward: loss and gradient of the logits."""
+        spec = LossSpec(self.plan.capacity, self.logits.shape[1], label_smoothing)
+        logits, dlogits = self.plan.value(self._output), self.plan.slope(self._output)
+        labels, loss, scale = map(address_of, (self.labels, self.loss, self.scale))
+        return self.plan.whole("loss", "loss:cross_entropy", spec, 1, logits, labels, dlogits, loss, scale)
+
+    def _sections(self, way: tuple[bool, bool], criterion: Task) -> list[list[Task]]:
+        """A whole step; what is made again is not made before the section of its segment."""
+        sections = [[*self.forward_tasks, criterion]]
+        first = {segment.operations[-1] for segment in self._segments}
+        for task, operation in self._backward[way].tasks:
+            if operation in first:
+                first.remove(operation)
+                sections.append([])
+            sections[-1].append(task)
+        return sections
 
     def stages(self) -> list[Stage]:
         """What computes each operation, forward and then backward, and why."""
@@ -139,13 +208,19 @@ class Programs:
     @cached_property
     def forward(self) -> Program:
         """The forward pass."""
-        return self._program(self.forward_tasks)
+        if not self.plan.training:
+            return self._program(arranged(self.forward_tasks))
+        return self._part(self.forward_tasks)
 
     @cached_property
     def backward(self) -> Program | None:
         """The backward pass; gradients are added."""
         tasks = [task for task, _ in self.backward_tasks(accumulate=True)]
-        return self._program(tasks) if tasks else None
+        return self._part(tasks) if tasks else None
+
+    def _part(self, tasks: list[Task]) -> Program:
+        """Some tasks of a whole step, in its order: memory is shared by that."""
+        return self._program(restricted(_arranged(self._sections((True, False), self._criterion(0.0))), tasks))
 
     @cached_property
     def slices(self) -> list[tuple[Program, slice]]:
@@ -158,7 +233,7 @@ class Programs:
             pending.append(task)
             last = i + 1 == len(tasks) or tasks[i + 1][1] is not operation
             if last and operation.has_parameters:
-                found.append((self._program(pending), _gradients_of(operation, self._grads)))
+                found.append((self._program(in_turn(pending)), _gradients_of(operation, self._grads)))
                 pending = []
         return found
 
@@ -169,15 +244,13 @@ class Programs:
         """
         key = loss.label_smoothing, fuses_update
         if key not in self._steps:
-            spec = LossSpec(self.plan.capacity, self.logits.shape[1], loss.label_smoothing)
-            arrays = self.logits, self.labels, self.dlogits, self.loss, self.scale
-            criterion = self.plan.whole("loss", "loss:cross_entropy", spec, 1, *map(address_of, arrays))
-            backward = [task for task, _ in self.backward_tasks(accumulate=False, fuses_update=fuses_update)]
-            deferred = tuple(self.plan.deferred)
+            way = False, fuses_update
+            deferred = self._backward[way].deferred
             norm, square_sums = updater.norm_task(tuple(one.name for one in deferred))
-            program = self._program([*self.forward_tasks, criterion, *backward, norm])
+            groups = _arranged(self._sections(way, self._criterion(loss.label_smoothing)))
+            program = self._program([*groups, Group(norm)])
             program.keep += [self.labels, self.loss, self.scale]
-            late = self._program([one.gradient for one in deferred]) if deferred else None
+            late = self._program(in_turn(one.gradient for one in deferred)) if deferred else None
             self._steps[key] = Step(program, square_sums, deferred, late)
         return self._steps[key]
 
@@ -185,8 +258,12 @@ class Programs:
         """What the compiler is asked for."""
         return [(f"{KERNELS}.{task.factory}", task.spec) for task in tasks]
 
-    def _program(self, tasks: list[Task]) -> Program:
-        return self.plan.program(tasks, self._compiler)
+    def _program(self, groups: list[Group]) -> Program:
+        return self.plan.program(groups, self._compiler)
+
+
+def _arranged(sections: list[list[Task]]) -> list[Group]:
+    return [group for section in sections for group in arranged(section)]
 
 
 def _stage(operation: Operation, direction: str, tasks: list[Task], flops: int) -> Stage:

@@ -22,8 +22,9 @@ from convolt.engines.jit.kernels.specs import (
     PoolSpec,
     Windowing,
 )
-from convolt.engines.jit.plan import DropoutMask, Plan, Served, Tasks
+from convolt.engines.jit.plan import DropoutMask, Plan
 from convolt.engines.jit.products import conv, dense
+from convolt.engines.jit.tasks import Argument, Served, Tasks
 from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
 
@@ -147,7 +148,7 @@ def elementwise(plan: Plan, operation: Operation) -> Served:
     layer, source, target = cast(Layer, operation.layer), operation.inputs[0], operation.output
     kind, number = _function(layer)
     spec = MapSpec(kind, Frame.of(source), Frame.of(target), plan.images, number)
-    mask = 0
+    mask: Argument = 0
     if isinstance(layer, Dropout):
         size = plan.capacity * int(np.prod(source.shape))
         mask = plan.address(f"mask {operation.names[0]}", size)

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import NUMBERS, LossSpec, UpdateSpec
-from convolt.engines.jit.plan import Deferred, Plan, Task, address_of
+from convolt.engines.jit.order import in_turn
+from convolt.engines.jit.plan import Deferred, Plan, address_of
 from convolt.engines.jit.runtime import Program, Team
+from convolt.engines.jit.tasks import Task
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, runs_within, step_flat
 from convolt.params import Params
 
@@ -90,7 +92,7 @@ class Updater:
             one.update(spec, tuple(vector + self._offset(one.name) for vector in vectors), address_of(self._numbers))
             for one in deferred
         ]
-        program = self._plan.program([*tasks, task], self._compiler)
+        program = self._plan.program(in_turn([*tasks, task]), self._compiler)
         program.keep += [self, runs]
         return program
 

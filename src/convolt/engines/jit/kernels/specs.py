@@ -290,6 +290,14 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
+class BorderSpec:
+    """The border of images, set to zero."""
+
+    x: Frame
+    images: int
+
+
+@dataclass(frozen=True)
 class PackSpec:
     """Filters (K, C, R, S) packed for a convolution; turned for its dx."""
 
