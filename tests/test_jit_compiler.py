@@ -1,5 +1,6 @@
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from convolt.engine import COMPILING
 from convolt.engines.jit import codegen, compiler
 from convolt.engines.jit.compiler import Compiler, cache_folder, compile_kernel
 from convolt.engines.jit.isa import detect
@@ -304,3 +306,48 @@ def test_a_kernel_that_needs_what_no_library_has_is_refused(tmp_path):
 def test_a_factory_can_be_named(compiled, tmp_path):
     kernel = Compiler(ISA, tmp_path).kernel("convolt.engines.jit.driver:driver", Waiting())
     assert kernel.name == "driver"
+
+
+# --- progress, and the cache's bound ---------------------------------------------------------------------------------
+
+
+def test_a_warm_start_tells_nothing(compiled, tmp_path, caplog):
+    caplog.set_level("INFO", COMPILING)
+    cold = Compiler(ISA, tmp_path)
+    cold.kernels([(scale, Scale(4))])
+    assert [record.args for record in caplog.records] == [(0, 1, "scale"), (1, 1, "")]
+    caplog.clear()
+    cold.kernels([(scale, Scale(4))])
+    Compiler(ISA, tmp_path).kernels([(scale, Scale(4))])
+    assert caplog.records == []
+
+
+def test_only_what_is_compiled_is_counted(compiled, tmp_path):
+    seen = []
+    Compiler(ISA, tmp_path).kernels([(scale, Scale(4))])
+    warm = Compiler(ISA, tmp_path)
+    warm.kernels([(scale, Scale(4)), (other, Scale(4)), (other, Scale(4))], lambda *line: seen.append(line))
+    assert seen == [(0, 1, "other"), (1, 1, "")]
+
+
+def test_above_its_bound_the_cache_forgets_what_was_used_least_recently(compiled, code, tmp_path):
+    size = len(code) + 32
+    first = Compiler(ISA, tmp_path, bound=3 * size)
+    first.kernels([(scale, Scale(n)) for n in (1, 2, 3)])
+    for age, n in enumerate((2, 3, 1)):
+        os.utime(tmp_path / first.key(scale, Scale(n)), ns=(age, age))
+    Compiler(ISA, tmp_path).kernel(scale, Scale(2))  # the oldest, used again
+    second = Compiler(ISA, tmp_path, bound=3 * size)
+    second.kernels([(scale, Scale(4))])
+    assert second.statistics.removed == 1
+    kept = {first.key(scale, Scale(n)) for n in (1, 2, 4)}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_file_that_another_process_removed_is_compiled_again(compiled, tmp_path):
+    here = Compiler(ISA, tmp_path)
+    here.kernels([(scale, Scale(4))])
+    (tmp_path / here.key(scale, Scale(4))).unlink()
+    there = Compiler(ISA, tmp_path, bound=0)
+    assert doubles(there.kernels([(scale, Scale(4))])[0])
+    assert there.statistics.removed == 1

@@ -30,6 +30,9 @@ from convolt.rng import SampleRng
 Array = NDArray[Any]
 OnReady = Callable[[slice], None]
 
+COMPILING = "convolt.compiling"
+"""The logger of engines that compile: records of level INFO with the arguments (done, total, name)."""
+
 
 class StepResult(NamedTuple):
     """What a step tells the loop: the summed loss and the logits (N, classes)."""

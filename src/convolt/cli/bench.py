@@ -26,6 +26,7 @@ from convolt.cli.options import (
     notes,
     print_json,
     results,
+    telling_of_compilation,
     threads_option,
     writable,
 )
@@ -138,6 +139,7 @@ def bench(
     workloads = [Workload(model, size, inference, seed) for size in batch_sizes or (BATCH_SIZE,)]
     count = resolve_threads(0 if threads is None else threads)
     contenders, absent = assemble(standard(inference) if names is None else names.split(","), count)
+    click.get_current_context().with_resource(telling_of_compilation())
     console = notes()
     with console.status("measuring the peaks of this machine") as status:
 

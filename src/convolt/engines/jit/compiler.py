@@ -8,7 +8,7 @@ The cache holds one file a kernel: 32 bytes of SHA-256, then object code. The di
 another's name is as invalid as one with a flipped bit; both are compiled again and replaced. The key covers whatever
 the code depends on: its sources, factory, spec, instruction set, CPU, and the versions of what compiles. Files are
 written beside and renamed, so processes may compile at once: the last one wins, with the same code. A folder that
-cannot be written, or that other users can, is not used.
+cannot be written, or that other users can, is not used. Above a bound the files that were used least recently go.
 
 The sources a kernel depends on are those of the factory's module, of what makes object code, and of every module of
 this folder that they import, directly or not: a change to the planner compiles nothing again.
@@ -19,12 +19,14 @@ the kernel must be compiled. Loading takes llvmlite alone.
 
 import hashlib
 import importlib
+import logging
 import os
 import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +37,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from convolt import durable
+from convolt.engine import COMPILING
 from convolt.engines.jit.isa import Isa, target
 from convolt.errors import EngineError
 
@@ -43,6 +46,7 @@ Request = tuple[Factory, Any]
 Progress = Callable[[int, int, str], None]
 
 FOLDER = Path(__file__).parent
+BOUND = 512 << 20  # bytes of a cache: some thousand kernels
 SYMBOL = "kernel"
 """What the C function is called in every object file."""
 
@@ -65,12 +69,13 @@ class Kernel:
 
 @dataclass
 class Statistics:
-    """What the cache did: kernels compiled and loaded, invalid files replaced, files that could not be written."""
+    """What the cache did: kernels compiled and loaded, invalid files replaced, files not written, old ones removed."""
 
     compiled: int = 0
     loaded: int = 0
     rebuilt: int = 0
     unsaved: int = 0
+    removed: int = 0
 
 
 def cache_folder() -> Path:
@@ -81,16 +86,18 @@ def cache_folder() -> Path:
 class Compiler:
     """Makes kernels for one instruction set; asking twice for a kernel gives the same one.
 
-    folder: where object code is kept (default: `cache_folder`).
+    folder: where object code is kept (default: `cache_folder`). bound: bytes above which the least recently used files
+    are removed, after something has been compiled.
     """
 
-    def __init__(self, isa: Isa, folder: Path | None = None):
+    def __init__(self, isa: Isa, folder: Path | None = None, bound: int = BOUND):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self.isa = isa
         self.statistics = Statistics()
         self._folder = _usable(cache_folder() if folder is None else folder)
         self._jit = llvm.create_lljit_compiler(use_jit_link=True, suppress_errors=True)
+        self._bound = bound
         self._kernels: dict[str, Kernel] = {}
         self._sources: dict[str, str] = {}
         self._environment = "\n".join(
@@ -101,15 +108,22 @@ class Compiler:
         )
 
     def kernels(self, requests: Iterable[Request], progress: Progress | None = None) -> list[Kernel]:
-        """The kernels of all (factory, spec); `progress` gets (done, total, name) before each and at the end."""
+        """The kernels of all (factory, spec); `progress` gets (done, total, name) of those that must be compiled.
+
+        It is called before each of them and at the end, and not at all when every kernel is on disk or in memory.
+        """
         wanted = list(requests)
-        made = []
-        for done, (factory, spec) in enumerate(wanted):
-            if progress is not None:
-                progress(done, len(wanted), _name(factory))
+        keys = [self.key(*request) for request in wanted]
+        missing = {key for key in keys if key not in self._kernels and not self._is_on_disk(key)}
+        tell, total, made = progress or _log, len(missing), []
+        for key, (factory, spec) in zip(keys, wanted, strict=True):
+            if key in missing:
+                tell(total - len(missing), total, _name(factory))
+                missing.remove(key)
             made.append(self.kernel(factory, spec))
-        if progress is not None:
-            progress(len(wanted), len(wanted), "")
+        if total:
+            tell(total, total, "")
+            self._prune()
         return made
 
     def kernel(self, factory: Factory, spec: Any) -> Kernel:
@@ -163,7 +177,32 @@ class Compiler:
             self.statistics.rebuilt += 1
             return None
         self.statistics.loaded += 1
+        with suppress(OSError):
+            os.utime(self._folder / key)  # the least recently used are removed first
         return code
+
+    def _is_on_disk(self, key: str) -> bool:
+        return self._folder is not None and (self._folder / key).exists()
+
+    def _prune(self) -> None:
+        """Remove the least recently used files until the folder is within its bound.
+
+        Another process may be doing the same, or about to load one of them: it will compile it again.
+        """
+        if self._folder is None:
+            return
+        files = []
+        for path in self._folder.iterdir():
+            with suppress(OSError):
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        excess = sum(size for _, size, _ in files) - self._bound
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                self.statistics.removed += 1
+            excess -= size
 
     def _save(self, key: str, code: bytes) -> None:
         if self._folder is None:
@@ -178,6 +217,11 @@ class Compiler:
 def compile_kernel(factory: Factory, spec: Any, isa: Isa) -> Kernel:
     """One kernel, without a `Compiler` to keep."""
     return Compiler(isa).kernel(factory, spec)
+
+
+def _log(done: int, total: int, name: str) -> None:
+    """What is told where nobody asked: a record of the logger that `convolt.engine` names."""
+    logging.getLogger(COMPILING).info("compiling kernels %d/%d %s", done, total, name)
 
 
 def _checksum(key: str, code: bytes) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convolt.engine import Executor, OnReady, StageTime, StepResult
-from convolt.engines.jit.compiler import Compiler, Progress
+from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.programs import Programs
 from convolt.engines.jit.runtime import Program, Team
@@ -43,11 +43,10 @@ class JitExecutor(Executor):
         threads: int,
         tiles: bool = False,
         segments: int = 0,
-        progress: Progress | None = None,
     ) -> None:
         self.model, self.params = model, params
         self.grads = Params(model, params.dtype)
-        self._isa, self._threads, self._progress = isa, threads, progress
+        self._isa, self._threads = isa, threads
         self._tiles, self._segments = tiles, segments
         self._compiler = Compiler(isa)
         self._team = Team(threads, self._compiler)
@@ -209,7 +208,7 @@ class JitExecutor(Executor):
             tasks = list(programs.forward_tasks)
             if training:
                 tasks += [task for task, _ in programs.backward_tasks(accumulate=False)]
-            self._compiler.kernels(programs.requests(tasks), self._progress)
+            self._compiler.kernels(programs.requests(tasks))
             self._plans[key] = programs
         return self._plans[key]
 

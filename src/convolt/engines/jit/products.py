@@ -242,7 +242,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         turned_rows = plan.address(f"bf16 slopes turned {name}", samples * columns, np.uint16)
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
-        dx = plan.slope(source) if spec.wants_dx else 0
+        dx: Argument = plan.slope(source) if spec.wants_dx else 0
         own = plan.scratch(dense_backward_scratch(spec) // FLOAT)
         wide_chunks = -(-layer.in_features // wide_run)
         dy = plan.slope(target)
