@@ -25,7 +25,7 @@ KINDS = {
     "codes ": "codes",
     "filters ": "packed weights",
     "turned filters ": "packed weights",
-    "pixels": "images",
+    "bf16 weights ": "packed weights",
 }
 WORKSPACES = "workspaces"
 #: Slopes, parts of gradients and activations that are made twice.

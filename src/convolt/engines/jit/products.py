@@ -252,7 +252,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         ]
 
         def products(what: str, spec: DenseSpec) -> Task:
-            arguments = (x, shadow, rows, turned_rows, dw, dx, own)
+            arguments: tuple[Argument, ...] = (x, shadow, rows, turned_rows, dw, dx, own)
             return plan.whole(f"{label} {what}", "dense_tiles:backward", spec, wide_chunks, *arguments)
 
         if not plan.fuses_update:
@@ -261,7 +261,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         def update(spec: UpdateSpec, state: tuple[int, ...], numbers: int) -> Task:
             own = plan.scratch(dense_update_scratch(back) // FLOAT)
             stripes = replace(back, run=round_up(run, STRIPE))
-            arguments = (x, turned_rows, weight, *state, numbers, own, shadow)
+            arguments: tuple[Argument, ...] = (x, turned_rows, weight, *state, numbers, own, shadow)
             chunks = -(-back.inputs // stripes.run)
             return plan.whole(
                 f"{label} dw+update", "dense_tiles:update", DenseUpdateSpec(stripes, spec), chunks, *arguments
