@@ -205,6 +205,8 @@ def show(name: str, report: Report, absent: dict[str, str], console: Console) ->
     for result in timed:
         if result.stages:
             console.print(stage_table(result))
+            if result.memory:
+                console.print(Text(memory_line(result)))
     console.print(Text(load_line(report)))
     for warning in report.warnings():
         console.print(Text(f"warning: {warning}", style="yellow"))
@@ -247,6 +249,13 @@ def stage_table(result: Result) -> Table:
         table.add_row(Text(stage.stage), stage.direction, f"{stage.milliseconds:.3f}", part, *rates)
     table.add_row("all", "", f"{total:.3f}", "", "", "")
     return table
+
+
+def memory_line(result: Result) -> str:
+    """What a contender holds, the largest first."""
+    parts = sorted(result.memory.items(), key=lambda part: -part[1])
+    kinds = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in parts)
+    return f"{result.name}: {sum(result.memory.values()) / 2**20:.1f} MiB: {kinds}\n"
 
 
 def load_line(report: Report) -> str:
