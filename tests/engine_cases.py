@@ -226,6 +226,7 @@ CONV = (
     conv("depthwise", (3, 5, 4), 3, 3, groups=3, padding=1),
     conv("depthwise, two filters a channel", (3, 5, 4), 6, 3, groups=3, bias=False),
     conv("depthwise, many channels", (19, 3, 3), 19, 3, groups=19, padding=1, batch=2),
+    conv("depthwise, stride 2", (3, 5, 6), 3, 3, groups=3, stride=2, padding=1),
     conv("more than one tile", (16, 14, 14), 2, 5, padding=2),
     conv("channels that fill no vector", (17, 3, 4), 9, 3, padding=1, batch=2),
 )
@@ -234,6 +235,8 @@ DENSE = (
     alone(Dense(1, 1), (1,), batch=1),
     alone(Dense(7, 4, bias=False), (7,)),
     alone(Dense(600, 70), (600,), batch=2),
+    alone(Dense(200, 70), (200,), batch=9, note="of a batch"),
+    alone(Dense(70, 601), (70,), batch=8, note="of a batch"),
 )
 POOLING = (
     alone(MaxPool2d(2), (2, 4, 6)),
@@ -287,6 +290,11 @@ def _nested(*layers: Layer) -> Sequential:
 NETWORKS = (
     Case("conv-relu-pool", (1, 6, 7), (Conv2d(1, 3, 3, padding=1), ReLU(), MaxPool2d(2))),
     Case("conv-bn-relu", (2, 5, 4), (Conv2d(2, 3, 3, bias=False), BatchNorm2d(3), ReLU())),
+    Case("conv-bn-relu-pool", (2, 6, 4), (Conv2d(2, 19, 3, padding=1), BatchNorm2d(19), ReLU(), MaxPool2d((3, 2)))),
+    Case("conv-bn-pool", (2, 4, 4), (Conv2d(2, 3, 1), BatchNorm2d(3), MaxPool2d(2))),
+    Case("conv-bn-relu-pool, a row left over", (2, 5, 4), (Conv2d(2, 3, 1), BatchNorm2d(3), ReLU(), MaxPool2d(2))),
+    Case("conv-relu-bn", (2, 4, 4), (Conv2d(2, 3, 3), ReLU(), BatchNorm2d(3), LeakyReLU(0.1))),
+    Case("bn-relu-conv-bn", (2, 4, 4), (BatchNorm2d(2), ReLU(), Conv2d(2, 3, 3), BatchNorm2d(3, affine=False))),
     Case("relu-normalize", (3, 3, 4), (ReLU(), Normalize((1, 1, 1), (2, 2, 2)), LeakyReLU())),
     Case("relu-dropout-relu", (2, 4, 4), (ReLU(), Dropout(0.4), ReLU(), Dropout(0.2))),
     Case("gelu-silu-leaky", (2, 4, 4), (GELU(), LeakyReLU(), SiLU(), ReLU())),
@@ -317,6 +325,17 @@ NETWORKS = (
         (2, 4, 4),
         (Residual((Residual((ReLU(), Conv2d(2, 2, 3, padding=1))), ReLU()), (Residual((SiLU(),)), Flatten())[:1]),),
     ),
+    Case(
+        "residual of norms",
+        (2, 4, 4),
+        (Conv2d(2, 3, 1), Residual((Conv2d(3, 3, 3, padding=1), BatchNorm2d(3), LeakyReLU(0.2))), ReLU()),
+    ),
+    Case(
+        "residual of norms in residual",
+        (2, 4, 4),
+        (Conv2d(2, 2, 1), Residual((Residual((Conv2d(2, 2, 3, padding=1), BatchNorm2d(2))), ReLU()))),
+    ),
+    Case("residual of two norms", (2, 4, 4), (Residual((BatchNorm2d(2),), (Conv2d(2, 2, 1), BatchNorm2d(2))),)),
     Case("residual that begins with a norm", (2, 4, 4), (Residual((BatchNorm2d(2), ReLU(), Conv2d(2, 2, 1))),)),
     Case(
         "residual of poolings",
@@ -333,12 +352,17 @@ COMPILED = frozenset(
     {
         "conv groups 2, stride 2, dilation 2",
         "conv channels that fill no vector",
+        "conv depthwise, many channels",
         "conv-relu-pool",
         "conv-bn-relu",
+        "conv-bn-relu-pool",
+        "residual of norms in residual",
         "relu-normalize",
         "gelu-silu-leaky",
         "pools in a row",
         "flatten-dense-relu-dense",
+        f"{Dense(200, 70)} of a batch",
+        f"{Dense(70, 601)} of a batch",
         "residual identity",
         "residual in place on both sides",
         f"{MaxPool2d(3, 2, 1)} of equals",

@@ -88,7 +88,7 @@ def equals_float64(case: Rounded) -> None:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-UNWRITTEN = ("scratch", "parts of", "sums", "means of slopes", "slope ", "codes ")  # buffers that start without meaning
+UNWRITTEN = ("scratch", "parts of", "sums", "terms of dx", "slope ", "codes ")  # buffers that start without meaning
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """The examples run, and do what they say."""
 
+import sys
 import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import pytest
+
+from convolt import launch
 from convolt.cli.settings import defaults, merge, read_recipe, resolve
 from convolt.optimizers import Adam
 from convolt.schedules import Cosine
@@ -21,6 +25,18 @@ def test_own_loop_learns(capsys):
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines()]
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == 3
+
+
+def test_ranks_learn_alike():
+    pytest.importorskip("mpi4py")
+    found = set()
+    for ranks in (1, 2):
+        words = [*launch.launcher(ranks), sys.executable, "-m", "mpi4py", str(EXAMPLES / "ranks.py")]
+        ended = launch.run_command(words, catch_output=True, timeout=60)
+        assert ended.code == 0
+        found.add(ended.output)
+    assert len(found) == 1
+    assert float(found.pop().split()[-1]) > 0.9
 
 
 def test_every_recipe_file_can_be_resolved():

@@ -1,10 +1,11 @@
 import ctypes
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from convolt.engine import COMPILING
-from convolt.engines.jit import codegen, compiler
+from convolt.engines.jit import codegen, compiler, processes
 from convolt.engines.jit.compiler import Compiler, cache_folder, compile_kernel
 from convolt.engines.jit.isa import detect
+from convolt.engines.jit.kernels.specs import Frame, LossSpec, NormSpec, UpdateSpec
 from convolt.engines.jit.runtime import Waiting
 from convolt.errors import EngineError
 
@@ -107,11 +109,13 @@ def test_the_key_changes_with_everything_that_the_code_depends_on(tmp_path, monk
     ]
     folder = tmp_path / "jit"
     shutil.copytree(compiler.FOLDER, folder)
-    monkeypatch.setattr(compiler, "FOLDER", folder)
+    monkeypatch.setattr(compiler, "SOURCES", compiler.read_sources(folder))
     same = Compiler(ISA, tmp_path).key(scale, Scale(4))
     for name in ("codegen.py", "runtime.py"):
         with (folder / name).open("a") as file:
             file.write("#")
+        assert Compiler(ISA, tmp_path).key(scale, Scale(4)) in (same, keys[-1])  # what has been imported counts
+        monkeypatch.setattr(compiler, "SOURCES", compiler.read_sources(folder))
         keys.append(Compiler(ISA, tmp_path).key(scale, Scale(4)))
     monkeypatch.setattr(compiler.metadata, "version", lambda name: "0.0")
     keys.append(Compiler(ISA, tmp_path).key(scale, Scale(4)))
@@ -351,3 +355,44 @@ def test_a_file_that_another_process_removed_is_compiled_again(compiled, tmp_pat
     there = Compiler(ISA, tmp_path, bound=0)
     assert doubles(there.kernels([(scale, Scale(4))])[0])
     assert there.statistics.removed == 1
+
+
+def test_a_worker_leaves_kernels_in_the_cache(tmp_path):
+    factory, spec = "convolt.engines.jit.kernels.weights:update", UpdateSpec("sgd", momentum=True)
+    lines = [
+        {"isa": asdict(ISA), "folder": str(tmp_path)},
+        [factory, processes.encode(spec)],
+        ["no.module:scale", None],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "convolt.engines.jit.worker"],
+        input="".join(f"{json.dumps(line)}\n" for line in lines),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["ready", "done", "failed"]
+    assert Compiler(ISA, tmp_path).kernel(factory, spec).from_cache
+
+
+def test_a_spec_travels_as_json():
+    frame = Frame(3, 4, 5, 6, 7, 8)
+    spec = NormSpec(frame, frame.bare, 1e-5, True, 0.1, 2, 16, (2, 2), frame)
+    assert processes.decode(json.loads(json.dumps(processes.encode(spec)))) == spec
+    with pytest.raises(ValueError, match="no module of kernels"):
+        processes.decode({"type": "subprocess:Popen", "args": "true"})
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_many_kernels_come_in_order(tmp_path, number):
+    factory = "convolt.engines.jit.kernels.loss:square_sum"
+    made = Compiler(ISA, tmp_path, number).kernels([(factory, LossSpec(N=n % 9)) for n in range(10)])
+    assert len({kernel.address for kernel in made}) == 9
+    assert made[0] is made[9]
+
+
+def test_a_worker_that_dies_costs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    requests = [("convolt.engines.jit.kernels.loss:square_sum", LossSpec(N=n)) for n in range(9)]
+    assert not any(kernel.from_cache for kernel in Compiler(ISA, tmp_path, processes=2).kernels(requests))

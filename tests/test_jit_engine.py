@@ -37,7 +37,7 @@ from jit_cases import (
     updated,
 )
 
-from convolt.engines import JIT, Im2col, Torch
+from convolt.engines import JIT, Im2col, Loops, Torch
 from convolt.errors import EngineError
 from convolt.layers import (
     BatchNorm2d,
@@ -115,6 +115,14 @@ def test_a_plan_for_more_images_serves_fewer(precision):
         for name, array in fresh.params.buffers.items():
             assert_near(used.params.buffers[name], array, 1e-5, name)
         fresh.close()
+
+
+def test_rows_of_more_pixels_than_registers():
+    """Here the optimizer, looking at code that a code generator had changed, once dropped the end of a loop."""
+    model = Model((8, 1, 113), (Conv2d(8, 8, 1), Flatten()))
+    params, x = Params.init(model, 0), np.random.default_rng(0).normal(size=(1, 8, 1, 113)).astype(np.float32)
+    found, expected = (engine.executor(model, params, Recipe()).predict(x) for engine in (JIT(threads=1), Loops()))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_prediction_of_more_images_than_a_plan_holds():

@@ -1,182 +1,114 @@
-"""The plan of the jit engine: the order of its tasks, the memory they share, activations that are made twice."""
-
-import tracemalloc
+"""What the jit engine's planner finds: fusions, phases, and where memory is used again."""
 
 import numpy as np
 import pytest
-from engine_cases import AMX
-from hypothesis import given
-from hypothesis import strategies as st
-from jit_cases import poisoned
+from engine_checks import assert_near
 
+from convolt import zoo
 from convolt.engines import JIT
-from convolt.engines.jit.buffers import Address, Buffer, lifetimes, share
-from convolt.engines.jit.order import arranged, in_turn, restricted
-from convolt.engines.jit.tasks import Task
-from convolt.errors import ConfigError
-from convolt.layers import BatchNorm2d, Conv2d, Dense, Dropout, Flatten, MaxPool2d, ReLU, Residual
-from convolt.losses import CrossEntropy
+from convolt.engines.jit.graph import operations
+from convolt.engines.jit.phases import Task, grouped
+from convolt.layers import AvgPool2d, BatchNorm2d, Conv2d, Flatten, LeakyReLU, MaxPool2d, ReLU, Residual
+from convolt.losses import MSE
 from convolt.model import Model
-from convolt.optimizers import Adam
+from convolt.params import Params
 from convolt.recipe import Recipe
-from convolt.rng import SampleRng
-
-every_precision = pytest.mark.parametrize(
-    "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not AMX, reason="no AMX tiles"))]
-)
 
 
-def block(channels: int) -> Residual:
-    body = (Conv2d(channels, channels, 3, padding=1, bias=False), BatchNorm2d(channels), ReLU(), Dropout(0.2))
-    return Residual(body)
+def labels(model: Model, training: bool) -> list[str]:
+    return [operation.label for operation in operations(model, training)[1]]
 
 
-DEEP = Model(
-    (3, 9, 7),
-    (
-        *(Conv2d(3, 6, 3, padding=1), ReLU(), block(6), block(6), Conv2d(6, 6, 3, padding=1), ReLU(), MaxPool2d(2)),
-        *(block(6), Conv2d(6, 6, 1), block(6), Flatten(), Dense(72, 32), ReLU(), Dense(32, 5)),
-    ),
-)
-
-
-def batch_of(size: int):
-    generator = np.random.default_rng(0)
-    x = generator.integers(0, 256, (size, *DEEP.input_shape), np.uint8)
-    return x, generator.integers(0, 5, size), SampleRng(0, 0, np.arange(size))
-
-
-def steps(executor, size: int = 37) -> tuple:
-    """Everything that a step leaves, for three batches, the second of them smaller; and a gradient in slices."""
-    x, y, rng = batch_of(size)
-    losses = [
-        executor.train_step(x[:n], y[:n], CrossEntropy(), 1 / n, Adam(lr=0.01), rng[:n]).loss
-        for n in (size, size // 2 + 1, size)
+def test_fusions_in_training():
+    assert labels(zoo.resnet9(), training=True)[:7] == [
+        "0 Conv2d",
+        "1-2 BatchNorm2d+ReLU",
+        "3 Conv2d",
+        "4-6 BatchNorm2d+ReLU+MaxPool2d",
+        "7.body.0 Conv2d",
+        "7.body.1-7.body.2 BatchNorm2d+ReLU",
+        "7.body.3 Conv2d",
     ]
-    left = executor.params.flat.tobytes(), executor.params.buffers_flat.tobytes(), executor.grads.flat.tobytes()
-    gradients = []
-    for on_ready in (None, lambda part: None):
-        executor.zero_grads()
-        executor.loss_and_grads(x, y, CrossEntropy(), 1 / size, rng, on_ready)
-        gradients.append(executor.grads.flat.tobytes())
-    return (*losses, *left, *gradients)
+    found = labels(zoo.resnet18(), training=True)
+    assert "3.body.4-4 BatchNorm2d+Add+ReLU" in found
+    assert "7.shortcut.1-8 BatchNorm2d+Add+ReLU" in found
+    assert not any(label.partition(" ")[2] == "Add" for label in found)
 
 
-# --- activations that are made twice ---------------------------------------------------------------------------------
+def test_fusions_in_prediction():
+    assert labels(zoo.resnet9(), training=False)[:2] == [
+        "0-2 Conv2d+BatchNorm2d+ReLU",
+        "3-6 Conv2d+BatchNorm2d+ReLU+MaxPool2d",
+    ]
 
 
-@every_precision
-def test_activations_that_are_made_twice_leave_the_bits_and_need_less_memory(precision):
-    results, memory = set(), []
-    for segments in (0, 2, 3, 5, 50):
-        executor = JIT(threads=2, checkpoint_segments=segments).executor(DEEP, None, Recipe(precision=precision))
-        results.add(steps(executor))
-        memory.append(sum(executor.memory().values()))
-        executor.close()
-    assert len(results) == 1
-    assert max(memory[1:]) < memory[0]
+@pytest.mark.parametrize(
+    "behind",
+    [
+        (LeakyReLU(0.1), MaxPool2d(2)),  # its code of a dead ReLU says nothing
+        (ReLU(), MaxPool2d(3, 2)),  # windows overlap
+        (ReLU(), MaxPool2d((2, 3))),  # a column is left over
+        (ReLU(), AvgPool2d(2)),
+    ],
+)
+def test_pools_that_join_no_norm(behind):
+    model = Model((2, 4, 4), (Conv2d(2, 3, 1), BatchNorm2d(3), *behind))
+    assert len(operations(model, training=True)[1]) == 3
 
 
-def test_no_memory_of_another_is_read_where_activations_are_made_twice():
-    results = set()
-    for segments in (0, 3):
-        with poisoned():
-            executor = JIT(threads=2, checkpoint_segments=segments).executor(DEEP, None, Recipe())
-            results.add(steps(executor))
-            executor.close()
-    assert len(results) == 1
-    assert np.isfinite(next(iter(results))[:3]).all()
+def test_two_readers_prevent_a_fusion():
+    model = Model((2, 4, 4), (Conv2d(2, 2, 1), BatchNorm2d(2), Residual((ReLU(),))))
+    assert labels(model, training=True)[:2] == ["0 Conv2d", "1 BatchNorm2d"]
 
 
-def test_segments_are_a_count():
-    with pytest.raises(ConfigError, match="checkpoint_segments"):
-        JIT(checkpoint_segments=-1)
+def image(name: str, *addresses: int, chunks: int = 4) -> Task:
+    return Task(name, "", None, (1, *addresses), chunks, by_image=True)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+def whole(name: str, *addresses: int) -> Task:
+    return Task(name, "", None, (1, *addresses), 2)
 
 
-@pytest.mark.parametrize("segments", [0, 2])
-def test_memory_is_what_the_allocator_gave(segments):
-    model = Model((1, 9, 7), (Conv2d(1, 6, 3, padding=1), ReLU(), Conv2d(6, 6, 3, padding=1), Flatten(), Dense(378, 5)))
-    x, y = np.zeros((400, 1, 9, 7), np.uint8), np.zeros(400, np.int64)
-
-    def trained():
-        executor = JIT(threads=2, checkpoint_segments=segments).executor(model, None, Recipe())
-        executor.train_step(x, y, CrossEntropy(), 1 / 400, Adam())
-        executor.close()
-        return executor
-
-    trained()  # compiles what is not in the cache
-    tracemalloc.start()
-    executor = trained()
-    arrays = tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)
-    taken = sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([arrays]).traces)
-    tracemalloc.stop()
-    told = executor.memory()
-    assert 0 <= taken - sum(told.values()) < 0.02 * taken
-    assert {"weights", "gradients", "optimizer state", "activations", "packed weights"} < told.keys()
-    assert told["weights"] >= executor.params.flat.nbytes
+def names(tasks: list[Task]) -> list[list[str]]:
+    return [[task.label for task in group] for group in grouped(tasks)]
 
 
-# --- the order -------------------------------------------------------------------------------------------------------
+def test_what_stands_between_tasks_by_image_makes_way():
+    x, y, z, w, packed, parts, dw = range(10, 17)
+    tasks = [
+        image("a", x, y),
+        whole("pack", w, packed),
+        image("b", y, packed, parts),
+        whole("dw", parts, dw),
+        image("c", y, z),
+    ]
+    assert names(tasks) == [["pack"], ["a", "b", "c"], ["dw"]]
 
 
-@st.composite
-def plans(draw: st.DrawFn) -> list[Task]:
-    """Tasks that name some of a few buffers."""
-    buffers = [Buffer(f"slope {number}", draw(st.integers(1, 100)), np.float32) for number in range(6)]
-    tasks = []
-    for number in range(draw(st.integers(1, 12))):
-        named = draw(st.lists(st.sampled_from(buffers), min_size=1, max_size=3, unique=True))
-        tasks.append(Task(f"{number}", "", None, (0, *map(Address, named)), chunks=4, by_image=draw(st.booleans())))
-    return tasks
+def test_a_barrier_stays_where_it_is():
+    x, sums, constants, y = range(10, 14)
+    assert names([image("sums", x, sums), whole("fold", sums, constants), image("apply", x, constants, y)]) == [
+        ["sums"],
+        ["fold"],
+        ["apply"],
+    ]
+    assert names([image("a", x), whole("b", y), whole("c", sums), image("d", sums)]) == [["c"], ["a", "d"], ["b"]]
+    assert names([image("a", x), whole("b", x, y), whole("c", y, sums), image("d", sums)]) == [
+        ["a"],
+        ["b"],
+        ["c"],
+        ["d"],
+    ]
+    assert names([image("a", x), image("b", x, chunks=5)]) == [["a"], ["b"]]
 
 
-@given(tasks=plans())
-def test_tasks_that_share_memory_keep_their_order_and_none_is_lost(tasks):
-    found = arranged(tasks)
-    order = [task for step in found for task in step.tasks]
-    assert sorted(order, key=tasks.index) == tasks
-    for number, task in enumerate(tasks):
-        for later in tasks[number + 1 :]:
-            if task.names & later.names:
-                assert order.index(task) < order.index(later)
-    assert all(len(step.tasks) == 1 or all(task.by_image for task in step.tasks) for step in found)
-    assert len(found) <= len(in_turn(tasks))
-    some = tasks[::2]
-    assert [task for step in restricted(found, some) for task in step.tasks] == [task for task in order if task in some]
-
-
-@given(tasks=plans())
-def test_what_lives_at_the_same_time_lies_apart(tasks):
-    orders = [lifetimes(step.buffers for step in each) for each in (arranged(tasks), in_turn(tasks))]
-    arena = share(orders)
-    for one in orders[0]:
-        assert np.shares_memory(one.array, arena)
-        assert one.array.ctypes.data % 64 == 0
-        for other in orders[0]:
-            together = any(a[one][0] <= a[other][1] and a[other][0] <= a[one][1] for a in orders)
-            assert one is other or not (together and np.shares_memory(one.array, other.array))
-
-
-def test_what_never_lives_together_shares_memory():
-    first, second = (Buffer(f"slope {number}", 100, np.float32) for number in range(2))
-    arena = share([{first: (0, 1), second: (2, 3)}])
-    assert arena.nbytes == first.nbytes == second.nbytes
-
-
-def test_images_pass_through_all_convolutions_in_one_phase():
-    model = Model((3, 9, 7), (Conv2d(3, 6, 3), ReLU(), Conv2d(6, 6, 3), ReLU(), Flatten(), Dense(90, 5)))
-    stages = []
-    executor = JIT(threads=1).executor(model, None, Recipe())
-    x = np.zeros((6, *model.input_shape), np.uint8)
-    executor.train_step(x, np.zeros(6, np.int64), CrossEntropy(), 1.0, Adam())
-    programs = next(iter(executor._plans.values()))
-    for program in (programs.forward, programs.backward):
-        stages += [phase.name for phase in program.phases if phase.name.count("Conv2d") > 1]
+def test_variance_far_from_zero():
+    """A thousand deviations from zero, the statistics are those of float64."""
+    x = np.random.default_rng(0).normal(1000, 1, (5, 3, 7, 6)).astype(np.float32)
+    model = Model(x.shape[1:], (BatchNorm2d(3, momentum=1.0), Flatten()))
+    executor = JIT(threads=2).executor(model, Params.init(model, seed=0), Recipe())
+    executor.loss_and_grads(x, np.zeros(x.shape[:1] + model.output_shape), MSE(), 1.0)
+    exact = x.astype(np.float64)
+    assert_near(executor.params.buffers["0.running_mean"], exact.mean((0, 2, 3)), 1e-6, "mean")
+    assert_near(executor.params.buffers["0.running_var"], exact.var((0, 2, 3), ddof=1), 1e-5, "variance")
     executor.close()
-    assert stages == [
-        "input, 0-1 Conv2d+ReLU, 2-3 Conv2d+ReLU, 4 Flatten",
-        "4 Flatten backward, 2-3 Conv2d+ReLU backward, 0-1 Conv2d+ReLU backward",
-    ]

@@ -13,9 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convolt import engines, zoo
+    from convolt import engines, scaling, zoo
     from convolt.augment import AlternatingFlip, Crop, Cutout, Flip, Mixup
     from convolt.callbacks import Callback, ProgressBar, StepEvent
+    from convolt.comms.mpi import world
     from convolt.convert import from_torch, to_torch
     from convolt.data import Dataset, Split
     from convolt.datasets import load_dataset
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from convolt.losses import MSE, CrossEntropy, Distillation, DistillationTargets
     from convolt.model import Model
     from convolt.optimizers import EMA, SGD, Adam, AdamW, RMSprop
+    from convolt.parallel import Parallel
     from convolt.params import Params
     from convolt.recipe import NonFinite, Recipe
     from convolt.rng import SampleRng
@@ -109,6 +111,7 @@ _HOMES: dict[str, str] = {
     "NonFinite": "convolt.recipe",
     "Normalize": "convolt.layers",
     "OneCycle": "convolt.schedules",
+    "Parallel": "convolt.parallel",
     "Params": "convolt.params",
     "Piecewise": "convolt.schedules",
     "Plateau": "convolt.schedules",
@@ -135,7 +138,9 @@ _HOMES: dict[str, str] = {
     "fit": "convolt.train",
     "from_torch": "convolt.convert",
     "load_dataset": "convolt.datasets",
+    "scaling": "convolt.scaling",
     "to_torch": "convolt.convert",
+    "world": "convolt.comms.mpi",
     "zoo": "convolt.zoo",
 }
 
@@ -182,6 +187,7 @@ __all__ = [
     "NonFinite",
     "Normalize",
     "OneCycle",
+    "Parallel",
     "Params",
     "Piecewise",
     "Plateau",
@@ -207,7 +213,9 @@ __all__ = [
     "fit",
     "from_torch",
     "load_dataset",
+    "scaling",
     "to_torch",
+    "world",
     "zoo",
 ]
 

@@ -75,6 +75,7 @@ class Phase:
     training: bool = False
     dropout: bool = True
     rng: SampleRng | None = None
+    add_ranks: Callable[[Array], None] | None = None
 
 
 class Context:
@@ -103,6 +104,19 @@ class Context:
     def workers(self) -> Workers:
         """The threads that share a kernel's tiles."""
         return self.phase.workers
+
+    @property
+    def synchronized(self) -> bool:
+        """Whether statistics are taken over the samples of all ranks."""
+        return self.phase.add_ranks is not None
+
+    def over_ranks(self, *sums: Array | float) -> list[Array]:
+        """Each of these sums over one rank's samples as that over all ranks' samples, in float64."""
+        parts = [np.atleast_1d(np.asarray(part, np.float64)) for part in sums]
+        numbers = np.concatenate(parts)
+        if self.phase.add_ranks is not None:
+            self.phase.add_ranks(numbers)
+        return np.split(numbers, np.cumsum([len(part) for part in parts])[:-1])
 
     def buffer(self, key: str, shape: Shape, dtype: DTypeLike) -> Array:
         """An array whose memory is kept from step to step; its content is what was left there, zeros at first.
@@ -248,8 +262,11 @@ class TableExecutor(Executor):
         scale: float,
         rng: SampleRng | None = None,
         on_ready: OnReady | None = None,
+        fresh: bool = False,
     ) -> StepResult:
         """Forward, loss and backward through the table's kernels."""
+        if fresh:
+            self.zero_grads()
         self._phase.training, self._phase.rng, self._phase.dropout = True, rng, self.dropout
         params, grads = self._scopes
         with self._limited():
@@ -260,6 +277,10 @@ class TableExecutor(Executor):
             ready = None if on_ready is None else self._announce(on_ready)
             self._chain.backward(params, grads, dy, self._first, ready)
         return StepResult(total, logits)
+
+    def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
+        """BatchNorm's kernels add over ranks."""
+        self._phase.add_ranks = add
 
     def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """The optimizer's equations on the master weights."""

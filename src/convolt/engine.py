@@ -78,11 +78,12 @@ class Executor(ABC):
         scale: float,
         rng: SampleRng | None = None,
         on_ready: OnReady | None = None,
+        fresh: bool = False,
     ) -> StepResult:
         """Forward and backward of one batch; ``scale`` times the gradient of the summed loss is added to ``grads``.
 
         rng: the identity of the samples, which dropout needs. on_ready: called with each slice of ``grads.flat`` as
-        soon as it is final, so that its allreduce can start while backward goes on.
+        soon as it is final, so that its allreduce can start while backward goes on. fresh: forget what ``grads`` holds.
         """
 
     @abstractmethod

@@ -61,11 +61,12 @@ class Placement:
 class Ended:
     """How ranks ended. code: 0 done, 75 interrupted and saved, 128 + n killed by signal n, else an error.
 
-    output: what was written to standard output, if it was caught.
+    output: what was written to standard output, if it was caught. signal: SIGINT or SIGTERM if one was passed on.
     """
 
     code: int
     output: str = ""
+    signal: int | None = None
 
 
 def placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
@@ -168,7 +169,7 @@ def run_command(
         threading.Thread(target=_relay, args=(stream, take), daemon=True)
         for stream, take in ((process.stdout, output), (process.stderr, errors.take))
     ]
-    with _signals_to(process):
+    with _signals_to(process) as passed_on:
         for relay in relays:
             relay.start()
         try:
@@ -182,7 +183,7 @@ def run_command(
         code = KILLED - code
     elif code == signal.SIGKILL:  # MPICH's code when a rank was killed, and when one that has said why took its leave
         code = 1 if errors.spoke else KILLED + signal.SIGKILL
-    return Ended(code, "".join(caught))
+    return Ended(code, "".join(caught), passed_on[0] if passed_on else None)
 
 
 class _Errors:
@@ -227,19 +228,21 @@ def _relay(stream: IO[str] | None, take: Callable[[str], object]) -> None:
 
 
 @contextmanager
-def _signals_to(process: "subprocess.Popen[str]") -> Iterator[None]:
-    """SIGINT and SIGTERM go on to the launcher while it runs; only the main thread can see to that."""
+def _signals_to(process: "subprocess.Popen[str]") -> Iterator[list[int]]:
+    """SIGINT and SIGTERM go on to the launcher while it runs; only the main thread can see to that. Gives which did."""
+    passed_on: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield passed_on
         return
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
         if process.poll() is None:
             process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -32,10 +32,14 @@ class Load:
 
 
 class LoadMeter:
-    """Counts from when it is made until ``read``. root: where /proc is looked for."""
+    """Counts from when it is made until ``read``.
 
-    def __init__(self, root: Path = Path("/")) -> None:
-        self._root = root
+    root: where /proc is looked for. children: whether processes that this one started, and that have ended, are not
+    others.
+    """
+
+    def __init__(self, root: Path = Path("/"), children: bool = False) -> None:
+        self._root, self._children = root, children
         self._cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
         self._start = self._now()
 
@@ -55,7 +59,10 @@ class LoadMeter:
             average: float | None = float((self._root / "proc/loadavg").read_text().split()[0])
         except (OSError, ValueError, IndexError):
             average = None
-        return time.perf_counter(), time.process_time(), self._busy(), average
+        own, times = time.process_time(), os.times()
+        if self._children:
+            own += times.children_user + times.children_system
+        return time.perf_counter(), own, self._busy(), average
 
     def _busy(self) -> float:
         names = {f"cpu{number}" for number in self._cpus}

@@ -113,7 +113,8 @@ class Stepper:
     def _gradient(self, pieces: list[Batch], batch: Batch) -> list[StepResult]:
         """Forward and backward of every micro-batch; in the last one the gradient leaves slice by slice."""
         executor, recipe = self.executor, self.recipe
-        executor.zero_grads()
+        if not pieces:
+            executor.zero_grads()
         count = len(batch.labels) if self._local else batch.size
         told: list[slice] = []
 
@@ -125,9 +126,8 @@ class Stepper:
         results = []
         for number, piece in enumerate(pieces, 1):
             leaves = on_ready if number == len(pieces) and self.parallel.overlap and not self._local else None
-            results.append(
-                executor.loss_and_grads(piece.images, piece.targets, recipe.loss, 1 / max(1, count), piece.rng, leaves)
-            )
+            images, targets, scale, first = piece.images, piece.targets, 1 / max(1, count), number == 1
+            results.append(executor.loss_and_grads(images, targets, recipe.loss, scale, piece.rng, leaves, fresh=first))
         if not self._local:
             for part in gaps(told, executor.grads.flat.size):
                 self._sum.add(part)

@@ -27,6 +27,7 @@ VERBS = {
     "predict": "Classify image files with a trained network.",
     "evaluate": "Measure a trained network: accuracy, top-k, confusion matrix, per class.",
     "bench": "Compare engines side by side: speed, ratio to PyTorch, part of the peak.",
+    "scale": "Measure and predict the speedup of more cores: ranks x threads, strong and weak.",
     "data": "List, fetch and check data sets.",
     "doctor": "Show what this machine offers and what is missing.",
 }

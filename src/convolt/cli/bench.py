@@ -35,6 +35,7 @@ from convolt.contenders import assemble, standard
 from convolt.engine import resolve_threads
 from convolt.errors import ConfigError
 from convolt.layers import Shape
+from convolt.load import Load
 from convolt.machine import Machine
 from convolt.model import Model
 from convolt.peaks import Peak, Peaks
@@ -175,6 +176,11 @@ def build_model(name: str, input_shape: Shape | None, classes: int | None) -> Mo
 
 def describe(name: str, model: Model, absent: dict[str, str], reports: list[Report]) -> dict[str, Any]:
     """Everything as plain values: where, on what, and one report for each batch size."""
+    return {**setting(name, model), "absent": absent, "benchmarks": [to_plain(report) for report in reports]}
+
+
+def setting(name: str, model: Model) -> dict[str, Any]:
+    """Which network was measured, where, and with which libraries, as plain values."""
     machine = Machine.detect()
     facts = machine.to_plain()
     return {
@@ -183,8 +189,6 @@ def describe(name: str, model: Model, absent: dict[str, str], reports: list[Repo
         "classes": model.output_shape[0],
         "machine": {key: facts[key] for key in ("platform", "python", "cpu", "cores", "memory")},
         "versions": {package.name: package.version for package in (*machine.required, *machine.optional)},
-        "absent": absent,
-        "benchmarks": [to_plain(report) for report in reports],
     }
 
 
@@ -207,7 +211,7 @@ def show(name: str, report: Report, absent: dict[str, str], console: Console) ->
             console.print(stage_table(result))
             if result.memory:
                 console.print(Text(memory_line(result)))
-    console.print(Text(load_line(report)))
+    console.print(Text(load_line(report.load)))
     for warning in report.warnings():
         console.print(Text(f"warning: {warning}", style="yellow"))
 
@@ -258,9 +262,8 @@ def memory_line(result: Result) -> str:
     return f"{result.name}: {sum(result.memory.values()) / 2**20:.1f} MiB: {kinds}\n"
 
 
-def load_line(report: Report) -> str:
+def load_line(load: Load) -> str:
     """What else the machine did."""
-    load = report.load
     others = "unknown" if load.others is None else f"{load.others:.2f} of {load.cores} cores"
     average = "unknown" if load.load_average is None else "{:.2f} -> {:.2f}".format(*load.load_average)
     return f"other processes: {others} over {load.seconds:.0f} s; load average {average}"

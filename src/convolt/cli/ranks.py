@@ -20,6 +20,7 @@ from convolt.comms.mpi import Mpi, world
 from convolt.errors import ConfigError, ConvoltError
 from convolt.signals import ExitCode
 
+CARRIED = 0.25  # seconds that a launcher gets to carry the last words, which it may drop once it ends the ranks
 PATIENCE = 1.0  # seconds that the rank which speaks gets, before the others end it
 
 
@@ -53,6 +54,7 @@ class Ranks:
                 traceback.print_exception(error)
             code = self._tell(error, f"rank {self.comm.rank}: ")
             sys.stderr.flush()
+            self.comm.linger(CARRIED)
         else:
             self.comm.linger(PATIENCE)
         self.comm.abort(code)

@@ -251,18 +251,18 @@ def train(
 
     Without options: mnist-cnn on the embedded digits.
     """
-    if keep_last < 1:
-        raise ConfigError(f"--keep-last must be at least 1; got {keep_last}")
-    if resume is not None and (out is not None or runs_dir is not None):
-        raise ConfigError("--resume goes on in the run's own folder; leave out --out and --runs-dir")
-    if save_metrics is not None:
-        writable(save_metrics, "--save-metrics")
     own: GlobalOptions = ctx.obj
-    to_start = wanted(ranks)
-    if to_start > 1:
-        collect(resume, recipe_file, options, assignments, to_start)  # a mistake is told once, and before MPI starts
-        ctx.exit(start(to_start, own.arguments, str(out or resume) if out or resume else None))
     with Ranks(own.debug, fail) as comm:
+        if keep_last < 1:
+            raise ConfigError(f"--keep-last must be at least 1; got {keep_last}")
+        if resume is not None and (out is not None or runs_dir is not None):
+            raise ConfigError("--resume goes on in the run's own folder; leave out --out and --runs-dir")
+        if save_metrics is not None:
+            writable(save_metrics, "--save-metrics")
+        to_start = 1 if explain else wanted(ranks)
+        if to_start > 1:
+            collect(resume, recipe_file, options, assignments, to_start)  # a mistake is told before MPI starts
+            ctx.exit(start(to_start, own.arguments, str(out or resume) if out or resume else None))
         settings = collect(resume, recipe_file, options, assignments, comm.size, comm.node_size)
         console = notes(quiet or comm.rank > 0)
         ctx.with_resource(telling_of_compilation(quiet or comm.rank > 0))
@@ -270,7 +270,8 @@ def train(
             data = settings.data.load()
             model = settings.build_model(data)
         if explain:
-            tell_kernels(settings, model, as_json)
+            if comm.rank == 0:
+                tell_kernels(settings, model, as_json)
             return
         console.print(headline(settings, model, data), markup=False)
         if comm.size > 1:

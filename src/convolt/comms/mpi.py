@@ -16,7 +16,7 @@ import numpy as np
 
 from convolt.comms import Array, Serial, Summation
 from convolt.comms.messages import BucketSum
-from convolt.comms.shared import SharedSum
+from convolt.comms.shared import SharedSum, row_bytes
 from convolt.errors import EngineError, MissingDependency
 from convolt.launch import placement
 
@@ -51,7 +51,7 @@ class Mpi:
     def summation(self, array: Array, scattered: bool = False, wire: str = "fp32") -> Summation:
         """Through shared memory on one machine, by messages otherwise and for bf16."""
         if self._through_memory and wire == "fp32":
-            rows = self._memory(8 * array.size)
+            rows = self._memory(row_bytes(array))
             return SharedSum(array, rows, self.rank, scattered, self._meet)
         return BucketSum(
             array,
@@ -84,7 +84,7 @@ class Mpi:
         return bool(self._failed[0] == 1 + self.rank)
 
     def linger(self, seconds: float) -> None:
-        """Leave the word to the rank that speaks first, which ends this one as well."""
+        """Let others do what they have to, before this rank ends them or is ended."""
         time.sleep(seconds)
 
     def abort(self, code: int) -> None:
@@ -105,7 +105,7 @@ class Mpi:
         if size not in self._windows:
             window = self._mpi.Win.Allocate_shared(size, 1, comm=self._node)
             rows = [np.frombuffer(window.Shared_query(rank)[0], np.uint8, size) for rank in range(self.node_size)]
-            rows[self._node.Get_rank()][...] = 0
+            rows[self._node.Get_rank()][:8] = 0
             self._windows[size] = rows
             self.barrier()
         return self._windows[size]

@@ -1,10 +1,10 @@
 """Sums through memory that the ranks of one machine share: each rank adds up one part for all, in the order of ranks.
 
-Every rank has a slot as long as the array. It copies what others will add into its slot (what it adds itself stays
-where it is), and after a barrier adds its own part of everybody's. The result goes the same way back: to the own part
-of the own slot, which nobody else writes, and after a second barrier everyone reads there. So nothing is written that
-somebody may still read, two barriers a step are enough, and every element has one owner: the bits are the same on all
-ranks and from run to run.
+Every rank has a row with three places as long as the array. Into the first it copies what others will add (what it
+adds itself stays where it is), and after a barrier it adds its own part of everybody's. What a rank gives to all goes
+through the other two in turn: while a slow rank still reads one, a fast one writes the other, and it cannot be two
+ahead, for there is a barrier between. So two barriers a step are enough, and every element has one owner: the bits are
+the same on all ranks and from run to run.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,17 @@ import numpy as np
 
 from convolt.comms import Array, part_of
 
+WIDEST = 8  # bytes of a number
 BLOCK = 1 << 16  # elements added at a time: the sum stays in the cache while ranks are added to it
 
 
 class SharedSum:
-    """The summation of one array through shared memory: ``rows`` of bytes, one a rank, 8 bytes an element."""
+    """The summation of one array through shared memory: ``rows`` of bytes, one a rank, as long as `row_bytes` says."""
 
     def __init__(self, array: Array, rows: list[Array], rank: int, scattered: bool, meet: Callable[[], None]) -> None:
         self._array, self._rows, self._rank, self._meet = array, rows, rank, meet
-        self._slots = self._of_type(array)
+        self._slots = self._place(0, array)
+        self._turn = 1
         self._parts = [part_of(array.size, each, len(rows)) for each in range(len(rows))]
         self._mine = self._parts[rank]
         self._scattered = scattered
@@ -51,13 +53,20 @@ class SharedSum:
 
     def share(self, array: Array) -> None:
         """Own parts out, a barrier, the others' in."""
-        slots = self._of_type(array)
+        slots = self._place(self._turn, array)
+        self._turn = 3 - self._turn
         slots[self._rank][self._mine] = array[self._mine]
         self._meet()
         for rank, part in enumerate(self._parts):
             if rank != self._rank:
                 array[part] = slots[rank][part]
 
-    def _of_type(self, array: Array) -> list[Array]:
-        """The rows as numbers of the array's type; its own part begins elsewhere in a row of another width."""
-        return [row.view(array.dtype)[: array.size] for row in self._rows]
+    def _place(self, number: int, array: Array) -> list[Array]:
+        """One of the places in every row, as numbers of the array's type."""
+        start = number * WIDEST * array.size
+        return [row[start : start + array.nbytes].view(array.dtype) for row in self._rows]
+
+
+def row_bytes(array: Array) -> int:
+    """What a rank's row takes for the sum of this array, and for sharing arrays of its length and any type."""
+    return 3 * WIDEST * array.size

@@ -125,8 +125,9 @@ def batch_norm_forward(ctx: Context, layer: BatchNorm2d, params: Scope, x: Array
     Raises ConfigError when a training batch has one value a channel: its variance says nothing.
     """
     if ctx.training:
-        mean, var = x.mean(axis=(0, 2, 3)), x.var(axis=(0, 2, 3))
-        track_statistics(ctx, layer, mean, var, x.size // x.shape[1])
+        mean, var, count = batch_statistics(ctx, x)
+        track_statistics(ctx, layer, mean, var, count)
+        ctx.saved["count"] = count
     else:
         mean, var = (ctx.state[name].astype(x.dtype) for name in ("running_mean", "running_var"))
     inverse = 1 / np.sqrt(var + x.dtype.type(layer.eps))
@@ -144,10 +145,23 @@ def batch_norm_backward(ctx: Context, layer: BatchNorm2d, params: Scope, grads: 
         grads["weight"][...] += (dy * normalized).sum(axis=(0, 2, 3))
         grads["bias"][...] += dy.sum(axis=(0, 2, 3))
         dy = dy * _channels(params["weight"])
-    mean_dy = dy.mean(axis=(0, 2, 3))
-    mean_dy_normalized = (dy * normalized).mean(axis=(0, 2, 3))
+    sums = [dy.sum(axis=(0, 2, 3)), (dy * normalized).sum(axis=(0, 2, 3))]
+    if ctx.synchronized:
+        sums = [total.astype(dy.dtype) for total in ctx.over_ranks(*sums)]
+    mean_dy, mean_dy_normalized = (total / dy.dtype.type(ctx.saved["count"]) for total in sums)
     dx: Array = (dy - _channels(mean_dy) - normalized * _channels(mean_dy_normalized)) * _channels(inverse)
     return dx
+
+
+def batch_statistics(ctx: Context, x: Array) -> tuple[Array, Array, int]:
+    """Mean and biased variance of each channel, and how many values they are of: over the samples of all ranks."""
+    C = x.shape[1]
+    if not ctx.synchronized:
+        return x.mean(axis=(0, 2, 3)), x.var(axis=(0, 2, 3)), x.size // C
+    sums, count = ctx.over_ranks(x.sum(axis=(0, 2, 3), dtype=np.float64), x.size // C)
+    mean = sums / count
+    squares = ctx.over_ranks(np.square(x - _channels(mean)).sum(axis=(0, 2, 3)))[0]
+    return mean.astype(x.dtype), (squares / count).astype(x.dtype), int(count[0])
 
 
 def track_statistics(ctx: Context, layer: BatchNorm2d, mean: Array, var: Array, count: int) -> None:
@@ -186,7 +200,7 @@ def max_pool_forward(ctx: Context, layer: MaxPool2d, params: Scope, x: Array) ->
     y = np.zeros((*x.shape[:2], P, Q), x.dtype)
     argmax = np.zeros(y.shape, np.int64)
     for p, q, rows, columns in _positions(layer.geometry, P, Q):
-        values = padded[:, :, rows, columns].reshape(*x.shape[:2], -1)
+        values = padded[:, :, rows, columns].reshape(*x.shape[:2], math.prod(layer.geometry.kernel))
         argmax[:, :, p, q] = values.argmax(axis=2)
         y[:, :, p, q] = values.max(axis=2)
     ctx.saved.update(argmax=argmax, padded_shape=padded.shape)
@@ -365,7 +379,7 @@ def dropout_mask(ctx: Context, layer: Dropout, x: Array) -> Array | None:
 def flatten_forward(ctx: Context, layer: Flatten, params: Scope, x: Array) -> Array:
     """(N, C, H, W) becomes (N, C H W)."""
     ctx.saved["shape"] = x.shape
-    return x.reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def flatten_backward(ctx: Context, layer: Flatten, params: Scope, grads: Scope, dy: Array) -> Array:

@@ -86,6 +86,7 @@ class OnnxExecutor(Executor):
         scale: float,
         rng: SampleRng | None = None,
         on_ready: OnReady | None = None,
+        fresh: bool = False,
     ) -> StepResult:
         """Refused. Raises EngineError."""
         raise _predicts_only()

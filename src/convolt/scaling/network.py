@@ -64,7 +64,7 @@ def ethernet(gigabits: float, alpha: float) -> Network:
 
 
 #: Networks by name. The alphas are stated, not measured: half a round trip of a small message between two processes
-#: through the kernel's TCP, as such hardware commonly gives; measure yours (``--network measured``) where it matters.
+#: through the kernel's TCP, as such hardware commonly gives; ``--network ALPHA:RATE`` takes your own.
 NETWORKS = {
     network.name: network
     for network in (

@@ -139,7 +139,7 @@ def dropout_backward(ctx: Context, layer: Dropout, params: Scope, grads: Scope, 
 def flatten_forward(ctx: Context, layer: Flatten, params: Scope, x: Array) -> Array:
     """(C, H, W, N) seen as (C H W, N)."""
     ctx.saved["shape"] = x.shape
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def flatten_backward(ctx: Context, layer: Flatten, params: Scope, grads: Scope, dy: Array) -> Array:

@@ -21,16 +21,26 @@ def batch_norm_forward(ctx: Context, layer: BatchNorm2d, params: Scope, x: Array
 
     def statistics(worker: int, channels: slice) -> None:
         part = rows[channels]
-        np.mean(part, axis=1, out=mean[channels])
+        if not ctx.synchronized:
+            np.mean(part, axis=1, out=mean[channels])
         centered = ctx.buffer(f"centered{worker}", part.shape, x.dtype)
         np.subtract(part, mean[channels, None], out=centered)
         np.multiply(centered, centered, out=centered)
-        np.mean(centered, axis=1, out=var[channels])
+        np.sum(centered, axis=1, out=var[channels])
 
     tiles = channel_runs(C, 2 * rows.shape[1] * x.itemsize)
     if ctx.training:
+        count = rows.shape[1]
+        if ctx.synchronized:
+            sums, counts = ctx.over_ranks(rows.sum(axis=1, dtype=np.float64), count)
+            count = int(counts[0])
+            mean[...] = sums / count
         ctx.workers.each(tiles, statistics)
-        track_statistics(ctx, layer, mean, var, rows.shape[1])
+        if ctx.synchronized:
+            var[...] = ctx.over_ranks(var)[0]
+        var /= count
+        track_statistics(ctx, layer, mean, var, count)
+        ctx.saved["count"] = count
     else:
         mean[...], var[...] = ctx.state["running_mean"], ctx.state["running_var"]
     inverse = 1 / np.sqrt(var + x.dtype.type(layer.eps))
@@ -50,11 +60,12 @@ def batch_norm_forward(ctx: Context, layer: BatchNorm2d, params: Scope, x: Array
 def batch_norm_backward(ctx: Context, layer: BatchNorm2d, params: Scope, grads: Scope, dy: Array) -> Array:
     """``dx = weight / sqrt(var + eps) (dy - mean(dy) - xhat mean(dy xhat))``; x is centered anew for each tile."""
     x, mean, inverse = ctx.saved["x"], ctx.saved["mean"], ctx.saved["inverse"]
-    C, M = x.shape[0], x[0].size
+    C, M, count = x.shape[0], x[0].size, ctx.saved["count"]
     dx = ctx.buffer("dx", x.shape, x.dtype)
     dweight, dbias = np.empty(C, x.dtype), np.empty(C, x.dtype)
+    products, slope_sums = dweight, dbias  # over the samples that the statistics are of
 
-    def work(worker: int, channels: slice) -> None:
+    def sums(worker: int, channels: slice) -> None:
         slopes, target = dy.reshape(C, M)[channels], dx.reshape(C, M)[channels]
         normalized = ctx.buffer(f"centered{worker}", target.shape, x.dtype)
         np.subtract(x.reshape(C, M)[channels], mean[channels, None], out=normalized)
@@ -62,12 +73,29 @@ def batch_norm_backward(ctx: Context, layer: BatchNorm2d, params: Scope, grads: 
         np.multiply(slopes, normalized, out=target)
         np.sum(target, axis=1, out=dweight[channels])
         np.sum(slopes, axis=1, out=dbias[channels])
-        normalized *= (dweight[channels] / M)[:, None]
-        np.subtract(slopes, normalized, out=target)
-        target -= (dbias[channels] / M)[:, None]
+
+    def slopes(worker: int, channels: slice) -> None:
+        target = dx.reshape(C, M)[channels]
+        normalized = ctx.buffer(f"centered{worker}", target.shape, x.dtype)
+        if ctx.synchronized:  # other channels were here since
+            np.subtract(x.reshape(C, M)[channels], mean[channels, None], out=normalized)
+            normalized *= inverse[channels, None]
+        normalized *= (products[channels] / count)[:, None]
+        np.subtract(dy.reshape(C, M)[channels], normalized, out=target)
+        target -= (slope_sums[channels] / count)[:, None]
         target *= _scale(layer, params, inverse)[channels, None]
 
-    ctx.workers.each(channel_runs(C, 3 * M * x.itemsize), work)
+    def both(worker: int, channels: slice) -> None:
+        sums(worker, channels)
+        slopes(worker, channels)
+
+    tiles = channel_runs(C, 3 * M * x.itemsize)
+    if ctx.synchronized:
+        ctx.workers.each(tiles, sums)
+        products, slope_sums = (total.astype(x.dtype) for total in ctx.over_ranks(dweight, dbias))
+        ctx.workers.each(tiles, slopes)
+    else:
+        ctx.workers.each(tiles, both)
     if layer.affine:
         grads["weight"][...] += dweight
         grads["bias"][...] += dbias

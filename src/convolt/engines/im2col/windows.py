@@ -46,7 +46,7 @@ def _meeting(start: int, stop: int, stride: int, offset: int, size: int) -> tupl
 
 def row_tiles(P: int, bytes_a_row: int) -> list[range]:
     """The P output rows in tiles of about TILE_BYTES, at least one row each."""
-    rows = max(1, TILE_BYTES // bytes_a_row)
+    rows = max(1, TILE_BYTES // max(1, bytes_a_row))
     return [range(p, min(p + rows, P)) for p in range(0, P, rows)]
 
 
@@ -57,4 +57,4 @@ def runs(size: int, each: int) -> list[slice]:
 
 def channel_runs(channels: int, bytes_a_channel: int) -> list[slice]:
     """Channels in runs of about TILE_BYTES, at least one each."""
-    return runs(channels, max(1, TILE_BYTES // bytes_a_channel))
+    return runs(channels, max(1, TILE_BYTES // max(1, bytes_a_channel)))

@@ -56,7 +56,7 @@ class JIT(Engine):
         isa = detect(self.isa)
         tiles = self._uses_tiles(precision, isa)
         params, grads = Params(model), Params(model)
-        own = self.threads, Compiler(isa), self.checkpoint_segments
+        own = self.threads, Compiler(isa), None, self.checkpoint_segments
         programs = Programs(model, params, grads, batch_size, True, tiles, isa, *own)
         return Explanation(self.NAME, precision, batch_size, tuple(programs.stages()))
 

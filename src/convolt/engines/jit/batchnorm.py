@@ -144,7 +144,7 @@ def backward(spec: NormSpec) -> Any:
                 place, first = builder.mul(i, I64(spec.x.C)), builder.mul(i, I64(spec.x.C * spec.pool[1]))
                 slopes = _outer_slopes(spec, b, floats.at(dy, place), floats.at(y, place))
                 if spec.skip is not None and spec.wants_skip:
-                    _put(b, slopes, floats.at(dskip, place), spec.adds_skip)
+                    b.put(slopes, floats.at(dskip, place), spec.adds_skip)
                 winners = b.load_as(I8, builder.gep(codes, [place])) if len(taps) > 1 else []
                 for number, (tap, target) in enumerate(zip(taps, targets, strict=True)):
                     values, sent = b.load(floats.at(x, first, tap)), slopes
@@ -152,7 +152,7 @@ def backward(spec: NormSpec) -> Any:
                         won = [_is(floats, winner, number) for winner in winners]
                         sent = [builder.select(w, g, floats.zero) for w, g in zip(won, slopes, strict=True)]
                     result = [gradient(value, g, j) for j, (value, g) in enumerate(zip(values, sent, strict=True))]
-                    _put(b, result, floats.at(dx, first, target), spec.add)
+                    b.put(result, floats.at(dx, first, target), spec.add)
                 return []
 
             carried_loop(builder, pixels, [], pixel)
@@ -196,12 +196,6 @@ def _outer_slopes(spec: NormSpec, b: Block, dy: Any, y: Any) -> list[Any]:
     if spec.skip is None or spec.outer == 1:
         return slopes
     return [let_through(b.floats, g, v, spec.outer) for g, v in zip(slopes, b.load(y), strict=True)]
-
-
-def _put(b: Block, values: list[Any], pointer: Any, adds: bool) -> None:
-    if adds:
-        values = [b.floats.builder.fadd(value, old) for value, old in zip(values, b.load(pointer), strict=True)]
-    b.store(values, pointer)
 
 
 def _add_up(b: Block, totals: list[Any], sums: Any, spec: NormSpec) -> None:

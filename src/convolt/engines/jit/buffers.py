@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from convolt.params import ALIGNMENT, aligned_zeros
 
 Array = NDArray[Any]
+SCRATCH = "scratch"
+"""The name of the buffers that hold nothing from one kernel to the next."""
 SLACK = 32  # elements behind a buffer that a vector may read
 
 #: What ``memory`` calls a buffer whose name begins so; all others are workspaces.

@@ -4,6 +4,10 @@ Numba's own ``cfunc`` always compiles for the CPU at hand and loads the result t
 back end is given the target, so that a narrower instruction set is forced in every stage (vectorizer and instruction
 selection), and the object code that comes out needs nothing of Numba: a warm start loads it with llvmlite alone.
 
+Functions that a kernel calls are linked in as LLVM IR, to be inlined. Numba makes machine code of them before that,
+which changes the IR as only a code generator may: a sum of integers becomes null plus an offset. The optimizer, which
+then sees memory at null, would drop all that leads there; so it is told that null may be an address.
+
 A kernel cannot raise. The C function around it traps if Numba's status says "exception", and a trap that the optimizer
 could not remove is refused here, at compile time. So is a symbol that an ordinary process does not have.
 """
@@ -77,6 +81,8 @@ def _library(function: Callable[..., None], isa: Isa, symbol: str) -> Any:
     )
     library = compiled.library
     library.add_ir_module(_c_function(context, compiled.fndesc, symbol))
+    for name in (symbol, compiled.fndesc.llvm_func_name):
+        library.get_function(name).add_function_attribute("null_pointer_is_valid")
     library.get_function(compiled.fndesc.llvm_func_name).linkage = "internal"  # once it is inlined it is gone
     library.finalize()
     if "@llvm.trap" in library.get_llvm_str():

@@ -25,7 +25,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -39,6 +39,7 @@ import numpy as np
 from convolt import durable
 from convolt.engine import COMPILING
 from convolt.engines.jit.isa import Isa, target
+from convolt.engines.jit.processes import Workers
 from convolt.errors import EngineError
 
 Factory = Callable[[Any], Callable[..., None]] | str
@@ -47,6 +48,7 @@ Progress = Callable[[int, int, str], None]
 
 FOLDER = Path(__file__).parent
 BOUND = 512 << 20  # bytes of a cache: some thousand kernels
+MANY = 8  # missing kernels from which it pays to start another process: it takes a second to import Numba
 SYMBOL = "kernel"
 """What the C function is called in every object file."""
 
@@ -86,18 +88,18 @@ def cache_folder() -> Path:
 class Compiler:
     """Makes kernels for one instruction set; asking twice for a kernel gives the same one.
 
-    folder: where object code is kept (default: `cache_folder`). bound: bytes above which the least recently used files
-    are removed, after something has been compiled.
+    folder: where object code is kept (default: `cache_folder`). processes: that compile when much is missing. bound:
+    bytes above which the least recently used files are removed, after something has been compiled.
     """
 
-    def __init__(self, isa: Isa, folder: Path | None = None, bound: int = BOUND):
+    def __init__(self, isa: Isa, folder: Path | None = None, processes: int = 1, bound: int = BOUND):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self.isa = isa
         self.statistics = Statistics()
         self._folder = _usable(cache_folder() if folder is None else folder)
         self._jit = llvm.create_lljit_compiler(use_jit_link=True, suppress_errors=True)
-        self._bound = bound
+        self._processes, self._bound = processes, bound
         self._kernels: dict[str, Kernel] = {}
         self._sources: dict[str, str] = {}
         self._environment = "\n".join(
@@ -114,17 +116,28 @@ class Compiler:
         """
         wanted = list(requests)
         keys = [self.key(*request) for request in wanted]
-        missing = {key for key in keys if key not in self._kernels and not self._is_on_disk(key)}
-        tell, total, made = progress or _log, len(missing), []
+        missing = {
+            key: request
+            for key, request in zip(keys, wanted, strict=True)
+            if key not in self._kernels and not self._is_on_disk(key)
+        }
+        workers, tell, total, made = self._workers(missing), progress or _log, len(missing), []
         for key, (factory, spec) in zip(keys, wanted, strict=True):
-            if key in missing:
-                tell(total - len(missing), total, _name(factory))
-                missing.remove(key)
+            if missing.pop(key, None):
+                tell(total - len(missing) - 1, total, _name(factory))
+            workers.claim(key)
             made.append(self.kernel(factory, spec))
         if total:
             tell(total, total, "")
             self._prune()
         return made
+
+    def _workers(self, missing: Mapping[str, Request]) -> Workers:
+        """Processes that compile the last of these, if they are many and can be named."""
+        named = {key: (factory, spec) for key, (factory, spec) in missing.items() if isinstance(factory, str)}
+        if self._folder is None or len(named) < MANY:
+            return Workers(0, self.isa, Path(), {})
+        return Workers(self._processes - 1, self.isa, self._folder, named)
 
     def kernel(self, factory: Factory, spec: Any) -> Kernel:
         """The kernel ``factory(spec)``, from memory, from disk, or compiled. Raises EngineError."""
@@ -258,36 +271,46 @@ def _resolve(factory: Factory) -> Callable[[Any], Callable[..., None]]:
 def _digest_of_sources(module: str) -> str:
     """The digest of the sources that kernels of this module depend on."""
     digest = hashlib.sha256()
-    for name, file in sorted((_sources(module) | _sources(_CODEGEN)).items()):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    for name, text in sorted((_sources(module) | _sources(_CODEGEN)).items()):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(text).digest())
     return digest.hexdigest()
 
 
-def _sources(module: str) -> dict[str, Path]:
-    """Names and files of a module and, within this folder, of all that it imports, directly or not."""
-    found: dict[str, Path] = {}
+def _sources(module: str) -> dict[str, bytes]:
+    """Names and texts of a module and, within this folder, of all that it imports, directly or not."""
+    found: dict[str, bytes] = {}
     pending = [module]
     while pending:
         name = pending.pop()
-        file = _file(name)
-        if name not in found and file is not None:
-            found[name] = file
-            pending.extend(_imports(file))
+        text = _source(name)
+        if name not in found and text is not None:
+            found[name] = text
+            pending.extend(_imports(text.decode()))
     return found
 
 
-def _file(module: str) -> Path | None:
-    """Where the module's source is; None for what is not there, such as a function's name after its module's."""
-    if not module.startswith(_PACKAGE):
-        loaded = sys.modules.get(module)
-        return Path(loaded.__file__) if loaded is not None and loaded.__file__ else None
-    file = FOLDER.joinpath(*module.removeprefix(_PACKAGE).split(".")).with_suffix(".py")
-    return file if file.is_file() else None
+def _source(module: str) -> bytes | None:
+    """A module's text; None for what is none, such as a function's name after its module's."""
+    if module.startswith(_PACKAGE):
+        return SOURCES.get(module.removeprefix(_PACKAGE))
+    loaded = sys.modules.get(module)
+    return Path(loaded.__file__).read_bytes() if loaded is not None and loaded.__file__ else None
 
 
-def _imports(file: Path) -> tuple[str, ...]:
-    """Modules of this folder that the file imports at its top level; ``from package import module`` counts as both."""
+def _imports(text: str) -> tuple[str, ...]:
+    """Modules of this folder that a text imports at its top level; ``from package import module`` counts as both."""
     found = []
-    for package, names in _IMPORT.findall(file.read_text()):
+    for package, names in _IMPORT.findall(text):
         found += [package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))]
     return tuple(name for name in found if name.startswith(_PACKAGE))
+
+
+def read_sources(folder: Path) -> dict[str, bytes]:
+    """The texts of all modules in a folder, by their dotted names."""
+    return {
+        ".".join(file.relative_to(folder).with_suffix("").parts): file.read_bytes() for file in folder.rglob("*.py")
+    }
+
+
+SOURCES = read_sources(FOLDER)
+"""What this process imports: a file that is changed while it runs changes no key."""

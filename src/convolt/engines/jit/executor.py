@@ -9,6 +9,7 @@ first needs it and kept; a smaller batch runs in the same buffers.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from convolt.engine import Executor, OnReady, StageTime, StepResult
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import Isa
+from convolt.engines.jit.plan import Segments
 from convolt.engines.jit.programs import Programs
 from convolt.engines.jit.runtime import Program, Team
 from convolt.engines.jit.update import Updater
@@ -48,21 +50,26 @@ class JitExecutor(Executor):
         self.grads = Params(model, params.dtype)
         self._isa, self._threads = isa, threads
         self._tiles, self._segments = tiles, segments
-        self._compiler = Compiler(isa)
+        self._compiler = Compiler(isa, processes=threads)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
+        self._add_ranks: Callable[[Array], None] | None = None
         self._version = 0  # of the weights: copies of them in bf16 belong to one
         self._updater = Updater(params, self.grads, isa, self._compiler, self._team)
 
     def predict(self, x: Array) -> Array:
         """Logits (N, classes)."""
         self._check(x)
-        parts = []
+        parts: list[Array] = []
+        prepared: set[Programs] = set()  # filters may change between two calls, not within one
         for start in range(0, len(x), PREDICT_BATCH):
             part = x[start : start + PREDICT_BATCH]
             programs = self._ready(part, training=False)
             programs.load(part, self._version)
-            self._team.run(programs.forward)
+            if programs not in prepared and programs.prepare is not None:
+                self._team.run(programs.prepare)
+            prepared.add(programs)
+            self._team.run(programs.infer)
             parts.append(programs.logits[: len(part)].copy())
         return np.concatenate(parts) if parts else np.zeros((0, *self.model.output_shape), np.float32)
 
@@ -74,28 +81,29 @@ class JitExecutor(Executor):
         scale: float,
         rng: SampleRng | None = None,
         on_ready: OnReady | None = None,
+        fresh: bool = False,
     ) -> StepResult:
         """Forward program, loss, backward program."""
         programs = self._loaded(x, rng)
-        self._team.run(programs.forward)
+        self._run(programs.forward)
         self._count_batches()
         logits = programs.logits[: len(x)].copy()
         total, dlogits = loss(logits, y)
         programs.dlogits[: len(x)] = dlogits * np.float32(scale)
         programs.dlogits[len(x) :] = 0
         if on_ready is not None:
-            for program, part in programs.slices:
-                self._team.run(program)
+            for segments, part in programs.slices(accumulate=not fresh):
+                self._run(segments)
                 on_ready(part)
-        elif programs.backward is not None:
-            self._team.run(programs.backward)
+        else:
+            self._run(programs.backward(accumulate=not fresh))
         return StepResult(total, logits)
 
     def train_step(
         self, x: Array, y: Any, loss: Loss, scale: float, optimizer: Optimizer, rng: SampleRng | None = None
     ) -> StepResult:
         """A whole step in two calls into compiled code, for cross-entropy on labels; else as any executor does it."""
-        if not (isinstance(loss, CrossEntropy) and _are_labels(y, len(x), self.model.output_shape)):
+        if self._add_ranks or not (isinstance(loss, CrossEntropy) and _are_labels(y, len(x), self.model.output_shape)):
             return Executor.train_step(self, x, y, loss, scale, optimizer, rng)
         programs = self._loaded(x, rng)
         programs.labels[: len(x)] = y
@@ -138,16 +146,20 @@ class JitExecutor(Executor):
         """The programs of a step once more, on what is in their buffers; a phase's time is shared among its kernels."""
         programs = self._ready(x, training)
         programs.load(x, self._version)
-        steps: list[tuple[str, Program | None]] = [("forward", programs.forward)]
+        steps = [("forward", segment) for segment in programs.forward]
         if training:
-            steps += [("backward", programs.backward), ("update", self._updater.program)]
+            steps += [("backward", segment) for segment in programs.backward(accumulate=True)]
+            steps += [("update", self._updater.program)] if self._updater.program is not None else []
         found = []
         for direction, program in steps:
-            for phase in self._team.profile(program) if program is not None else ():
+            times = []
+            for phase in self._team.profile(program) if isinstance(program, Program) else ():
                 part = phase.wall / sum(phase.kernels)
                 for label, seconds in zip(phase.name.split(", "), phase.kernels, strict=True):
                     where, kind, kernel = [*label.split(" ", 2), "", ""][:3]
-                    found.append(StageTime(f"{where} {kind}".strip(), direction, kernel, seconds * part))
+                    times.append(StageTime(f"{where} {kind}".strip(), direction, kernel, seconds * part))
+            order = programs.order(direction)  # packing filters, for one, may have gone ahead
+            found += sorted(times, key=lambda time: order.get(time.stage, 0))
         return tuple(found)
 
     def memory(self) -> dict[str, int]:
@@ -167,7 +179,19 @@ class JitExecutor(Executor):
         """End the threads."""
         self._team.close()
 
+    def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
+        """Plans are made anew, with a call between BatchNorm's sums and what is made of them."""
+        self._add_ranks = add
+        self._plans.clear()
+
     # ------------------------------------------------------------------------------------------------------- inside
+
+    def _run(self, segments: Segments) -> None:
+        for segment in segments:
+            if isinstance(segment, Program):
+                self._team.run(segment)
+            else:
+                segment.function()
 
     def _check(self, x: Array) -> None:
         if x.shape[1:] != self.model.input_shape:
@@ -184,7 +208,7 @@ class JitExecutor(Executor):
 
     def _ready(self, x: Array, training: bool) -> Programs:
         """Programs for a batch: those of the smallest capacity that holds it without waste, or new ones."""
-        count, byte_input = len(x), x.dtype == np.uint8
+        count, byte_input = max(1, len(x)), x.dtype == np.uint8
         fits = [
             size
             for kind, size, of_bytes in self._plans
@@ -203,6 +227,7 @@ class JitExecutor(Executor):
                 self._isa,
                 self._threads,
                 self._compiler,
+                self._add_ranks if training else None,
                 self._segments,
             )
             tasks = list(programs.forward_tasks)

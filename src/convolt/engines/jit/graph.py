@@ -3,8 +3,9 @@
 Residual branches become plain operations, so the planner sees one straight list. A fusion is a run of operations whose
 inner tensors nobody else reads: an activation joins the convolution, BatchNorm or dense layer before it, a max-pool
 joins a convolution or BatchNorm with its activation, and the sum at the end of a residual block joins the BatchNorm
-before it. Tensors are NHWC inside this engine; ``border`` is the zero frame that the
-convolutions reading a tensor want around each image, so that no kernel checks bounds.
+before it. For prediction, filters and bias of a convolution take in the BatchNorm behind it. Tensors are NHWC inside
+this engine; ``border`` is the zero frame that the convolutions reading a tensor want around each image, so that no
+kernel checks bounds.
 """
 
 import math
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
-from convolt.layers import Conv2d, Dropout, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape, walk
+from convolt.layers import BatchNorm2d, Conv2d, Dropout, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape, walk
 from convolt.model import Model
 
 FUSED = ("ReLU", "LeakyReLU", "MaxPool2d", "Add")  # what may join the operation before it
@@ -22,14 +23,15 @@ FUSED = ("ReLU", "LeakyReLU", "MaxPool2d", "Add")  # what may join the operation
 class Tensor:
     """What one operation makes and others read. shape: (C, H, W) or (F,).
 
-    border: rows above and below, columns left and right. readers: operations that read it; with more than one its
-    gradient is a sum. planar: bf16 planes (C, H, W) instead of float32 pixels (H, W, C).
-    half: bf16 instead of float32.
+    border: rows above and below, columns left and right. maker: the operation that writes it. readers: operations that
+    read it; with more than one its gradient is a sum. planar: bf16 planes (C, H, W) instead of float32 pixels (H, W,
+    C). half: bf16 instead of float32.
     """
 
     name: str
     shape: Shape
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
+    maker: "Operation | None" = None
     readers: list["Operation"] = field(default_factory=list)
     planar: bool = False
     half: bool = False
@@ -81,8 +83,9 @@ class Operation:
     """One or more layers computed together. ``kind`` is the first layer's class name, or "Add" for a residual sum.
 
     names: of the layers, such as "3.body.0". activation, pool: what has been fused behind. A BatchNorm may have a
-    second input that is added to what comes of the first, with an activation of the sum, ``outer``. reasons: why it
-    is computed as it is, by direction, from whoever decided.
+    second input that is added to what comes of the first, with an activation of the sum, ``outer``. norm: the
+    BatchNorm that a convolution has taken in, the second of the names. reasons: why it is computed as it is, by
+    direction, from whoever decided.
     """
 
     kind: str
@@ -93,6 +96,7 @@ class Operation:
     activation: Layer | None = None
     pool: MaxPool2d | None = None
     outer: Layer | None = None
+    norm: BatchNorm2d | None = None
     reasons: dict[str, list[str]] = field(default_factory=lambda: {"forward": [], "backward": []})
 
     @property
@@ -104,6 +108,13 @@ class Operation:
         """Note why it is computed as it is."""
         if reason not in self.reasons[direction]:
             self.reasons[direction].append(reason)
+
+    @property
+    def consumes(self) -> bool:
+        """Whether nobody needs the first input once its gradient is there, which may then take its place."""
+        source = self.inputs[0]
+        alone = self.kind == "BatchNorm2d" and len(source.readers) == 1 and not any(source.border)
+        return alone and source.maker is not None and source.maker.kind == "Conv2d" and source.maker.slope == 1
 
     @property
     def has_parameters(self) -> bool:
@@ -127,7 +138,8 @@ class Operation:
     @property
     def label(self) -> str:
         """For ``explain`` and profiles: ``0-2 Conv2d+ReLU+MaxPool2d``, ``3-7 BatchNorm2d+Add+ReLU``."""
-        parts = [self.kind, *(type(layer).__name__ for layer in (self.activation, self.pool) if layer is not None)]
+        behind = (layer for layer in (self.norm, self.activation, self.pool) if layer is not None)
+        parts = [self.kind, *(type(layer).__name__ for layer in behind)]
         if self.adds:
             parts += ["Add", *([] if self.outer is None else [type(self.outer).__name__])]
         where = self.names[0] if len(self.names) == 1 else f"{self.names[0]}-{self.names[-1]}"
@@ -142,8 +154,9 @@ def operations(model: Model, training: bool) -> tuple[Tensor, list[Operation]]:
     for operation in found:
         for tensor in operation.inputs:
             tensor.readers.append(operation)
-    fused = _fuse(found)
+    fused = _fuse(found, training)
     for operation in fused:
+        operation.output.maker = operation
         if isinstance(operation.layer, Conv2d):
             operation.inputs[0].frame(operation.layer)
     return first, fused
@@ -180,12 +193,12 @@ def _slope(activation: Layer | None) -> float:
     return 1.0 if activation is None else 0.0
 
 
-def _fuse(found: Iterable[Operation]) -> list[Operation]:
+def _fuse(found: Iterable[Operation], training: bool) -> list[Operation]:
     fused: list[Operation] = []
     by_output: dict[Tensor, Operation] = {}
     for operation in found:
         before = _sum_before(fused, operation) if operation.kind == "Add" else by_output.get(operation.inputs[0])
-        obstacle = "it reads the images" if before is None else _obstacle(before, operation)
+        obstacle = "it reads the images" if before is None else _obstacle(before, operation, training)
         if before is None or obstacle:
             if operation.kind in FUSED:
                 operation.because(f"not fused: {obstacle}")
@@ -196,6 +209,8 @@ def _fuse(found: Iterable[Operation]) -> list[Operation]:
             (other,) = (tensor for tensor in operation.inputs if tensor is not before.output)
             other.readers[other.readers.index(operation)] = before
             before.inputs += (other,)
+        elif isinstance(operation.layer, BatchNorm2d):
+            before.norm = operation.layer
         elif isinstance(operation.layer, MaxPool2d):
             before.pool = operation.layer
         elif before.adds:
@@ -214,19 +229,25 @@ def _sum_before(fused: list[Operation], operation: Operation) -> Operation | Non
     return fused[-1] if fused and fused[-1].output in operation.inputs else None
 
 
-def _obstacle(before: Operation, operation: Operation) -> str:
+def _obstacle(before: Operation, operation: Operation, training: bool) -> str:
     """Why an operation cannot be fused into the one before it; empty if it can."""
-    if operation.kind not in FUSED:
+    if operation.kind not in FUSED and not (isinstance(operation.layer, BatchNorm2d) and _takes_in(before, training)):
         return "it begins one"
     if before.output.readers != [operation]:
         return "what it reads is read elsewhere too"
     if before.pool is not None or before.outer is not None:
         return "a max-pool, or the activation of a sum, ends a fusion"
-    if operation.kind == "Add":
-        return "" if before.kind == "BatchNorm2d" and not before.adds else f"{before.kind} takes no sum"
     if isinstance(operation.layer, MaxPool2d):
         return _pool_obstacle(before, operation)
+    if operation.kind == "Add":
+        fits = before.kind == "BatchNorm2d" and not before.adds
+        return "" if fits else f"{before.kind} takes no sum"
     return _activation_obstacle(before, operation.layer)
+
+
+def _takes_in(before: Operation, training: bool) -> bool:
+    """Whether it is a convolution whose filters can take in a BatchNorm behind it."""
+    return not training and before.kind == "Conv2d" and before.activation is None and before.norm is None
 
 
 def _activation_obstacle(before: Operation, layer: Layer | None) -> str:

@@ -14,13 +14,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from convolt.engines.jit.vectors import F32, I64, Floats, carried_loop
+from convolt.engines.jit.vectors import F32, I32, I64, Floats, carried_loop
 
 F64 = ir.DoubleType()
 
 
 def on_pixels(generate: Callable[[Any, list[Any], Any], None]) -> Any:
-    """A function for kernels, ``kernel((address, ...), pixels)``, that ``generate(builder, addresses, pixels)`` writes."""
+    """A function for kernels, ``kernel((word, ...), pixels)``, written by ``generate(builder, words, pixels)``.
+
+    The words are addresses or numbers, int64.
+    """
 
     @intrinsic
     def kernel(typingctx: Any, addresses: Any, pixels: Any) -> Any:
@@ -63,6 +66,12 @@ class Block:
         for value, (place, used) in zip(values, self._places(pointer), strict=True):
             self.floats.store(value, place, used)
 
+    def put(self, values: Sequence[Any], pointer: Any, adds: bool) -> None:
+        """To a pixel, or added to what is there."""
+        if adds:
+            values = [self.floats.builder.fadd(old, new) for old, new in zip(self.load(pointer), values, strict=True)]
+        self.store(values, pointer)
+
     def constants(self, pointer: Any) -> list[Any]:
         """One number a channel."""
         return [self.floats.load(place) for place, _ in self._places(pointer)]
@@ -71,10 +80,10 @@ class Block:
         """Add float32 numbers to float64 ones, one a channel."""
         builder, wide = self.floats.builder, ir.VectorType(F64, self.floats.lanes)
         for value, (place, _) in zip(values, self._places(pointer), strict=True):
-            place = builder.bitcast(place, wide.as_pointer())
-            total = builder.load(place)
+            sums = builder.bitcast(place, wide.as_pointer())
+            total = builder.load(sums)
             total.align = 8
-            builder.store(builder.fadd(total, builder.fpext(value, wide)), place).align = 8
+            builder.store(builder.fadd(total, builder.fpext(value, wide)), sums).align = 8
 
 
 def for_blocks(floats: Floats, channels: int, vectors: int, each: Callable[[Block], None]) -> None:
@@ -96,6 +105,15 @@ def for_blocks(floats: Floats, channels: int, vectors: int, each: Callable[[Bloc
 def element_pointer(builder: Any, address: Any, element: Any = F32) -> Any:
     """An int64 address as a pointer to elements."""
     return builder.inttoptr(address, element.as_pointer())
+
+
+def splat(floats: Floats, number: Any, element: Any) -> Any:
+    """An integer in every lane, of this element type."""
+    builder, kind = floats.builder, ir.VectorType(element, floats.lanes)
+    narrow = number if element.width == number.type.width else builder.trunc(number, element)
+    undefined = ir.Constant(kind, ir.Undefined)
+    lane = builder.insert_element(undefined, narrow, I32(0))
+    return builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(I32, floats.lanes), None))
 
 
 def activated(floats: Floats, x: Any, slope: float) -> Any:

@@ -3,35 +3,38 @@
 A plan is made once for a model and a batch capacity. Every buffer is named here and gets its place, 64-byte aligned,
 when all tasks are known (``buffers``). Operations that treat images one by one are chained: a chunk of images passes
 through all of them before the next chunk begins, so activations are still in the L2 cache when the next kernel reads
-them. Where an operation must see the whole batch (BatchNorm's statistics, dense layers), a new phase begins; ``order``
-finds as few phases as dependencies allow. ``serve`` says which kernels an operation gets.
+them. Where an operation must see the whole batch (BatchNorm's statistics, dense layers), a new phase begins; ``phases``
+says which tasks share one. ``serve`` says which kernels an operation gets.
 
 The number of chunks depends on the batch capacity alone, never on the number of threads, and parts are added in chunk
 order: the bits are the same for any number of threads.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from convolt.engines.jit.buffers import SHORT_LIVED, Address, Buffer, lifetimes, share
+from convolt.engines.jit.buffers import SCRATCH, SHORT_LIVED, Address, Buffer, lifetimes, share
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import UpdateSpec
-from convolt.engines.jit.order import Group
+from convolt.engines.jit.phases import Argument, Call, Task, Tasks, between_calls, grouped
 from convolt.engines.jit.runtime import Phase, Program
-from convolt.engines.jit.tasks import SCRATCH, Argument, Task
+from convolt.errors import ConfigError
 from convolt.layers import Dropout
 from convolt.params import Params
 
 Array = NDArray[Any]
 CHUNKS = 16  # into which a batch is cut
 KERNELS = "convolt.engines.jit.kernels"
+
+
+Segments = list[Program | Call]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,9 @@ class Plan:
     """Buffers of one model for batches of up to ``capacity`` samples, and what the kernels need to know of it.
 
     params: arrays the kernels read. grads: arrays they add to, None for prediction. learning: tensors that need a
-    gradient. tiles: whether products run in bf16 on AMX tiles.
+    gradient. tiles: whether products run in bf16 on AMX tiles. add_ranks: replaces an array by its sum over ranks,
+    where BatchNorm's statistics are those of all ranks. fuses_update: whether gradients may be left to the pass that
+    moves the weights; they are then ``deferred``.
     """
 
     def __init__(
@@ -79,7 +84,9 @@ class Plan:
         threads: int,
         learning: set[Tensor],
         tiles: bool = False,
+        add_ranks: Callable[[Array], None] | None = None,
     ) -> None:
+        self.add_ranks = add_ranks
         self.params, self.grads, self.isa, self.capacity = params, grads, isa, capacity
         self.tiles = tiles
         self.learning = learning
@@ -93,6 +100,7 @@ class Plan:
         self.accumulate, self.fuses_update = True, False
         self.deferred: list[Deferred] = []
         self._written: set[Tensor] = set()
+        self._slopes: dict[Tensor, Address] = {}
 
     @property
     def training(self) -> bool:
@@ -125,14 +133,15 @@ class Plan:
 
     def slope(self, tensor: Tensor) -> Address:
         """The address of a tensor's gradient, without a frame."""
-        return self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
+        return self._slopes.get(tensor) or self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
 
-    def begin_backward(self, accumulate: bool, fuses_update: bool = False) -> None:
-        """Before the tasks of a backward pass are made: whether it adds to the gradients of the parameters.
+    def put_slope(self, tensor: Tensor, address: Address) -> None:
+        """Let a tensor's gradient lie in memory that is free by then."""
+        self._slopes[tensor] = address
 
-        fuses_update: whether gradients may be left to the pass that moves the weights; they are then ``deferred``.
-        """
-        self.accumulate, self.fuses_update = accumulate, fuses_update
+    def begin_backward(self, accumulate: bool) -> None:
+        """Before the tasks of a backward pass are made: whether it adds to the gradients of the parameters."""
+        self.accumulate = accumulate
         self.deferred = []
         self._written.clear()
 
@@ -155,14 +164,14 @@ class Plan:
         """
         return self.address(SCRATCH, self._threads * floats)
 
-    def parameter(self, operation: Operation, name: str, gradient: bool = False) -> int:
-        """The address of a parameter, or of its gradient."""
+    def parameter(self, operation: Operation, name: str, gradient: bool = False, layer: int = 0) -> int:
+        """The address of a parameter, or of its gradient; ``layer``: which of those computed together."""
         arrays = self.grads if gradient and self.grads is not None else self.params
-        return address_of(arrays[f"{operation.names[0]}.{name}"])
+        return address_of(arrays[f"{operation.names[layer]}.{name}"])
 
-    def statistic(self, operation: Operation, name: str) -> int:
+    def statistic(self, operation: Operation, name: str, layer: int = 0) -> int:
         """The address of a buffer of the model, such as a running mean."""
-        return address_of(self.params.buffers[f"{operation.names[0]}.{name}"])
+        return address_of(self.params.buffers[f"{operation.names[layer]}.{name}"])
 
     # ------------------------------------------------------------------------------------------------- the program
 
@@ -174,9 +183,12 @@ class Plan:
         """A task with chunks of its own, behind a barrier."""
         return Task(label, factory, spec, (address_of(self.state), *arguments), chunks)
 
-    def lay_out(self, *orders: Iterable[Group]) -> None:
-        """Give buffers that are never live together the same memory; ``orders`` are those in which they may run."""
-        self.arena = share([lifetimes(group.buffers for group in order) for order in orders])
+    def lay_out(self, *orders: Iterable[Tasks]) -> None:
+        """Give buffers that are never live together the same memory.
+
+        orders: in each of them these lists of tasks may run one after another.
+        """
+        self.arena = share([lifetimes(_phases(each)) for each in orders])
 
     def memory(self) -> dict[str, int]:
         """Bytes by kind of all buffers that have a place; what shares memory is one kind."""
@@ -186,20 +198,57 @@ class Plan:
                 found[buffer.kind] = found.get(buffer.kind, 0) + buffer.array.nbytes
         return found
 
-    def program(self, groups: Iterable[Group], compiler: Compiler) -> Program:
-        """Groups as phases, with kernels, and addresses for all buffers."""
-        phases: list[Phase] = []
+    def sum_over_ranks(self, name: str, parts: Array, totals: Array, pixels: int, about_pivots: bool = False) -> Call:
+        """Add up the sums of the chunks (chunks, 3, columns), and how many values they are of, over all ranks.
+
+        about_pivots: they are sums and squares of what the third row was taken from; the totals are about zero.
+        """
+
+        def add() -> None:
+            images = int(self.state[0])
+            chunks = -(-images // self.images)
+            rows = parts[: chunks * (len(totals) - 1)].reshape(chunks, 3, -1 if chunks else (len(totals) - 1) // 3)
+            sums, squares, pivots = rows[:, 0], rows[:, 1], rows[:, 2]
+            if about_pivots:
+                n = pixels * np.minimum(self.images, images - self.images * np.arange(chunks))[:, None]
+                sums, squares = sums + n * pivots, squares + 2 * pivots * sums + n * pivots * pivots
+            totals[:-1] = np.concatenate([sums.sum(axis=0), squares.sum(axis=0), np.zeros(rows.shape[2])])
+            totals[-1] = images * pixels
+            assert self.add_ranks is not None
+            self.add_ranks(totals)
+            if totals[-1] < 2:
+                raise ConfigError(
+                    f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
+                )
+
+        return Call(f"{name} sum over ranks", add)
+
+    def segments(self, tasks: Tasks, compiler: Compiler) -> Segments:
+        """Tasks as programs, cut where the host has something to do."""
+        return [part if isinstance(part, Call) else self.program(part, compiler) for part in between_calls(tasks)]
+
+    def program(self, tasks: Iterable[Task], compiler: Compiler) -> Program:
+        """Tasks as phases, with kernels, and addresses for all buffers."""
         keep: list[Any] = [self]
-        for group in groups:
+        phases = []
+        for group in grouped(tasks):
             entries = []
-            for task in group.tasks:
+            for task in group:
                 kernel = compiler.kernel(f"{KERNELS}.{task.factory}", task.spec)
                 resolved = [one.resolve() if isinstance(one, Address) else one for one in task.arguments]
                 arguments = np.array(resolved, np.int64)
-                keep += [kernel, arguments]
+                keep += [kernel, arguments, task]
                 entries.append((kernel.address, address_of(arguments)))
-            phases.append(Phase(", ".join(task.label for task in group.tasks), tuple(entries), group.tasks[0].chunks))
+            phases.append(Phase(", ".join(task.label for task in group), tuple(entries), group[0].chunks))
         return Program(phases, keep)
+
+
+def _phases(order: Iterable[Tasks]) -> Iterator[set[Buffer]]:
+    """The buffers of each phase when these lists of tasks run one after another."""
+    for tasks in order:
+        for part in between_calls(tasks):
+            for group in grouped(part) if isinstance(part, list) else ():
+                yield set[Buffer]().union(*(task.buffers for task in group))
 
 
 def address_of(array: Array) -> int:

@@ -3,6 +3,7 @@
 The contract is that of ``serve``, whose table leads here.
 """
 
+import math
 from dataclasses import replace
 from typing import cast
 
@@ -12,11 +13,13 @@ from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
+    QUARTERS,
     STRIPE,
     WIDE,
     ConvSpec,
     DenseSpec,
     DenseUpdateSpec,
+    FoldSpec,
     Frame,
     PackSpec,
     ReduceSpec,
@@ -24,6 +27,7 @@ from convolt.engines.jit.kernels.specs import (
     Windowing,
     dense_backward_scratch,
     dense_forward_scratch,
+    dense_panel,
     dense_update_scratch,
     round_up,
     turned,
@@ -36,11 +40,14 @@ from convolt.engines.jit.kernels.tile_specs import (
     backward_spec,
     input_gradient,
 )
+from convolt.engines.jit.phases import Argument, Served, Task, Tasks
 from convolt.engines.jit.plan import Deferred, Plan, address_of
-from convolt.engines.jit.tasks import Argument, Served, Task, Tasks
 from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 8
+RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
+FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
+SHORT_RUN = 64  # inputs of a chunk, at least
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
 BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
@@ -66,7 +73,7 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         K=layer.out_channels,
         P=P,
         Q=Q,
-        bias=layer.bias,
+        bias=layer.bias or operation.norm is not None,
         slope=operation.slope,
         pool=(1, 1) if operation.pool is None else operation.pool.geometry.kernel,
         images=plan.images,
@@ -74,6 +81,23 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         registers=plan.isa.registers,
         wants_dx=source in plan.learning,
     )
+
+
+def filters(plan: Plan, operation: Operation) -> tuple[Argument, Argument, Tasks]:
+    """Where a convolution's filters and bias are (0 for none); with a BatchNorm taken in, what puts them there."""
+    layer, norm = cast(Conv2d, operation.layer), operation.norm
+    weight = plan.parameter(operation, "weight")
+    bias = plan.parameter(operation, "bias") if layer.bias else 0
+    if norm is None:
+        return weight, bias, []
+    K, row = layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.geometry.kernel)
+    folded, offset = (plan.address(f"folded {operation.names[0]}", size) for size in (K * row, K))
+    affine = (plan.parameter(operation, key, layer=1) if norm.affine else 0 for key in ("weight", "bias"))
+    running = (plan.statistic(operation, f"running_{key}", layer=1) for key in ("mean", "var"))
+    spec = FoldSpec(K, row, layer.bias, norm.affine, norm.eps, FILTERS_AT_ONCE)
+    arguments: tuple[Argument, ...] = (weight, bias, *affine, *running, folded, offset)
+    task = plan.whole(f"{operation.label} fold", "weights:fold_norm", spec, -(-K // FILTERS_AT_ONCE), *arguments)
+    return folded, offset, [task]
 
 
 def conv(plan: Plan, operation: Operation) -> Served:
@@ -86,13 +110,13 @@ def conv(plan: Plan, operation: Operation) -> Served:
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
-    weight = plan.parameter(operation, "weight")
-    bias = plan.parameter(operation, "bias") if spec.bias else 0
+    weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", taps * spec.groups * spec.channels * spec.packed_columns)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     scratch = plan.scratch(spec.scratch)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
     forward = [
+        *folding,
         plan.whole(f"{label} pack", "weights:pack", PackSpec(spec, turned=False), taps, weight, packed),
         plan.by_image(label, "conv:conv_forward", spec, *arguments),
     ]
@@ -101,8 +125,8 @@ def conv(plan: Plan, operation: Operation) -> Served:
         back = _adding(plan, spec, source)
         columns = turned(back).packed_columns
         reverse = plan.address(f"turned filters {name}", taps * spec.groups * spec.filters * columns)
-        parts = plan.address(f"parts of dw {name}", plan.chunks * taps * spec.channels * spec.K)
-        bias_parts = plan.address(f"parts of db {name}", plan.chunks * spec.K)
+        parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
+        bias_parts = plan.address("parts of db", plan.chunks * spec.K)
         dx = plan.slope(source) if back.wants_dx else 0
         tasks = []
         if back.wants_dx:
@@ -157,12 +181,12 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
     """The same on AMX tiles, bf16 products."""
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     tiles, source, target = TileSpec(spec), operation.inputs[0], operation.output
-    weight = plan.parameter(operation, "weight")
-    bias = plan.parameter(operation, "bias") if spec.bias else 0
+    weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
     forward = [
+        *folding,
         plan.whole(f"{label} pack", "tiles:pack", PackSpec(spec, turned=False), tiles.columns // BLOCK, weight, packed),
         plan.by_image(label, "tiles:conv_forward", tiles, *arguments),
     ]
@@ -175,8 +199,8 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
             chunks = min(plan.chunks, FEW_CHUNKS)
             operation.because(f"{chunks} parts of dw: one has {back.part:,} elements", "backward")
             back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
-        parts = plan.address(f"parts of dw {name}", chunks * back.part)
-        bias_parts = plan.address(f"parts of db {name}", chunks * spec.K)
+        parts = plan.address("parts of dw", chunks * back.part)
+        bias_parts = plan.address("parts of db", chunks * spec.K)
         dx: Argument = 0
         turned_filters: Argument = 0
         tasks = []
@@ -262,7 +286,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
             own = plan.scratch(dense_update_scratch(back) // FLOAT)
             stripes = replace(back, run=round_up(run, STRIPE))
             arguments: tuple[Argument, ...] = (x, turned_rows, weight, *state, numbers, own, shadow)
-            chunks = -(-back.inputs // stripes.run)
+            chunks = -(-back.inputs // stripes.run) * QUARTERS
             return plan.whole(
                 f"{label} dw+update", "dense_tiles:update", DenseUpdateSpec(stripes, spec), chunks, *arguments
             )
@@ -293,24 +317,32 @@ def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
 def dense(plan: Plan, operation: Operation) -> Served:
     """Dense layer with activation."""
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
-    weights = _weights(operation)
+    weights, N = _weights(operation), plan.capacity
     if plan.tiles and weights >= TILES_PAY:
         operation.because(f"AMX tiles: bf16, {weights:,} weights")
         return dense_on_tiles(plan, operation)
     few = f"{weights:,} weights, tiles pay from {TILES_PAY:,}"
     operation.because(f"{plan.isa.name} vectors: " + (few if plan.tiles else "fp32"))
     label = operation.label
-    block = 4 * plan.isa.lanes
-    run = round_up(-(-layer.out_features // DENSE_CHUNKS), 4)
-    spec = _dense_spec(plan, operation, run)
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(target)
-    chunks = -(-layer.out_features // run)
-    forward = [plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, bias, y)]
+    if N < FEW_SAMPLES:
+        run = round_up(-(-layer.out_features // RUNS), 4)
+        spec = _dense_spec(plan, operation, run)
+        forward = [plan.whole(label, "dense:dense_dots", spec, -(-layer.out_features // run), x, weight, bias, y)]
+    else:
+        run = max(-(-layer.in_features // RUNS), SHORT_RUN)
+        spec, chunks = _dense_spec(plan, operation, run), -(-layer.in_features // run)
+        parts = plan.address(f"parts of {operation.names[0]}", chunks * N * round_up(layer.out_features, BLOCK))
+        scratch = plan.scratch(dense_panel(spec))
+        forward = [
+            plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, parts, scratch),
+            plan.whole(f"{label} total", "dense_tiles:total", spec, RUNS, parts, bias, y),
+        ]
 
     def backward() -> Tasks:
-        columns = round_up(-(-layer.in_features // DENSE_CHUNKS), block)
+        columns = round_up(-(-layer.in_features // RUNS), WIDE)
         back = replace(spec, run=columns, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
@@ -327,6 +359,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
                 plan.slope(target),
                 dw,
                 dx,
+                plan.scratch(dense_panel(back)),
             ),
         ]
 

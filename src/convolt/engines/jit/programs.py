@@ -1,9 +1,8 @@
 """The programs of one plan: forward, backward, backward in slices, and the whole step in one."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +12,12 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import LossSpec
-from convolt.engines.jit.order import Group, arranged, in_turn, restricted
-from convolt.engines.jit.plan import KERNELS, Deferred, Plan, address_of
+from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
+from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.products import reads_half, reads_planes
-from convolt.engines.jit.recompute import Segment, clearing, cut, forget, needed_again
+from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
-from convolt.engines.jit.tasks import Task
 from convolt.engines.jit.update import Updater
 from convolt.errors import ConfigError
 from convolt.explanation import Stage
@@ -30,6 +28,7 @@ from convolt.model import Model
 from convolt.params import Params
 
 Array = NDArray[Any]
+OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "tiles:pack", "normalization:fold_running")
 
 
 class Step(NamedTuple):
@@ -47,7 +46,7 @@ class Step(NamedTuple):
 class Backward(NamedTuple):
     """The tasks of a backward pass, each with its operation, and what is left for the optimizer's pass."""
 
-    tasks: list[tuple[Task, Operation]]
+    tasks: list[tuple[Task | Call, Operation]]
     deferred: tuple[Deferred, ...]
 
 
@@ -58,8 +57,8 @@ WAYS = ((False, False), (True, False), (False, True))
 class Programs:
     """One plan of a model, for batches of up to ``capacity`` samples, and what can be run of it.
 
-    grads: what a backward pass adds to; None for prediction alone. segments: into how many parts a model is cut whose
-    inner tensors are made twice (``recompute``); 0 or 1 keeps all of them.
+    grads: what a backward pass adds to; None for prediction alone. add_ranks: see Plan. checkpoints: into how many
+    segments a model is cut whose inner tensors are made twice (``recompute``); 0 or 1 keeps all of them.
     """
 
     def __init__(
@@ -73,10 +72,11 @@ class Programs:
         isa: Isa,
         threads: int,
         compiler: Compiler,
-        segments: int = 0,
+        add_ranks: Callable[[Array], None] | None = None,
+        checkpoints: int = 0,
     ) -> None:
         first, found = operations(model, training=grads is not None)
-        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles)
+        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles, add_ranks)
         self._grads, self._compiler = grads, compiler
         self._model = model
         normalize = found[0].layer if found and isinstance(found[0].layer, Normalize) else None
@@ -97,13 +97,15 @@ class Programs:
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
         self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(1), np.zeros(1)
         self._steps: dict[tuple[float, bool], Step] = {}
+        self._whole: dict[bool, Segments] = {}
+        self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
         self.version = -1
-        self._segments = self._forget(segments) if self.plan.training and segments > 1 else []
-        self.forward_tasks = [*self._input_tasks, *self._forward_tasks()]
+        segments = cut(self.plan, self._operations, checkpoints) if self.plan.training else []
+        self._segment_of = {operation: segment for segment in segments for operation in segment.operations}
+        self.forward_tasks = list(self._forward_tasks())
         self._backward = {way: self._make_backward(*way) for way in WAYS if self.plan.training}
         if self.plan.training:
-            sections = [self._sections(way, self._criterion(0.0)) for way in WAYS]
-            self.plan.lay_out(*map(_arranged, sections), *(in_turn(chain.from_iterable(each)) for each in sections))
+            self.plan.lay_out(*self._orders())
 
     def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
         capacity = self.plan.capacity
@@ -120,7 +122,7 @@ class Programs:
 
     def check_norms(self, count: int) -> None:
         """Refuse to train on so few images that a BatchNorm would see one value a channel. Raises ConfigError."""
-        for name, pixels in self._norms:
+        for name, pixels in self._norms if self.plan.add_ranks is None else ():
             if count * pixels < 2:
                 raise ConfigError(
                     f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
@@ -128,43 +130,33 @@ class Programs:
 
     # -------------------------------------------------------------------------------------------------- the tasks
 
-    def _forget(self, count: int) -> list[Segment]:
-        """The segments whose inner tensors are made twice: all but the last."""
-        forward = {operation: tasks for operation, (tasks, _) in zip(self._operations, self._served, strict=True)}
-        return [
-            forget(self.plan, run, self._operations, [task for operation in run for task in forward[operation]])
-            for run in cut(self._operations, count)[:-1]
-        ]
-
-    def _forward_tasks(self) -> Iterator[Task]:
-        cleared = {tensor for segment in self._segments for tensor in segment.forgotten}
+    def _forward_tasks(self) -> Iterator[Task | Call]:
+        """From the images to the logits."""
+        yield from self._input_tasks
         for operation, (tasks, _) in zip(self._operations, self._served, strict=True):
-            if operation.output in cleared:
-                yield from clearing(self.plan, operation.output)
-            yield from tasks
+            segment = self._segment_of.get(operation)
+            if segment is None:
+                yield from tasks
+            else:
+                yield from segment.first(self.plan, operation, tasks)
 
-    def _make_backward(self, accumulate: bool, fuses_update: bool) -> "Backward":
-        # What is left for after the step may not read what is forgotten.
-        self.plan.begin_backward(accumulate, fuses_update and not self._segments)
+    def _make_backward(self, accumulate: bool, fuses_update: bool) -> Backward:
+        self.plan.begin_backward(accumulate)
         self.plan.begin_slope(self._output)
-        segment_of = {operation: segment for segment in self._segments for operation in segment.operations}
-        made: list[tuple[Task, Operation]] = []
+        forward = {operation: tasks for operation, (tasks, _) in zip(self._operations, self._served, strict=True)}
+        made: list[tuple[Task | Call, Operation]] = []
         for operation, (_, backward) in zip(reversed(self._operations), reversed(self._served), strict=True):
-            segment, tasks = segment_of.get(operation), backward()
+            segment = self._segment_of.get(operation)
+            # What is left for after the step may not read what is forgotten.
+            self.plan.fuses_update = fuses_update and segment is None
+            tasks = backward()
             if segment is not None:
-                if operation is segment.operations[-1]:
-                    made += [(task, operation) for task in segment.second(self._again(segment))]
-                tasks = segment.second(tasks)
+                again = segment.again(self.plan, forward) if operation is segment.operations[-1] else []
+                tasks = [*again, *segment.second(tasks)]
             made += [(task, operation) for task in tasks]
         return Backward(made, tuple(self.plan.deferred))
 
-    def _again(self, segment: Segment) -> list[Task]:
-        """The forward tasks that make what a segment forgot."""
-        served = dict(zip(self._operations, self._served, strict=True))
-        borders = [task for tensor in segment.forgotten for task in clearing(self.plan, tensor)]
-        return borders + needed_again(segment, [task for one in segment.operations for task in served[one][0]])
-
-    def backward_tasks(self, accumulate: bool, fuses_update: bool = False) -> list[tuple[Task, Operation]]:
+    def backward_tasks(self, accumulate: bool, fuses_update: bool = False) -> list[tuple[Task | Call, Operation]]:
         """From the gradient of the logits to those of the parameters, each task with its operation."""
         return self._backward[accumulate, fuses_update].tasks
 
@@ -175,16 +167,26 @@ class Programs:
         labels, loss, scale = map(address_of, (self.labels, self.loss, self.scale))
         return self.plan.whole("loss", "loss:cross_entropy", spec, 1, logits, labels, dlogits, loss, scale)
 
-    def _sections(self, way: tuple[bool, bool], criterion: Task) -> list[list[Task]]:
-        """A whole step; what is made again is not made before the section of its segment."""
-        sections = [[*self.forward_tasks, criterion]]
-        first = {segment.operations[-1] for segment in self._segments}
-        for task, operation in self._backward[way].tasks:
-            if operation in first:
-                first.remove(operation)
-                sections.append([])
-            sections[-1].append(task)
-        return sections
+    def _step_tasks(self, fuses_update: bool, label_smoothing: float) -> Tasks:
+        """Forward, loss, backward."""
+        backward = [task for task, _ in self.backward_tasks(accumulate=False, fuses_update=fuses_update)]
+        return [*self.forward_tasks, self._criterion(label_smoothing), *backward]
+
+    def _orders(self) -> Iterator[list[Tasks]]:
+        """Which tasks run one after another, from the images to the last reader of what has come of them."""
+        for fuses_update in (False, True):
+            late = [one.gradient for one in self._backward[False, fuses_update].deferred]
+            yield [self._step_tasks(fuses_update, 0.0), late]
+        for accumulate in (False, True):
+            yield [self.forward_tasks, [task for task, _ in self.backward_tasks(accumulate)]]
+            yield [self.forward_tasks, *(tasks for tasks, _ in self._cut(accumulate))]
+
+    def order(self, direction: str) -> dict[str, int]:
+        """Places of the operations, by label, in the order in which a direction comes to them."""
+        labels = [operation.label for operation in self._operations]
+        if direction == "backward":
+            labels.reverse()
+        return {label: place for place, label in enumerate(labels, start=1)}
 
     def stages(self) -> list[Stage]:
         """What computes each operation, forward and then backward, and why."""
@@ -206,34 +208,43 @@ class Programs:
         return found
 
     @cached_property
-    def forward(self) -> Program:
+    def prepare(self) -> Program | None:
+        """What a forward pass needs of the weights alone: filters packed, and with BatchNorm taken in."""
+        tasks = [task for task in without_calls(self.forward_tasks) if task.factory in OF_WEIGHTS]
+        return self._program(tasks) if tasks else None
+
+    @cached_property
+    def infer(self) -> Program:
+        """The forward pass behind ``prepare``."""
+        return self._program([task for task in without_calls(self.forward_tasks) if task.factory not in OF_WEIGHTS])
+
+    @cached_property
+    def forward(self) -> Segments:
         """The forward pass."""
-        if not self.plan.training:
-            return self._program(arranged(self.forward_tasks))
-        return self._part(self.forward_tasks)
+        return self._made(self.forward_tasks)
 
-    @cached_property
-    def backward(self) -> Program | None:
-        """The backward pass; gradients are added."""
-        tasks = [task for task, _ in self.backward_tasks(accumulate=True)]
-        return self._part(tasks) if tasks else None
+    def backward(self, accumulate: bool) -> Segments:
+        """The backward pass; gradients are added to what is there, or written."""
+        if accumulate not in self._whole:
+            self._whole[accumulate] = self._made([task for task, _ in self.backward_tasks(accumulate)])
+        return self._whole[accumulate]
 
-    def _part(self, tasks: list[Task]) -> Program:
-        """Some tasks of a whole step, in its order: memory is shared by that."""
-        return self._program(restricted(_arranged(self._sections((True, False), self._criterion(0.0))), tasks))
-
-    @cached_property
-    def slices(self) -> list[tuple[Program, slice]]:
+    def slices(self, accumulate: bool) -> list[tuple[Segments, slice]]:
         """The backward pass cut after each operation with parameters, and the gradient that is final then."""
+        if accumulate not in self._slices:
+            self._slices[accumulate] = [(self._made(tasks), part) for tasks, part in self._cut(accumulate)]
+        return self._slices[accumulate]
+
+    def _cut(self, accumulate: bool) -> list[tuple[Tasks, slice]]:
         assert self._grads is not None
-        found: list[tuple[Program, slice]] = []
-        pending: list[Task] = []
-        tasks = self.backward_tasks(accumulate=True)
+        found: list[tuple[Tasks, slice]] = []
+        pending: list[Task | Call] = []
+        tasks = self.backward_tasks(accumulate)
         for i, (task, operation) in enumerate(tasks):
             pending.append(task)
             last = i + 1 == len(tasks) or tasks[i + 1][1] is not operation
             if last and operation.has_parameters:
-                found.append((self._program(in_turn(pending)), _gradients_of(operation, self._grads)))
+                found.append((pending, _gradients_of(operation, self._grads)))
                 pending = []
         return found
 
@@ -244,32 +255,29 @@ class Programs:
         """
         key = loss.label_smoothing, fuses_update
         if key not in self._steps:
-            way = False, fuses_update
-            deferred = self._backward[way].deferred
+            deferred = self._backward[False, fuses_update].deferred
             norm, square_sums = updater.norm_task(tuple(one.name for one in deferred))
-            groups = _arranged(self._sections(way, self._criterion(loss.label_smoothing)))
-            program = self._program([*groups, Group(norm)])
+            program = self._program([*self._step_tasks(fuses_update, loss.label_smoothing), norm])
             program.keep += [self.labels, self.loss, self.scale]
-            late = self._program(in_turn(one.gradient for one in deferred)) if deferred else None
+            late = self._program([one.gradient for one in deferred]) if deferred else None
             self._steps[key] = Step(program, square_sums, deferred, late)
         return self._steps[key]
 
-    def requests(self, tasks: list[Task]) -> list[tuple[str, Any]]:
+    def requests(self, tasks: Tasks) -> list[tuple[str, Any]]:
         """What the compiler is asked for."""
-        return [(f"{KERNELS}.{task.factory}", task.spec) for task in tasks]
+        return [(f"{KERNELS}.{task.factory}", task.spec) for task in without_calls(tasks)]
 
-    def _program(self, groups: list[Group]) -> Program:
-        return self.plan.program(groups, self._compiler)
+    def _program(self, tasks: Tasks) -> Program:
+        return self.plan.program(without_calls(tasks), self._compiler)
+
+    def _made(self, tasks: Tasks) -> Segments:
+        return self.plan.segments(tasks, self._compiler)
 
 
-def _arranged(sections: list[list[Task]]) -> list[Group]:
-    return [group for section in sections for group in arranged(section)]
-
-
-def _stage(operation: Operation, direction: str, tasks: list[Task], flops: int) -> Stage:
+def _stage(operation: Operation, direction: str, tasks: Tasks, flops: int) -> Stage:
     """The stage of an operation; backward has the reasons of forward too."""
     reasons = operation.reasons["forward"] + (operation.reasons["backward"] if direction == "backward" else [])
-    kernels = tuple(dict.fromkeys(task.factory for task in tasks))
+    kernels = tuple(dict.fromkeys(task.factory for task in without_calls(tasks)))
     return Stage(operation.label, direction, kernels, "; ".join(reasons) or "the only kernel for it", flops)
 
 

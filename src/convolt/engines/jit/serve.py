@@ -22,13 +22,13 @@ from convolt.engines.jit.kernels.specs import (
     PoolSpec,
     Windowing,
 )
-from convolt.engines.jit.plan import DropoutMask, Plan
+from convolt.engines.jit.phases import Argument, Call, Served, Task, Tasks
+from convolt.engines.jit.plan import DropoutMask, Plan, address_of
 from convolt.engines.jit.products import conv, dense
-from convolt.engines.jit.tasks import Argument, Served, Tasks
 from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
 
-def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normalize | None) -> Tasks:
+def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normalize | None) -> list[Task]:
     """Unpacking of the images, with an input normalization folded in."""
     frame = Frame.of(tensor)
     spec = InputSpec(frame, byte_input, plan.images)
@@ -49,7 +49,8 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
     layer, source, target = cast(BatchNorm2d, operation.layer), operation.inputs[0], operation.output
     label, name = operation.label, operation.names[0]
     spec = norm_spec(plan, operation)
-    sums = plan.address("sums", plan.chunks * 3 * spec.columns, np.float64)
+    parts = plan.buffer("sums", plan.chunks * 3 * spec.columns, np.float64)
+    sums, totals, pixels = address_of(parts), None, math.prod(source.shape[1:])
     constants = plan.address(f"constants {name}", 4 * spec.columns)
     momentum = int(np.float64(layer.momentum).view(np.int64))
     weight, bias = (plan.parameter(operation, key) if layer.affine else 0 for key in ("weight", "bias"))
@@ -58,34 +59,49 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
     skip = operation.inputs[1] if operation.adds else None
     pooled = spec.pool != (1, 1)
     codes = plan.address(f"codes {name}", plan.capacity * math.prod(target.shape), np.uint8) if pooled else 0
+    if operation.consumes:
+        plan.put_slope(source, plan.value(source))
     applied = (plan.value(source), constants, plan.value(target), 0 if skip is None else plan.value(skip), codes)
     apply = plan.by_image(label, "normalization:normalize", spec, *applied)
     if not plan.training:
         return [plan.whole(f"{label} fold", "normalization:fold_running", spec, 1, *folding), apply], list
-    forward = [
-        plan.by_image(f"{label} statistics", "normalization:statistics", _bare(spec), plan.value(source), sums),
-        plan.whole(f"{label} fold", "normalization:fold", _bare(spec), 1, *folding),
+    bare = _bare(spec)
+    statistics = plan.by_image(f"{label} statistics", "normalization:statistics", bare, plan.value(source), sums)
+    forward: list[Task | Call] = [
+        statistics,
+        plan.whole(f"{label} fold", "normalization:fold", bare, 1, *folding),
         apply,
     ]
+    if plan.add_ranks is not None:
+        totals = plan.buffer(f"totals {name}", 3 * spec.columns + 1, np.float64)[: 3 * spec.columns + 1]
+        of_all = replace(bare, synchronized=True)
+        fold = plan.whole(f"{label} fold", "normalization:fold", of_all, 1, address_of(totals), *folding[1:])
+        forward = [statistics, plan.sum_over_ranks(name, parts, totals, pixels, about_pivots=True), fold, apply]
 
     def backward() -> Tasks:
-        wants_skip = skip is not None and skip in plan.learning
+        add, adds_skip, wants_skip = plan.begin_slope(source), False, False
+        if skip is not None and skip in plan.learning:
+            adds_skip = plan.begin_slope(skip)
+            if not adds_skip:  # it is dy, but for the outer activation, and nobody else needs that
+                plan.put_slope(skip, plan.slope(target))
+            wants_skip = adds_skip or spec.outer != 1
         dskip = plan.slope(skip) if skip is not None and wants_skip else 0
-        back = replace(
-            spec,
-            add=plan.begin_slope(source),
-            adds_skip=skip is not None and wants_skip and plan.begin_slope(skip),
-            wants_skip=wants_skip,
-        )
+        back = replace(spec, add=add, adds_skip=adds_skip, wants_skip=wants_skip)
         terms = plan.address("terms of dx", 2 * spec.columns)
         dweight, dbias = (
             plan.parameter(operation, key, gradient=True) if layer.affine else 0 for key in ("weight", "bias")
         )
         seen = (plan.value(source), plan.value(target), plan.slope(target), codes, constants)
-        folded, written = replace(_bare(spec), accumulate=plan.accumulate), (plan.slope(source), dskip)
+        folded, written = replace(bare, accumulate=plan.accumulate), (plan.slope(source), dskip)
+        summed: tuple[Argument, ...] = sums, dweight, dbias, constants, terms
+        between: list[Call] = []
+        if totals is not None:
+            folded, summed = replace(folded, synchronized=True), (*summed, address_of(totals))
+            between = [plan.sum_over_ranks(name, parts, totals, pixels)]
         return [
             plan.by_image(f"{label} slopes", "normalization:slopes", spec, *seen, sums),
-            plan.whole(f"{label} fold", "normalization:fold_slopes", folded, 1, sums, dweight, dbias, constants, terms),
+            *between,
+            plan.whole(f"{label} fold", "normalization:fold_slopes", folded, 1, *summed),
             plan.by_image(f"{label} backward", "normalization:normalize_backward", back, *seen, terms, *written),
         ]
 
@@ -126,6 +142,7 @@ def pool(plan: Plan, operation: Operation) -> Served:
         P,
         Q,
         plan.images,
+        plan.isa.lanes,
         count_include_pad=largest or cast(AvgPool2d, layer).count_include_pad,
     )
     size = plan.capacity * P * Q * target.shape[0] * spec.code_bytes
@@ -137,7 +154,7 @@ def pool(plan: Plan, operation: Operation) -> Served:
         if source not in plan.learning:
             return []
         back = replace(spec, add=plan.begin_slope(source))
-        arguments = (plan.slope(target), codes, plan.slope(source))
+        arguments = (plan.slope(source), plan.slope(target), codes)
         return [plan.by_image(f"{operation.label} backward", f"{factory}_backward", back, *arguments)]
 
     return forward, backward
@@ -147,7 +164,7 @@ def elementwise(plan: Plan, operation: Operation) -> Served:
     """An activation or Dropout that is fused nowhere."""
     layer, source, target = cast(Layer, operation.layer), operation.inputs[0], operation.output
     kind, number = _function(layer)
-    spec = MapSpec(kind, Frame.of(source), Frame.of(target), plan.images, number)
+    spec = MapSpec(kind, Frame.of(source), Frame.of(target), plan.images, plan.isa.lanes, number)
     mask: Argument = 0
     if isinstance(layer, Dropout):
         size = plan.capacity * int(np.prod(source.shape))
@@ -184,7 +201,7 @@ def shaping(plan: Plan, operation: Operation) -> Served:
     source, target = operation.inputs[0], operation.output
     factory = "images:flatten" if operation.kind == "Flatten" else "images:global_average"
     frames = Frame.of(source), Frame.of(target)
-    spec = MapSpec(operation.kind, *frames, plan.images, lanes=plan.isa.lanes, half=target.half)
+    spec = MapSpec(operation.kind, *frames, plan.images, plan.isa.lanes, half=target.half)
     own = plan.scratch(math.prod(source.shape)) if target.half else 0
     forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target), own)]
 
@@ -202,7 +219,7 @@ def add(plan: Plan, operation: Operation) -> Served:
     """The sum of two branches, with activation."""
     left, right = operation.inputs
     target = operation.output
-    spec = AddSpec(Frame.of(left), Frame.of(right), Frame.of(target), operation.slope, plan.images)
+    spec = AddSpec(Frame.of(left), Frame.of(right), Frame.of(target), operation.slope, plan.images, plan.isa.lanes)
     arguments = (plan.value(left), plan.value(right), plan.value(target))
     forward = [plan.by_image(operation.label, "images:add", spec, *arguments)]
 

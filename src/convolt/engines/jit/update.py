@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import NUMBERS, LossSpec, UpdateSpec
-from convolt.engines.jit.order import in_turn
+from convolt.engines.jit.phases import Task
 from convolt.engines.jit.plan import Deferred, Plan, address_of
 from convolt.engines.jit.runtime import Program, Team
-from convolt.engines.jit.tasks import Task
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, runs_within, step_flat
 from convolt.params import Params
 
@@ -42,14 +41,14 @@ class Updater:
 
     def fuses(self, optimizer: Optimizer) -> bool:
         """Whether a step of this optimizer can be one pass with the gradient of a matrix."""
-        return _spec(optimizer) is not None
+        return _spec(optimizer, self._plan.isa.lanes) is not None
 
     def update(self, optimizer: Optimizer, part: slice | None = None, deferred: Sequence[Deferred] = ()) -> None:
         """One step of all parameters, or of a part of them; of ``deferred`` ones the gradient is made on the way."""
         if not self.state:
             self.state = init_state(optimizer, self._params.flat.size, self._params.dtype)
         self.step += 1
-        spec = _spec(optimizer)
+        spec = _spec(optimizer, self._plan.isa.lanes)
         if spec is None or set(optimizer.state_names) - self.state.keys():
             decays = self._params.decays()
             step_flat(optimizer, self._params.flat, self._grads.flat, self.state, self.step, decays, part)
@@ -92,7 +91,7 @@ class Updater:
             one.update(spec, tuple(vector + self._offset(one.name) for vector in vectors), address_of(self._numbers))
             for one in deferred
         ]
-        program = self._plan.program(in_turn([*tasks, task]), self._compiler)
+        program = self._plan.program([*tasks, task], self._compiler)
         program.keep += [self, runs]
         return program
 
@@ -119,16 +118,18 @@ class Updater:
         return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def _spec(optimizer: Optimizer) -> UpdateSpec | None:
+def _spec(optimizer: Optimizer, lanes: int) -> UpdateSpec | None:
     if isinstance(optimizer, SGD):
-        return UpdateSpec("sgd", optimizer.momentum != 0, optimizer.nesterov, False, optimizer.decoupled_weight_decay)
+        return UpdateSpec(
+            "sgd", lanes, optimizer.momentum != 0, optimizer.nesterov, False, optimizer.decoupled_weight_decay
+        )
     if isinstance(optimizer, Adam):
-        return UpdateSpec("adam", decoupled=optimizer.decoupled_weight_decay)
+        return UpdateSpec("adam", lanes, decoupled=optimizer.decoupled_weight_decay)
     if isinstance(optimizer, AdamW):
-        return UpdateSpec("adamw", decoupled=True)
+        return UpdateSpec("adamw", lanes, decoupled=True)
     if isinstance(optimizer, RMSprop):
         return UpdateSpec(
-            "rmsprop", optimizer.momentum != 0, False, optimizer.centered, optimizer.decoupled_weight_decay
+            "rmsprop", lanes, optimizer.momentum != 0, False, optimizer.centered, optimizer.decoupled_weight_decay
         )
     return None
 

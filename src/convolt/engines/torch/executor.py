@@ -8,7 +8,7 @@ gradient that overflows is taken again with half the scale, from the same forwar
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ from convolt.convert.modules import Normalize, module_of
 from convolt.engine import Executor, OnReady, StepResult
 from convolt.engines.torch.losses import to_numpy, to_tensor, total_loss
 from convolt.engines.torch.optimizers import FlatOptimizer
-from convolt.errors import ConfigError
+from convolt.engines.torch.synchronized import SynchronizedNorm
+from convolt.errors import ConfigError, EngineError
 from convolt.layers import BatchNorm2d, Dropout, Layer, Residual, Shape, walk
 from convolt.losses import Loss
 from convolt.model import Model
@@ -118,6 +119,7 @@ class TorchExecutor(Executor):
             parameter.register_post_accumulate_grad_hook(partial(self._announce, params.slices[name]))
         self._optimizer = FlatOptimizer(params.flat.size, params.decays())
         self._loss_scale, self._good_steps = FIRST_LOSS_SCALE, 0
+        self._synchronized = False
 
     # --- memory ---
 
@@ -165,6 +167,15 @@ class TorchExecutor(Executor):
             twin.on_host()
         self._params.restore_statistics(statistics)
 
+    def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
+        """Every BatchNorm of the module is put into one that adds over ranks."""
+        if self._half is torch.float16:
+            raise EngineError("engine torch: sync_batch_norm needs another precision than fp16, whose backward repeats")
+        for name, (layer, _) in self._leaves.items():
+            if isinstance(layer, BatchNorm2d):
+                self._module.set_submodule(name, SynchronizedNorm(self._module.get_submodule(name), name, add))
+        self._synchronized = True
+
     def zero_grads(self) -> None:
         """Zeros, written where the gradients are."""
         with self._limited():
@@ -191,8 +202,11 @@ class TorchExecutor(Executor):
         scale: float,
         rng: SampleRng | None = None,
         on_ready: OnReady | None = None,
+        fresh: bool = False,
     ) -> StepResult:
         """Forward, native loss and autograd; the loss is read after backward, so that CUDA waits once."""
+        if fresh:
+            self.zero_grads()
         with self._limited():
             self._prepare(training=True)
             self._check_batch(len(x))
@@ -233,7 +247,7 @@ class TorchExecutor(Executor):
             masked.mask = None
 
     def _check_batch(self, samples: int) -> None:
-        for name, (layer, shape) in self._leaves.items():
+        for name, (layer, shape) in () if self._synchronized else self._leaves.items():
             if isinstance(layer, BatchNorm2d) and samples * math.prod(shape[1:]) < 2:
                 raise ConfigError(
                     f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"

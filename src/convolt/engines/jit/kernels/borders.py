@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.kernels.specs import FLOAT, BorderSpec
+from convolt.engines.jit.kernels.specs import FLOAT, MapSpec
 from convolt.engines.jit.memory import view
 
 
-def clear(spec: BorderSpec) -> Callable[..., None]:
+def clear(spec: MapSpec) -> Callable[..., None]:
     """Zero outside H x W; arguments: state, x."""
     x, images = spec.x, spec.images
     x_size, rows, columns, C, H, W = x.size, x.rows, x.columns, x.C, x.H, x.W

@@ -23,6 +23,11 @@ from numba import njit
 
 from convolt.engines.jit.epilogue import MaxOf, Through, Unpool, max_of, through, unpool
 from convolt.engines.jit.gemm import Gemm, gemm
+from convolt.engines.jit.kernels.depthwise import (
+    depthwise_forward,
+    depthwise_input_gradient,
+    depthwise_weight_gradient,
+)
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec, turned
 from convolt.engines.jit.memory import view
 
@@ -61,6 +66,8 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
 
     Filters are packed (groups, R, S, C/groups, columns). A chunk is a run of images.
     """
+    if spec.depthwise:
+        return depthwise_forward(spec)
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
     full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
@@ -204,8 +211,11 @@ def conv_backward(spec: ConvSpec) -> Callable[..., None]:
     gradient of the fused output: it is first spread to the gradient of the convolution in the frame of one image.
     Filters are turned and packed (groups, R, S, K/groups, columns). Parts are (chunks, R, S, C/groups, K).
     """
-    spread, weights = _spread(spec), _weight_gradient(spec)
-    inputs = _input_gradient(spec) if spec.wants_dx else weights
+    weight_gradient, input_gradient = _weight_gradient, _input_gradient
+    if spec.depthwise:
+        weight_gradient, input_gradient = depthwise_weight_gradient, depthwise_input_gradient
+    spread, weights = _spread(spec), weight_gradient(spec)
+    inputs = input_gradient(spec) if spec.wants_dx else weights
     framed, wants_dx, images, scratch_size = spec.framed, spec.wants_dx, spec.images, spec.scratch
     bias, K = spec.bias, spec.K
     part = spec.window.R * spec.window.S * spec.channels * K

@@ -1,17 +1,23 @@
-"""Dense layers on features (N, F), with weights in PyTorch's own layout (out, in).
+"""Dense layers on features (N, F) in float32, with weights in PyTorch's own layout (out, in).
 
-    forward    y = act(x W^T + b)   both operands contiguous in ``in``: the micro-kernel ``dot``
+    forward    y = act(x W^T + b)
     dx         dy W                 rows = samples, depth = out
     dw         dy^T x               rows = out, depth = samples
 
-so that neither weights nor gradients are ever transposed or packed. The forward is blocked over ``in``: a panel of x
-stays in L2 while the chunk's outputs pass by. Backward goes over blocks of ``in``: a thread owns columns of W, of dw
-and of dx. Samples behind the end of a smaller batch are zero rows of dy.
+Forward has two ways. A batch splits the sum: a chunk is a run of inputs, whose panel of W is transposed into the L2
+cache; ``dense_tiles.total`` then adds the chunks' parts in order, with bias and activation. Every number of x and W is
+read once, where blocks of outputs would read x again for each, more than the L3 cache gives. A few samples do not pay
+for a transpose: ``dense_dots`` multiplies rows of x and of W as they are, a chunk being a run of outputs.
 
-Cost: 2 N in out FLOPs each; bytes: W is read twice and dw written once, x and dy stay in the caches.
+Backward goes over blocks of 128 inputs: rows of 512 bytes, which the hardware fetches ahead. Those of x and of W are
+copied into the cache: left where they are, some kilobytes apart, they share few of its sets and drive one another out.
+A thread owns columns of dw and of dx. Samples behind the end of a smaller batch are zero rows of dy.
+
+Cost: 2 N in out FLOPs each; bytes: x and W once forward; x and W once, dw and dx once backward.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +26,86 @@ from numba import njit
 from convolt.engines.jit.dot import Dot, dot
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.kernels.conv import register_rows
-from convolt.engines.jit.kernels.specs import FLOAT, VECTORS, DenseSpec
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.kernels.specs import BLOCK, FLOAT, VECTORS, WIDE, DenseSpec, dense_panel, round_up
+from convolt.engines.jit.memory import copy, view
+from convolt.engines.jit.transpose import Transpose, transpose
 
-DEPTH_BLOCK = 1024  # inputs of a panel: 128 samples of it are 512 KB
+DEPTH_BLOCK = 1024  # inputs of a panel of dots
 DOT_ROWS, DOT_COLUMNS = 4, 4
+DEEPEST = 448  # of a product, so that its columns of the right operand stay in the L1 cache
 
 
 def dense_forward(spec: DenseSpec) -> Callable[..., None]:
+    """One part of x W^T; arguments: state, x, W, parts (chunks, N, columns), scratch. A chunk is ``run`` inputs."""
+    run, chunks = spec.run, -(-spec.inputs // spec.run)
+    last_run, whole = spec.inputs - (chunks - 1) * run, _part(spec, run)
+    last = whole if last_run == run else _part(spec, last_run)
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        if chunk + 1 < chunks:
+            whole(arguments, chunk, thread)
+        else:
+            last(arguments, chunk, thread)
+
+    return kernel
+
+
+def _part(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
+    """``parts[chunk] = x W^T`` over a run of so many inputs."""
+    N, outputs, all_inputs, run = spec.N, spec.outputs, spec.inputs, spec.run
+    columns, block = round_up(outputs, BLOCK), VECTORS * spec.lanes
+    turn = transpose(Transpose(outputs, inputs, all_inputs, columns, spec.lanes))
+    whole, rest = divmod(outputs, block)
+    shape = Gemm(0, block, 0, all_inputs, 1, 0, columns, 0, columns, spec.lanes)
+    full = deep_rows(shape if whole else replace(shape, columns=rest), N, inputs, spec.registers)
+    tail = deep_rows(replace(shape, columns=rest), N, inputs, spec.registers) if whole and rest else full
+    scratch = dense_panel(spec)
+
+    @njit
+    def part(arguments: Any, chunk: int, thread: int) -> None:
+        first = FLOAT * chunk * run
+        panel = arguments[4] + FLOAT * thread * scratch
+        x, c = arguments[1] + first, arguments[3] + FLOAT * chunk * N * columns
+        turn(arguments[2] + first, panel)
+        for j in range(whole):
+            full(x, panel + FLOAT * j * block, c + FLOAT * j * block)
+        if rest:
+            tail(x, panel + FLOAT * whole * block, c + FLOAT * whole * block)
+
+    found: Callable[[Any, int, int], None] = part
+    return found
+
+
+def deep_rows(spec: Gemm, rows: int, depth: int, registers: int) -> Callable[[int, int, int], None]:
+    """A product with any number of rows and any depth, in blocks of both: ``run(a, b, c)``."""
+    count = -(-depth // DEEPEST)
+    size = -(-depth // count)
+    last = depth - (count - 1) * size
+    begin = register_rows(replace(spec, depth=size), rows, registers)
+
+    @njit
+    def once(a: int, b: int, c: int) -> None:
+        begin(a, b, c, 0, 1)
+
+    if count == 1:
+        shallow: Callable[[int, int, int], None] = once
+        return shallow
+    between = register_rows(replace(spec, depth=size, start="load"), rows, registers)
+    end = between if last == size else register_rows(replace(spec, depth=last, start="load"), rows, registers)
+    a_step, b_step = FLOAT * size * spec.a_depth, FLOAT * size * spec.b_depth
+
+    @njit
+    def run(a: int, b: int, c: int) -> None:
+        begin(a, b, c, 0, 1)
+        for block in range(1, count - 1):
+            between(a + block * a_step, b + block * b_step, c, 0, 1)
+        end(a + (count - 1) * a_step, b + (count - 1) * b_step, c, 0, 1)
+
+    found: Callable[[int, int, int], None] = run
+    return found
+
+
+def dense_dots(spec: DenseSpec) -> Callable[..., None]:
     """``y = act(x W^T + b)``; arguments: state, x, W, bias, y. A chunk is ``run`` outputs."""
     N, inputs, outputs, run = spec.N, spec.inputs, spec.outputs, spec.run
     slope, bias = np.float32(spec.slope), spec.bias
@@ -122,44 +200,69 @@ def dense_slopes(spec: DenseSpec) -> Callable[..., None]:
 
 
 def dense_backward(spec: DenseSpec) -> Callable[..., None]:
-    """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W, dy, dw, dx. A chunk is ``run`` inputs."""
+    """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W, dy, dw, dx, scratch.
+
+    A chunk is ``run`` inputs, a multiple of 128.
+    """
     run, inputs = spec.run, spec.inputs
-    block = VECTORS * spec.lanes
-    rest = inputs % block
-    full, tail = _columns(spec, block), _columns(spec, rest or block)
-    whole = inputs // block
+    rest = inputs % WIDE
+    whole = inputs // WIDE
+    full = _columns(spec, WIDE if whole else rest)
+    tail = _columns(spec, rest) if whole and rest else full
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        first, end = chunk * run // block, min((chunk + 1) * run, inputs) // block
+        first, end = chunk * run // WIDE, min((chunk + 1) * run, inputs) // WIDE
         if whole:
             for j in range(first, end):
-                full(arguments, j * block)
+                full(arguments, j * WIDE, thread)
         if rest and (chunk + 1) * run >= inputs:
-            tail(arguments, whole * block)
+            tail(arguments, whole * WIDE, thread)
 
     return kernel
 
 
-def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int], None]:
-    """Some columns of dw and of dx: ``both(arguments, first column)``."""
+def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
+    """Some columns of dw and of dx: ``both(arguments, first column, thread)``."""
     N, inputs, outputs, wants_dx = spec.N, spec.inputs, spec.outputs, spec.wants_dx
-    weights = register_rows(
-        Gemm(0, columns, N, 1, outputs, 0, inputs, 0, inputs, spec.lanes, "load" if spec.accumulate else "zero"),
-        outputs,
-        spec.registers,
-    )
-    slopes = register_rows(
-        Gemm(0, columns, outputs, outputs, 1, 0, inputs, 0, inputs, spec.lanes, "load" if spec.add else "zero"),
-        N,
-        spec.registers,
-    )
+    block, scratch = VECTORS * spec.lanes, dense_panel(spec)
+    sizes = [min(block, columns - start) for start in range(0, columns, block)]
+    count, last = len(sizes), sizes[-1]
+    move, move_last = copy(FLOAT * block), copy(FLOAT * last)
+    dw = Gemm(0, block, 0, 1, outputs, 0, block, 0, inputs, spec.lanes, "load" if spec.accumulate else "zero")
+    dx = Gemm(0, block, 0, outputs, 1, 0, block, 0, inputs, spec.lanes, "load" if spec.add else "zero")
+    last_weights = deep_rows(replace(dw, columns=last), outputs, N, spec.registers)
+    last_slopes = deep_rows(replace(dx, columns=last), N, outputs, spec.registers)
+    alone = count == 1 or last == block
+    weights = last_weights if alone else deep_rows(dw, outputs, N, spec.registers)
+    slopes = last_slopes if alone else deep_rows(dx, N, outputs, spec.registers)
 
     @njit
-    def both(arguments: Any, column: int) -> None:
-        offset = FLOAT * column
-        weights(arguments[3], arguments[1] + offset, arguments[4] + offset, 0, 1)
-        if wants_dx:
-            slopes(arguments[3], arguments[2] + offset, arguments[5] + offset, 0, 1)
+    def pack(source: int, rows: int, target: int) -> None:
+        for row in range(rows):
+            for j in range(count - 1):
+                move(source + FLOAT * (row * inputs + j * block), target + FLOAT * (j * rows + row) * block)
+            j = count - 1
+            move_last(source + FLOAT * (row * inputs + j * block), target + FLOAT * (j * rows + row) * block)
 
-    found: Callable[[Any, int], None] = both
+    @njit
+    def both(arguments: Any, column: int, thread: int) -> None:
+        offset = FLOAT * column
+        panel = arguments[6] + FLOAT * thread * scratch
+        pack(arguments[1] + offset, N, panel)
+        for j in range(count):
+            a, b, c = arguments[3], panel + FLOAT * j * N * block, arguments[4] + offset + FLOAT * j * block
+            if j + 1 < count:
+                weights(a, b, c)
+            else:
+                last_weights(a, b, c)
+        if wants_dx:
+            pack(arguments[2] + offset, outputs, panel)
+            for j in range(count):
+                a, b, c = arguments[3], panel + FLOAT * j * outputs * block, arguments[5] + offset + FLOAT * j * block
+                if j + 1 < count:
+                    slopes(a, b, c)
+                else:
+                    last_slopes(a, b, c)
+
+    found: Callable[[Any, int, int], None] = both
     return found

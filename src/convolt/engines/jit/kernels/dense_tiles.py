@@ -28,6 +28,7 @@ from convolt.engines.jit.kernels.specs import (
     DEPTH,
     FLOAT,
     NUMBERS,
+    QUARTERS,
     STRIPE,
     WIDE,
     DenseSpec,
@@ -199,10 +200,12 @@ def backward(spec: DenseSpec) -> Callable[..., None]:
     run, inputs, scratch = spec.run, spec.inputs, dense_backward_scratch(spec)
     rest = inputs % WIDE
     full, tail = _columns(spec, WIDE), _columns(spec, rest or WIDE)
+    partial = spec.N % DEPTH > 0 or spec.outputs % DEPTH > 0  # a last step that is not full
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         own = arguments[7] + thread * scratch
-        view(own, (scratch,), np.uint8)[:] = np.uint8(0)
+        if partial:
+            view(own, (scratch,), np.uint8)[:] = np.uint8(0)
         for column in range(chunk * run, min((chunk + 1) * run, inputs), WIDE):
             if column + WIDE <= inputs:
                 full(arguments, column, own)
@@ -251,7 +254,7 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
 
 
 def update(spec: DenseUpdateSpec) -> Callable[..., None]:
-    """``dw = dy^T x`` and the optimizer's step on W; a chunk is ``run`` inputs, as backward.
+    """``dw = dy^T x`` and the optimizer's step on W; a chunk is ``run`` inputs of a quarter of the outputs.
 
     Arguments: state, x, dy turned, W, three vectors of the optimizer's state, numbers, scratch, W in bf16;
     see ``weights.update``.
@@ -260,22 +263,25 @@ def update(spec: DenseUpdateSpec) -> Callable[..., None]:
     run, inputs, scratch = dense.run, dense.inputs, dense_update_scratch(dense)
     rest = inputs % STRIPE
     full, tail = _stepped_columns(spec, STRIPE), _stepped_columns(spec, rest or STRIPE)
+    outputs, partial = round_up(-(-dense.outputs // QUARTERS), BLOCK), dense.N % DEPTH > 0
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         own = arguments[8] + thread * scratch
-        view(own, (scratch,), np.uint8)[:] = np.uint8(0)
-        for column in range(chunk * run, min((chunk + 1) * run, inputs), STRIPE):
+        if partial:
+            view(own, (scratch,), np.uint8)[:] = np.uint8(0)
+        stripe, first = chunk // QUARTERS, chunk % QUARTERS * outputs
+        for column in range(stripe * run, min((stripe + 1) * run, inputs), STRIPE):
             if column + STRIPE <= inputs:
-                full(arguments, column, own)
+                full(arguments, column, first, first + outputs, own)
             else:
-                tail(arguments, column, own)
+                tail(arguments, column, first, first + outputs, own)
         release()
 
     return kernel
 
 
-def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, int], None]:
-    """Some columns of W, 32 outputs at a time: their gradient in scratch memory, then the optimizer."""
+def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, int, int, int], None]:
+    """Some columns of some rows of W, 32 at a time: their gradient in scratch memory, then the optimizer."""
     dense, step = spec.dense, optimizer_step(spec.update)
     N, inputs = dense.N, dense.inputs
     samples = round_up(N, BLOCK)
@@ -289,11 +295,11 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
     x_bytes, rows_bytes, outputs = BF16 * STRIPE * samples, BF16 * BLOCK * samples, dense.outputs
 
     @njit
-    def stepped(arguments: Any, column: int, scratch: int) -> None:
+    def stepped(arguments: Any, column: int, start: int, stop: int, scratch: int) -> None:
         dw = scratch + x_bytes
         numbers = view(arguments[7], (NUMBERS,), np.float64)
         pair(arguments[1] + x_width * column, scratch)
-        for first in range(0, outputs, BLOCK):
+        for first in range(start, min(stop, outputs), BLOCK):
             turned = arguments[2] + first // BLOCK * rows_bytes
             if first < whole * BLOCK:
                 block(turned, scratch, dw)

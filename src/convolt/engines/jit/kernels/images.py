@@ -15,7 +15,12 @@ from numba import njit
 from convolt.engines.jit.bf16 import to_bf16
 from convolt.engines.jit.kernels.specs import BF16, FLOAT, AddSpec, InputSpec, MapSpec
 from convolt.engines.jit.memory import view
+from convolt.engines.jit.pixels import Block, activated, for_blocks, let_through, on_pixels
 from convolt.engines.jit.transpose import Transpose, transpose
+from convolt.engines.jit.vectors import I64, Floats, carried_loop
+
+VECTORS = 4  # of a block
+STREAMED = ("relu", "leaky", "dropout")  # what is written out as vectors
 
 
 def unpack(spec: InputSpec) -> Callable[..., None]:
@@ -45,23 +50,17 @@ def unpack(spec: InputSpec) -> Callable[..., None]:
 
 def elementwise(spec: MapSpec) -> Callable[..., None]:
     """``y = f(x)``; arguments: state, x, y, mask. ``mask`` (N, H, W, C) is Dropout's."""
-    f = _function(spec)
-    x, y, images, masked = spec.x, spec.y, spec.images, spec.kind == "dropout"
+    x, y, images = spec.x, spec.y, spec.images
     H, row = x.H, x.W * x.C
+    run = _streamed(spec, row) if spec.kind in STREAMED else _computed(spec, row)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for h in range(H):
-                source = view(arguments[1] + FLOAT * (image * x_size + x_origin + h * x_pitch), (row,), np.float32)
-                target = view(arguments[2] + FLOAT * (image * y_size + y_origin + h * y_pitch), (row,), np.float32)
-                if masked:
-                    mask = view(arguments[3] + FLOAT * (image * H + h) * row, (row,), np.float32)
-                    for i in range(row):
-                        target[i] = source[i] * mask[i]
-                else:
-                    for i in range(row):
-                        target[i] = f(source[i])
+                source = arguments[1] + FLOAT * (image * x_size + x_origin + h * x_pitch)
+                target = arguments[2] + FLOAT * (image * y_size + y_origin + h * y_pitch)
+                run((source, target, arguments[3] + FLOAT * (image * H + h) * row), 1)
 
     x_size, x_origin, x_pitch = x.size, x.origin, x.pitch
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
@@ -70,53 +69,106 @@ def elementwise(spec: MapSpec) -> Callable[..., None]:
 
 def elementwise_backward(spec: MapSpec) -> Callable[..., None]:
     """``dx (+)= dy f'(x)``; arguments: state, x, dy, mask, dx. x is a frame, dy and dx (N, H, W, C)."""
-    slope = _slope(spec)
-    x, images, masked, add = spec.x, spec.images, spec.kind == "dropout", spec.add
+    x, images = spec.x, spec.images
     H, row = x.H, x.W * x.C
+    run = _streamed_backward(spec, row) if spec.kind in STREAMED else _computed_backward(spec, row)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for h in range(H):
-                source = view(arguments[1] + FLOAT * (image * x_size + x_origin + h * x_pitch), (row,), np.float32)
-                dy = view(arguments[2] + FLOAT * (image * H + h) * row, (row,), np.float32)
-                mask = view(arguments[3] + FLOAT * (image * H + h) * row, (row,), np.float32)
-                dx = view(arguments[4] + FLOAT * (image * H + h) * row, (row,), np.float32)
-                for i in range(row):
-                    value = dy[i] * (mask[i] if masked else slope(source[i]))
-                    dx[i] = dx[i] + value if add else value
+                source = arguments[1] + FLOAT * (image * x_size + x_origin + h * x_pitch)
+                place = FLOAT * (image * H + h) * row
+                run((source, arguments[2] + place, arguments[3] + place, arguments[4] + place), 1)
 
     x_size, x_origin, x_pitch = x.size, x.origin, x.pitch
     return kernel
 
 
+def _streamed(spec: MapSpec, row: int) -> Any:
+    """``run((x, y, mask), 1)`` of a row of numbers, as vectors."""
+
+    def number(floats: Floats, x: Any, mask: Any) -> Any:
+        return floats.builder.fmul(x, mask) if spec.kind == "dropout" else activated(floats, x, spec.number)
+
+    def generate(builder: Any, words: list[Any], pixels: Any) -> None:
+        floats = Floats(builder, spec.lanes)
+        x, y, mask = (floats.pointer(word) for word in words)
+
+        def block(b: Block) -> None:
+            values = b.load(x)
+            masks = b.load(mask) if spec.kind == "dropout" else values
+            b.store([number(floats, *pair) for pair in zip(values, masks, strict=True)], y)
+
+        for_blocks(floats, row, VECTORS, block)
+
+    return on_pixels(generate)
+
+
+def _streamed_backward(spec: MapSpec, row: int) -> Any:
+    """``run((x, dy, mask, dx), 1)`` of a row of numbers, as vectors."""
+
+    def number(floats: Floats, seen: Any, dy: Any) -> Any:
+        return floats.builder.fmul(dy, seen) if spec.kind == "dropout" else let_through(floats, dy, seen, spec.number)
+
+    def generate(builder: Any, words: list[Any], pixels: Any) -> None:
+        floats = Floats(builder, spec.lanes)
+        x, dy, mask, dx = (floats.pointer(word) for word in words)
+
+        def block(b: Block) -> None:
+            pairs = zip(b.load(mask if spec.kind == "dropout" else x), b.load(dy), strict=True)
+            b.put([number(floats, *pair) for pair in pairs], dx, spec.add)
+
+        for_blocks(floats, row, VECTORS, block)
+
+    return on_pixels(generate)
+
+
+def _computed(spec: MapSpec, row: int) -> Callable[[tuple[int, ...], int], None]:
+    """The same for functions that a C library computes, number by number."""
+    f = _function(spec)
+
+    @njit
+    def run(words: tuple[int, ...], _: int) -> None:
+        source, target = view(words[0], (row,), np.float32), view(words[1], (row,), np.float32)
+        for i in range(row):
+            target[i] = f(source[i])
+
+    found: Callable[[tuple[int, ...], int], None] = run
+    return found
+
+
+def _computed_backward(spec: MapSpec, row: int) -> Callable[[tuple[int, ...], int], None]:
+    slope, add = _slope(spec), spec.add
+
+    @njit
+    def run(words: tuple[int, ...], _: int) -> None:
+        source, dy = view(words[0], (row,), np.float32), view(words[1], (row,), np.float32)
+        dx = view(words[3], (row,), np.float32)
+        for i in range(row):
+            value = dy[i] * slope(source[i])
+            dx[i] = dx[i] + value if add else value
+
+    found: Callable[[tuple[int, ...], int], None] = run
+    return found
+
+
 def _function(spec: MapSpec) -> Callable[[float], float]:
-    number, half, one, zero = np.float32(spec.number), np.float32(0.5), np.float32(1), np.float32(0)
+    half, one = np.float32(0.5), np.float32(1)
     root, cube, scale = np.float32(math.sqrt(0.5)), np.float32(0.044715), np.float32(math.sqrt(2 / math.pi))
     functions = {
-        "relu": lambda v: v if v > zero else zero,
-        "leaky": lambda v: v if v > zero else v * number,
         "silu": lambda v: v / (one + np.exp(-v)),
         "gelu": lambda v: half * v * (one + np.float32(math.erf(v * root))),
         "gelu_tanh": lambda v: half * v * (one + np.tanh(scale * (v + cube * v * v * v))),
-        "copy": lambda v: v,
-        "dropout": lambda v: v,
-        "scale": lambda v: v * number,
     }
     found: Callable[[float], float] = njit(functions[spec.kind])
     return found
 
 
 def _slope(spec: MapSpec) -> Callable[[float], float]:
-    number, half, one, zero = np.float32(spec.number), np.float32(0.5), np.float32(1), np.float32(0)
+    half, one = np.float32(0.5), np.float32(1)
     root, cube, scale = np.float32(math.sqrt(0.5)), np.float32(0.044715), np.float32(math.sqrt(2 / math.pi))
     density, three = np.float32(1 / math.sqrt(2 * math.pi)), np.float32(3)
-
-    def relu(v: float) -> Any:
-        return one if v > zero else zero
-
-    def leaky(v: float) -> Any:
-        return one if v > zero else number
 
     def silu(v: float) -> Any:
         gate = one / (one + np.exp(-v))
@@ -129,29 +181,35 @@ def _slope(spec: MapSpec) -> Callable[[float], float]:
         t = np.tanh(scale * (v + cube * v * v * v))
         return half * (one + t) + half * v * (one - t * t) * scale * (one + three * cube * v * v)
 
-    def copy(v: float) -> Any:
-        return one
-
-    functions = {"relu": relu, "leaky": leaky, "silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
-    found: Callable[[float], float] = njit(functions.get(spec.kind, copy))
+    functions = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+    found: Callable[[float], float] = njit(functions[spec.kind])
     return found
 
 
 def add(spec: AddSpec) -> Callable[..., None]:
     """``y = act(a + b)``; arguments: state, a, b, y."""
-    a, b, y, images, slope = spec.a, spec.b, spec.y, spec.images, np.float32(spec.slope)
+    a, b, y, images = spec.a, spec.b, spec.y, spec.images
     H, row = y.H, y.W * y.C
+
+    def generate(builder: Any, words: list[Any], pixels: Any) -> None:
+        floats = Floats(builder, spec.lanes)
+        left, right, target = (floats.pointer(word) for word in words)
+
+        def block(part: Block) -> None:
+            pairs = zip(part.load(left), part.load(right), strict=True)
+            part.store([activated(floats, builder.fadd(*pair), spec.slope) for pair in pairs], target)
+
+        for_blocks(floats, row, VECTORS, block)
+
+    run = on_pixels(generate)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for h in range(H):
-                left = view(arguments[1] + FLOAT * (image * a_size + a_origin + h * a_pitch), (row,), np.float32)
-                right = view(arguments[2] + FLOAT * (image * b_size + b_origin + h * b_pitch), (row,), np.float32)
-                target = view(arguments[3] + FLOAT * (image * y_size + y_origin + h * y_pitch), (row,), np.float32)
-                for i in range(row):
-                    value = left[i] + right[i]
-                    target[i] = value if value > np.float32(0) else value * slope
+                left = arguments[1] + FLOAT * (image * a_size + a_origin + h * a_pitch)
+                right = arguments[2] + FLOAT * (image * b_size + b_origin + h * b_pitch)
+                run((left, right, arguments[3] + FLOAT * (image * y_size + y_origin + h * y_pitch)), 1)
 
     a_size, a_origin, a_pitch = a.size, a.origin, a.pitch
     b_size, b_origin, b_pitch = b.size, b.origin, b.pitch
@@ -161,25 +219,30 @@ def add(spec: AddSpec) -> Callable[..., None]:
 
 def add_backward(spec: AddSpec) -> Callable[..., None]:
     """``da (+)= dy act'(y)`` and the same for db; arguments: state, y, dy, da, db."""
-    y, images, slope = spec.y, spec.images, np.float32(spec.slope)
-    adds_a, adds_b = spec.adds_a, spec.adds_b
+    y, images = spec.y, spec.images
     H, row = y.H, y.W * y.C
+
+    def generate(builder: Any, words: list[Any], pixels: Any) -> None:
+        floats = Floats(builder, spec.lanes)
+        output, dy, da, db = (floats.pointer(word) for word in words)
+
+        def block(part: Block) -> None:
+            pairs = zip(part.load(dy), part.load(output), strict=True)
+            slopes = [let_through(floats, *pair, spec.slope) for pair in pairs]
+            part.put(slopes, da, spec.adds_a)
+            part.put(slopes, db, spec.adds_b)
+
+        for_blocks(floats, row, VECTORS, block)
+
+    run = on_pixels(generate)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for h in range(H):
-                offset = FLOAT * (image * H + h) * row
-                output = view(arguments[1] + FLOAT * (image * y_size + y_origin + h * y_pitch), (row,), np.float32)
-                dy, da = (
-                    view(arguments[2] + offset, (row,), np.float32),
-                    view(arguments[3] + offset, (row,), np.float32),
-                )
-                db = view(arguments[4] + offset, (row,), np.float32)
-                for i in range(row):
-                    value = dy[i] if output[i] > np.float32(0) else dy[i] * slope
-                    da[i] = da[i] + value if adds_a else value
-                    db[i] = db[i] + value if adds_b else value
+                output = arguments[1] + FLOAT * (image * y_size + y_origin + h * y_pitch)
+                place = FLOAT * (image * H + h) * row
+                run((output, arguments[2] + place, arguments[3] + place, arguments[4] + place), 1)
 
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
     return kernel
@@ -232,38 +295,62 @@ def flatten_backward(spec: MapSpec) -> Callable[..., None]:
 def global_average(spec: MapSpec) -> Callable[..., None]:
     """``y[c] = mean over H, W``; arguments: state, x, y."""
     x, images = spec.x, spec.images
-    C, H, W, part = x.C, x.H, x.W, np.float32(1 / (x.H * x.W))
+    C = x.C
+
+    def generate(builder: Any, words: list[Any], pixels: Any) -> None:
+        floats = Floats(builder, spec.lanes)
+        source, target = floats.pointer(words[0]), floats.pointer(words[1])
+        part = floats.constant(1 / (x.H * x.W))
+
+        def block(b: Block) -> None:
+            def line(h: Any, held: list[Any]) -> list[Any]:
+                def pixel(w: Any, totals: list[Any]) -> list[Any]:
+                    place = builder.add(builder.mul(h, I64(x.pitch)), builder.mul(w, I64(C)))
+                    values = b.load(floats.at(source, place))
+                    return [builder.fadd(total, value) for total, value in zip(totals, values, strict=True)]
+
+                return carried_loop(builder, I64(x.W), held, pixel)
+
+            totals = carried_loop(builder, I64(x.H), [floats.zero] * len(b.used), line)
+            b.store([builder.fmul(total, part) for total in totals], target)
+
+        for_blocks(floats, C, VECTORS, block)
+
+    run = on_pixels(generate)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            y = view(arguments[2] + FLOAT * image * C, (C,), np.float32)
-            y[:] = np.float32(0)
-            for h in range(H):
-                row = view(arguments[1] + FLOAT * (image * size + origin + h * pitch), (W, C), np.float32)
-                for w in range(W):
-                    for c in range(C):
-                        y[c] += row[w, c]
-            for c in range(C):
-                y[c] *= part
+            run((arguments[1] + FLOAT * (image * size + origin), arguments[2] + FLOAT * image * C), 1)
 
-    size, origin, pitch = x.size, x.origin, x.pitch
+    size, origin = x.size, x.origin
     return kernel
 
 
 def global_average_backward(spec: MapSpec) -> Callable[..., None]:
     """Every pixel gets ``dy / (H W)``; arguments: state, dy, dx."""
-    x, images, adds = spec.x, spec.images, spec.add
-    C, pixels, part = x.C, x.H * x.W, np.float32(1 / (x.H * x.W))
+    C, pixels, images = spec.x.C, spec.x.H * spec.x.W, spec.images
+
+    def generate(builder: Any, words: list[Any], count: Any) -> None:
+        floats = Floats(builder, spec.lanes)
+        dy, dx = floats.pointer(words[0]), floats.pointer(words[1])
+
+        def block(b: Block) -> None:
+            slopes = [builder.fmul(slope, floats.constant(1 / pixels)) for slope in b.load(dy)]
+
+            def pixel(i: Any, nothing: list[Any]) -> list[Any]:
+                b.put(slopes, floats.at(dx, builder.mul(i, I64(C))), spec.add)
+                return []
+
+            carried_loop(builder, count, [], pixel)
+
+        for_blocks(floats, C, VECTORS, block)
+
+    run = on_pixels(generate)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            dy = view(arguments[1] + FLOAT * image * C, (C,), np.float32)
-            dx = view(arguments[2] + FLOAT * image * C * pixels, (pixels, C), np.float32)
-            for pixel in range(pixels):
-                for c in range(C):
-                    value = dy[c] * part
-                    dx[pixel, c] = dx[pixel, c] + value if adds else value
+            run((arguments[1] + FLOAT * image * C, arguments[2] + FLOAT * image * C * pixels), pixels)
 
     return kernel

@@ -49,15 +49,17 @@ def fold(spec: NormSpec) -> Callable[..., None]:
     """Mean, 1/sqrt(var + eps), scale and shift of the batch, and the running statistics. One chunk.
 
     Arguments: state, parts, weight, bias, running mean, running var, momentum (bits), constants (4, columns): mean,
-    inverse, scale, shift.
+    inverse, scale, shift. Synchronized, parts are one row of sums over all ranks, with their count behind it.
     """
     C, images, pixels, affine, eps = spec.x.C, spec.images, spec.x.H * spec.x.W, spec.affine, spec.eps
-    columns = spec.columns
+    columns, synchronized = spec.columns, spec.synchronized
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
-        chunks = (count + images - 1) // images
+        chunks = 1 if synchronized else (count + images - 1) // images
         M = np.float64(count * pixels)
+        if synchronized:
+            M = view(arguments[1], (3 * columns + 1,), np.float64)[3 * columns]
         momentum = float64_of_bits(arguments[6])
         running_mean = view(arguments[4], (C,), np.float32)
         running_var = view(arguments[5], (C,), np.float32)
@@ -164,9 +166,9 @@ def fold_slopes(spec: NormSpec) -> Callable[..., None]:
     """Gradients dweight and dbias, which are added, and a and b of ``dx = scale dy + a + b (x - mean)``. One chunk.
 
     a = -scale mean(dy) and b = -scale mean(dy xhat) inverse. Arguments: state, parts, dweight, dbias, constants, terms
-    (2, columns).
+    (2, columns), and synchronized the sums over all ranks with their count behind them.
     """
-    accumulate = spec.accumulate
+    accumulate, synchronized = spec.accumulate, spec.synchronized
     C, images, pixels, affine, columns = spec.x.C, spec.images, spec.x.H * spec.x.W, spec.affine, spec.columns
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -187,6 +189,10 @@ def fold_slopes(spec: NormSpec) -> Callable[..., None]:
                 dweight, dbias = view(arguments[2], (C,), np.float32), view(arguments[3], (C,), np.float32)
                 dweight[c] = np.float32(products) + (dweight[c] if accumulate else np.float32(0))
                 dbias[c] = np.float32(total) + (dbias[c] if accumulate else np.float32(0))
+            if synchronized:
+                sums = view(arguments[6], (3, columns), np.float64)
+                total, products = sums[0, c], sums[1, c] * inverse
+                M = view(arguments[6], (3 * columns + 1,), np.float64)[3 * columns]
             terms[0, c] = np.float32(-scale * total / M)
             terms[1, c] = np.float32(-scale * products / M * inverse)
 

@@ -17,6 +17,7 @@ BF16 = 2  # bytes
 DEPTH = 32  # bf16 numbers in a tile row
 BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
+QUARTERS = 4  # of the outputs of a dense layer that the optimizer takes one by one
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
 GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
@@ -46,11 +47,10 @@ class Frame:
         C, H, W = tensor.shape
         return cls(C, H, W, tensor.height, tensor.width, tensor.origin, tensor.planar)
 
-    @classmethod
-    def bare(cls, tensor: "Tensor") -> "Frame":
-        """The same without border, as gradients are kept."""
-        C, H, W = tensor.shape if tensor.is_image else (tensor.shape[0], 1, 1)
-        return cls(C, H, W, H, W, 0)
+    @property
+    def bare(self) -> "Frame":
+        """The same without a border, as gradients are."""
+        return Frame(self.C, self.H, self.W, self.H, self.W, 0)
 
     @property
     def size(self) -> int:
@@ -117,6 +117,11 @@ class ConvSpec:
     def merged(self) -> bool:
         """Whether (s, c) of a filter row lie contiguous in the image."""
         return self.groups == 1 and self.window.dilation_w == 1
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel has one filter of its own, and nothing is pooled behind."""
+        return 1 < self.groups == self.x.C == self.K and self.pool == (1, 1)
 
     @property
     def channels(self) -> int:
@@ -205,9 +210,9 @@ class MapSpec:
     x: Frame
     y: Frame
     images: int
+    lanes: int
     number: float = 0.0
     add: bool = False
-    lanes: int = 1
     half: bool = False
 
 
@@ -220,6 +225,7 @@ class AddSpec:
     y: Frame
     slope: float
     images: int
+    lanes: int
     adds_a: bool = False
     adds_b: bool = False
 
@@ -234,6 +240,7 @@ class PoolSpec:
     P: int
     Q: int
     images: int
+    lanes: int
     count_include_pad: bool = True
     add: bool = False
 
@@ -250,7 +257,8 @@ class NormSpec:
 
     pool: kernel of the max-pool, whose windows cover the image; (1, 1) for none. skip: what is added, and outer: the
     slope of the activation behind the sum. add, adds_skip: whether dx and dskip are added to what is there; wants_skip:
-    whether there is a dskip; accumulate: whether dweight and dbias are added.
+    whether there is a dskip; accumulate: whether dweight and dbias are added. synchronized: whether the sums and the
+    count over all ranks' samples are given.
     """
 
     x: Frame
@@ -267,6 +275,7 @@ class NormSpec:
     adds_skip: bool = False
     wants_skip: bool = True
     accumulate: bool = True
+    synchronized: bool = False
 
     @property
     def columns(self) -> int:
@@ -290,19 +299,23 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
-class BorderSpec:
-    """The border of images, set to zero."""
-
-    x: Frame
-    images: int
-
-
-@dataclass(frozen=True)
 class PackSpec:
     """Filters (K, C, R, S) packed for a convolution; turned for its dx."""
 
     conv: ConvSpec
     turned: bool
+
+
+@dataclass(frozen=True)
+class FoldSpec:
+    """BatchNorm taken into K filters of ``row`` weights each, for prediction; ``run`` filters a chunk."""
+
+    K: int
+    row: int
+    bias: bool
+    affine: bool
+    eps: float
+    run: int
 
 
 @dataclass(frozen=True)
@@ -332,10 +345,11 @@ class LossSpec:
 class UpdateSpec:
     """An optimizer step; ``kind`` is the optimizer's class name in lower case.
 
-    decoupled: weight decay beside the gradient.
+    decoupled: weight decay beside the gradient. lanes: of a vector.
     """
 
     kind: str
+    lanes: int
     momentum: bool = False
     nesterov: bool = False
     centered: bool = False
@@ -364,3 +378,8 @@ def dense_backward_scratch(spec: DenseSpec) -> int:
 def dense_update_scratch(spec: DenseSpec) -> int:
     """Bytes of scratch memory for each thread: a stripe of x in pairs, and of dw for 32 outputs."""
     return STRIPE * (BF16 * round_up(spec.N, BLOCK) + FLOAT * BLOCK)
+
+
+def dense_panel(spec: DenseSpec) -> int:
+    """Elements of scratch memory for each thread: a run of W transposed, or 128 inputs of x and of W."""
+    return round_up(max(spec.run * round_up(spec.outputs, BLOCK), WIDE * (spec.N + spec.outputs)), 16) + 16

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, PackSpec, ReduceSpec, UpdateSpec, turned
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.adam import LANES, adam_step
+from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec, turned
+from convolt.engines.jit.memory import address_of, view
 
 
 def pack(spec: PackSpec) -> Callable[..., None]:
@@ -21,6 +22,8 @@ def pack(spec: PackSpec) -> Callable[..., None]:
     chunk is one tap (r, s); columns behind the last filter stay zero.
     """
     conv = spec.conv
+    if conv.depthwise:
+        return _pack_depthwise(spec)
     R, S, groups = conv.window.R, conv.window.S, conv.groups
     C, filters = conv.channels, conv.filters
     back = spec.turned
@@ -40,6 +43,46 @@ def pack(spec: PackSpec) -> Callable[..., None]:
                 for c in range(C):
                     for k in range(filters):
                         packed[group, r, s, c, k] = w[group, k, c, r, s]
+
+    return kernel
+
+
+def fold_norm(spec: FoldSpec) -> Callable[..., None]:
+    """``w' = w scale`` and ``b' = (b - mean) scale + beta``, with scale = gamma / sqrt(var + eps) of each filter.
+
+    Arguments: state, w (K, row), b, gamma, beta, running mean, running var, w', b'. A chunk is ``run`` filters.
+    """
+    K, row, bias, affine, eps, run = spec.K, spec.row, spec.bias, spec.affine, spec.eps, spec.run
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        w, folded = view(arguments[1], (K, row), np.float32), view(arguments[7], (K, row), np.float32)
+        mean, var = view(arguments[5], (K,), np.float32), view(arguments[6], (K,), np.float32)
+        for k in range(chunk * run, min((chunk + 1) * run, K)):
+            scale = 1.0 / np.sqrt(np.float64(var[k]) + eps)
+            offset = -np.float64(mean[k])
+            if bias:
+                offset += view(arguments[2], (K,), np.float32)[k]
+            if affine:
+                scale *= view(arguments[3], (K,), np.float32)[k]
+            offset *= scale
+            if affine:
+                offset += view(arguments[4], (K,), np.float32)[k]
+            view(arguments[8], (K,), np.float32)[k] = np.float32(offset)
+            for i in range(row):
+                folded[k, i] = np.float32(w[k, i] * scale)
+
+    return kernel
+
+
+def _pack_depthwise(spec: PackSpec) -> Callable[..., None]:
+    """Filters (K, 1, R, S) to (R, S, K), turned with taps in reverse."""
+    K, R, S, back = spec.conv.K, spec.conv.window.R, spec.conv.window.S, spec.turned
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        w, packed = view(arguments[1], (K, R * S), np.float32), view(arguments[2], (R * S, K), np.float32)
+        tap = R * S - 1 - chunk if back else chunk
+        for k in range(K):
+            packed[chunk, k] = w[k, tap]
 
     return kernel
 
@@ -138,6 +181,17 @@ def _sgd(spec: UpdateSpec) -> Callable[..., None]:
 
 def _adam(spec: UpdateSpec) -> Callable[..., None]:
     """numbers: lr, decay, beta1, beta2, eps root, rate; root and rate as in ``convolt.optimizers``."""
+
+    @njit
+    def estimated(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:
+        beta1, beta2 = np.float32(numbers[2]), np.float32(numbers[3])
+        fresh1, fresh2 = np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
+        scalars = (shrink, pull, beta1, fresh1, beta2, fresh2, np.float32(numbers[4]), np.float32(numbers[5]))
+        addresses = (address_of(w, (0,)), address_of(g, (0,)), address_of(m, (0,)), address_of(v, (0,)))
+        adam_step(addresses, scalars, len(w))
+
+    if spec.lanes == LANES:
+        return estimated
 
     @njit
     def step(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:

@@ -1,0 +1,44 @@
+"""``convolt`` with a fault: ``python -m mpi4py failing_ranks.py WHAT@RANK:STEP ARGUMENTS``; rank -1 is every rank."""
+
+import math
+import os
+import signal
+import sys
+from typing import Any
+
+from convolt.cli import main
+from convolt.errors import TrainingError
+from convolt.launch import placement
+from convolt.step import Stepper
+
+what, _, place = sys.argv[1].partition("@")
+rank, step = (int(number) for number in place.split(":"))
+where = placement()
+correct_step, correct_gradient = Stepper.step, Stepper._gradient
+taken: list[int] = []
+
+
+def failing(self: Stepper, *arguments: Any) -> Any:
+    """The fault comes before the step of that number."""
+    taken.append(1)
+    if len(taken) == step:
+        if what == "error":
+            raise TrainingError("on purpose")
+        if what == "defect":
+            raise ValueError("a defect")
+        if what in ("kill", "term"):
+            os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
+    return correct_step(self, *arguments)
+
+
+def not_finite(self: Stepper, *arguments: Any) -> Any:
+    """The loss of this rank's samples is not a number, once."""
+    results = correct_gradient(self, *arguments)
+    return [result._replace(loss=math.nan) for result in results] if len(taken) == step else results
+
+
+if where is not None and rank in (-1, where.rank):
+    Stepper.step = failing
+    if what == "nan":
+        Stepper._gradient = not_finite
+sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,167 @@
+"""What becomes of ranks when one of them fails, is killed or is told to stop: all end, soon, and the run can go on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convolt import launch
+from convolt.run import Run
+
+pytest.importorskip("mpi4py", reason="ranks need mpi4py")
+PROGRAM = Path(__file__).with_name("failing_ranks.py")
+SOON = 60  # seconds for a start on a busy machine, three steps and the end; a hang would take for ever
+TRAIN = (*("train", "--engine", "im2col", "--threads", "1", "--quiet", "--epochs", "3"), "--checkpoint-every", "5ba")
+
+
+def slow(place: str):
+    return pytest.param(place, marks=pytest.mark.slow)
+
+
+def start(ranks: int, *arguments: str, fault: str = "none@0:0") -> subprocess.CompletedProcess[str]:
+    """``convolt ARGUMENTS`` by an mpiexec of one's own, with a fault ``what@rank:step``."""
+    words = [*launch.launcher(ranks), sys.executable, "-m", "mpi4py", str(PROGRAM), fault, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=SOON, check=False)
+
+
+def weights(folder: Path) -> np.ndarray:
+    return Run.load(folder).params.flat
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert start(2, *TRAIN, "--out", str(folder)).returncode == 0
+    return folder
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip() and not launch.NOISE.match(line)]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_error_on_one_rank_ends_all_with_one_line(rank, tmp_path):
+    done = start(3, *TRAIN, "--out", str(tmp_path / "run"), fault=f"error@{rank}:7")
+    assert done.returncode == 1
+    said = [line for line in lines(done.stderr) if "warning" not in line]
+    assert said == [f"convolt: error: rank {rank}: on purpose"]
+    assert done.stdout == ""
+
+
+def test_an_error_on_every_rank_is_told_once(tmp_path):
+    done = start(3, *TRAIN, "--out", str(tmp_path / "run"), fault="error@-1:7")
+    assert done.returncode == 1
+    said = [line for line in lines(done.stderr) if "warning" not in line]
+    assert len(said) == 1
+    assert re.fullmatch(r"convolt: error: rank \d: on purpose", said[0])
+
+
+def test_debug_shows_the_traceback_of_the_rank_that_failed(tmp_path):
+    done = start(2, "--debug", *TRAIN, "--out", str(tmp_path / "run"), fault="error@1:3")
+    assert done.returncode == 1
+    assert lines(done.stderr)[0].startswith("Traceback")
+    assert "convolt: error: rank 1: on purpose" in lines(done.stderr)
+
+
+def test_a_defect_shows_its_traceback(tmp_path):
+    done = start(2, *TRAIN, "--out", str(tmp_path / "run"), fault="defect@0:3")
+    assert done.returncode == 1
+    assert lines(done.stderr)[0].startswith("Traceback")
+
+
+@pytest.mark.parametrize("place", [slow("0:7"), "1:7", slow("1:1"), slow("1:22"), slow("0:33")])
+def test_a_killed_rank_ends_all_and_the_run_goes_on_with_the_same_bits(place, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert start(2, *TRAIN, "--out", str(folder), fault=f"kill@{place}").returncode != 0
+    assert not Run.load(folder).finished
+    goes_on = start(2, "train", "--resume", str(folder), "--quiet")
+    assert goes_on.returncode == 0, goes_on.stderr
+    np.testing.assert_array_equal(weights(folder), weights(undisturbed))
+    ours, theirs = (Run.load(each).history for each in (folder, undisturbed))
+    assert [epoch.train_loss for epoch in ours] == [epoch.train_loss for epoch in theirs]
+    assert [epoch.train_accuracy for epoch in ours] == [epoch.train_accuracy for epoch in theirs]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_it_goes_on_with_another_number_of_ranks(ranks, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert start(2, *TRAIN, "--out", str(folder), fault="kill@1:13").returncode != 0
+    assert start(ranks, "train", "--resume", str(folder), "--quiet").returncode == 0
+    np.testing.assert_allclose(weights(folder), weights(undisturbed), atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["plain", "sharded"])
+def test_a_signal_to_one_rank_saves_once_and_ends_all(optimizer, undisturbed, tmp_path):
+    folder, sharded = tmp_path / "run", optimizer == "sharded"
+    own = ("--set", f"parallel.shard_optimizer={sharded}")
+    done = start(2, *TRAIN, *own, "--out", str(folder), fault="term@1:7")
+    assert done.returncode == 75
+    told = [line for line in lines(done.stderr) if "saved" in line]
+    assert told == [
+        f"convolt: SIGTERM after step 7 of 33, saved; go on with: convolt train --resume {folder} --ranks 2"
+    ]
+    assert Run.load(folder).checkpoints.steps[-1] == 7
+    assert start(2, "train", "--resume", str(folder), "--quiet").returncode == 0
+    np.testing.assert_array_equal(weights(folder), weights(undisturbed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_saves_once_and_ends_all(number, tmp_path):
+    """To ``convolt train --ranks 2`` itself, once the first checkpoint shows that it trains."""
+    folder = tmp_path / "run"
+    words = [sys.executable, "-m", "convolt", *TRAIN, "--epochs", "1000", "--ranks", "2", "--out", str(folder)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(SOON, process.kill)
+    watchdog.start()
+    try:
+        while process.poll() is None and not (folder / "checkpoints" / "step-000005").exists():
+            os.sched_yield()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=SOON)
+    finally:
+        watchdog.cancel()
+        process.kill()
+    assert process.returncode == 75, errors
+    assert re.search(rf"convolt: {signal.Signals(number).name} after step \d+ of 11000, saved", errors)
+
+
+def test_a_killed_rank_under_our_launcher_is_told_in_one_line(tmp_path):
+    words = [*launch.launcher(2), sys.executable, "-m", "mpi4py", str(PROGRAM), "kill@1:7", *TRAIN]
+    ended = launch.run_command([*words, "--out", str(tmp_path / "run")], timeout=SOON)
+    assert ended.code == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_ranks_decide_alike_about_a_loss_that_is_not_finite(policy, tmp_path):
+    folder = tmp_path / "run"
+    done = start(3, *TRAIN, "--set", f"non_finite.policy={policy}", "--out", str(folder), fault="nan@2:7")
+    assert done.returncode == 0, done.stderr
+    run = Run.load(folder)
+    assert sum(epoch.skipped_steps for epoch in run.history) == 1
+    assert np.isfinite(run.params.flat).all()
+
+
+def test_a_rank_that_is_not_finite_ends_all_with_one_line(tmp_path):
+    done = start(2, *TRAIN, "--out", str(tmp_path / "run"), fault="nan@1:7")
+    assert done.returncode == 1
+    assert len([line for line in lines(done.stderr) if "is not finite" in line]) == 1
+
+
+def test_wrong_settings_are_told_once(tmp_path):
+    words = [sys.executable, "-m", "convolt", *TRAIN, "--ranks", "2", "--set", "parallel.wire=fp7"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SOON, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "bf16" in done.stderr
+
+
+def test_ranks_of_a_launcher_are_not_started_again(tmp_path):
+    done = start(2, *TRAIN, "--ranks", "3", "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "one of 2 ranks already" in done.stderr
