@@ -15,6 +15,8 @@ pytest.importorskip("mpi4py", reason="ranks need mpi4py")
 PROGRAM = Path(__file__).with_name("parallel_runs.py")
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "fp32-master64": 1e-5}
 
+SLOWLY_3, SLOWLY_4 = (pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))
+
 
 def on_ranks(ranks: int, suite: str, folder: Path) -> dict:
     """The curves of a suite, from rank 0; the program itself checks that all ranks agree."""
@@ -50,12 +52,12 @@ def serial(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, SLOWLY_4])
 def test_ranks_give_the_serial_curve(ranks, serial, tmp_path):
     assert_same(on_ranks(ranks, "quick", tmp_path / "ranks"), serial("quick"), "quick")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, SLOWLY_3])
 def test_ranks_give_the_serial_curve_on_torch(ranks, serial, tmp_path):
     pytest.importorskip("torch")
     assert_same(on_ranks(ranks, "torch", tmp_path / "ranks"), serial("torch"), "torch")
@@ -67,7 +69,7 @@ def test_every_optimizer_on_every_engine(ranks, serial, tmp_path):
     assert_same(on_ranks(ranks, "every", tmp_path / "ranks"), serial("every"), "every")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, SLOWLY_3])
 def test_ranks_agree_where_their_curve_is_their_own(ranks, serial, tmp_path):
     found, alone = on_ranks(ranks, "own", tmp_path / "ranks"), serial("own")
     for name, ours in found.items():

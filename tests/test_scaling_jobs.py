@@ -11,13 +11,14 @@ import pytest
 from convolt import durable, zoo
 from convolt.comms import Serial
 from convolt.errors import ConfigError, EngineError
-from convolt.layers import Conv2d, Dense, Flatten, ReLU
+from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, ReLU
 from convolt.model import Model
 from convolt.scaling import worker
 from convolt.scaling.jobs import WARM_UP, Job, Samples, Slice, answer_from_plain, perform, to_plain
 from convolt.scaling.prediction import Trace
 
 MODEL = Model((1, 4, 4), (Conv2d(1, 2, 3), ReLU(), Flatten(), Dense(8, 3)))
+NORMALIZED = Model((1, 4, 4), (Conv2d(1, 2, 3), BatchNorm2d(2), ReLU(), Flatten(), Dense(8, 3)))
 STEP = Job("step", MODEL, "im2col-fp32", batch_size=6, seconds=0.0)
 
 
@@ -72,9 +73,10 @@ def impatient(monkeypatch):
     monkeypatch.setattr(worker, "START_SECONDS", 60)
 
 
-def test_two_ranks_compute_what_one_does(impatient):
+@pytest.mark.parametrize("model", [MODEL, NORMALIZED], ids=["plain", "batch-norm"])
+def test_two_ranks_compute_what_one_does(impatient, model):
     pytest.importorskip("mpi4py")
-    one, two = (worker.run(replace(STEP, ranks=ranks)) for ranks in (1, 2))
+    one, two = (worker.run(replace(STEP, ranks=ranks, model=model)) for ranks in (1, 2))
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
     assert min(two.timeline.compute, two.timeline.communication) > 0
 

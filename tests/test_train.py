@@ -101,7 +101,7 @@ class Ranks:
 class Rank:
     def __init__(self, ranks: Ranks, rank: int) -> None:
         self.ranks, self.rank, self.size = ranks, rank, len(ranks.brought)
-        self.node_size = self.size
+        self.node_rank, self.node_size = rank, self.size
 
     def allreduce(self, array) -> None:
         self.ranks.brought[self.rank] = array.copy()

@@ -117,6 +117,10 @@ class Executor(ABC):
         """Whether the buffers are sound: a variance may overflow where the normalized values do not."""
         return all(np.isfinite(array).all() for array in self.statistics().values())
 
+    def prepare(self, x: Array) -> None:
+        """Make ready what training steps on such images need, as far as that takes long."""
+        return
+
     def zero_grads(self) -> None:
         """Forget the gradients before a new step."""
         self.grads.flat[...] = 0

@@ -63,6 +63,16 @@ class Stepper:
         if self._synced:
             executor.synchronize_statistics(comm.allreduce)
 
+    def prepare(self, batch: Batch) -> None:
+        """Before the first step: one rank of each machine compiles, and the others find it on disk."""
+        pieces = list(batch.pieces(self.recipe.micro_batch_size))
+        if self._serial:
+            return
+        for turn in (True, False):
+            if (self.comm.node_rank == 0) == turn and pieces:
+                self.executor.prepare(pieces[0].images)
+            self.comm.barrier()
+
     # ---------------------------------------------------------------------------------------------------- one step
 
     def step(self, batch: Batch, optimizer: Optimizer) -> Outcome:

@@ -110,6 +110,7 @@ def fit(
             run.log("ranks", {"ranks": whereabouts(comm, engine.threads)})
         stop = closing.enter_context(StopRequest())
         stepper = Stepper(executor, recipe, comm, parallel, stop)
+        stepper.prepare(loader.batch(0))
         training = _Training(run, data, recipe, executor, loader, stepper, tuple(callbacks), checkpoint_every)
         training.teacher = teacher
         try:

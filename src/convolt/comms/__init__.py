@@ -51,6 +51,10 @@ class Communicator(Protocol):
         """All processes."""
 
     @property
+    def node_rank(self) -> int:
+        """This process among those of its machine, from 0."""
+
+    @property
     def node_size(self) -> int:
         """The processes that share this one's machine, itself included."""
 
@@ -93,6 +97,7 @@ class Serial:
 
     rank = 0
     size = 1
+    node_rank = 0
     node_size = 1
 
     def allreduce(self, array: Array) -> None:

@@ -38,7 +38,7 @@ class Mpi:
         self._comm = (self._mpi.COMM_WORLD if comm is None else comm).Dup()
         self.rank, self.size = int(self._comm.Get_rank()), int(self._comm.Get_size())
         self._node = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED, key=self.rank)
-        self.node_size = int(self._node.Get_size())
+        self.node_rank, self.node_size = int(self._node.Get_rank()), int(self._node.Get_size())
         self._through_memory = through_memory and self.node_size == self.size
         self._under_way: list[Any] = []
         self._windows: dict[int, list[Array]] = {}
@@ -105,7 +105,7 @@ class Mpi:
         if size not in self._windows:
             window = self._mpi.Win.Allocate_shared(size, 1, comm=self._node)
             rows = [np.frombuffer(window.Shared_query(rank)[0], np.uint8, size) for rank in range(self.node_size)]
-            rows[self._node.Get_rank()][:8] = 0
+            rows[self.node_rank][:8] = 0
             self._windows[size] = rows
             self.barrier()
         return self._windows[size]

@@ -138,13 +138,23 @@ def pack_pairs(spec: Pairs) -> Any:
             def pack(p: Any, both: bool) -> None:
                 row = builder.gep(source, [builder.mul(p, I64(2 * spec.x_row))])
                 pair = builder.gep(target, [builder.mul(p, I64(spec.y_pair))])
-                for j, column in enumerate(range(0, spec.columns, TILE)):
-                    used = min(TILE, spec.columns - column)
-                    value = numbers.load(floats.at(row, column), spec.source, used)
+
+                def tile(j: Any, used: int) -> None:
+                    place = builder.gep(row, [builder.mul(j, I64(TILE))])
+                    value = numbers.load(place, spec.source, used)
                     if both:
-                        odd = numbers.load(floats.at(row, spec.x_row + column), spec.source, used)
+                        odd = numbers.load(floats.at(place, spec.x_row), spec.source, used)
                         value = numbers.pair(value, odd)
-                    floats.store(value, floats.at(pair, j * spec.y_tile))
+                    floats.store(value, builder.gep(pair, [builder.mul(j, I64(spec.y_tile))]))
+
+                def whole_tile(j: Any, nothing: list[Any]) -> list[Any]:
+                    tile(j, TILE)
+                    return []
+
+                whole, rest = divmod(spec.columns, TILE)
+                carried_loop(builder, I64(whole), [], whole_tile)
+                if rest:
+                    tile(I64(whole), rest)
 
             def step(p: Any, nothing: list[Any]) -> list[Any]:
                 pack(p, both=True)

@@ -179,6 +179,10 @@ class JitExecutor(Executor):
         """End the threads."""
         self._team.close()
 
+    def prepare(self, x: Array) -> None:
+        """Plan, and compile what is not yet on disk."""
+        self._ready(x, training=True)
+
     def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
         """Plans are made anew, with a call between BatchNorm's sums and what is made of them."""
         self._add_ranks = add

@@ -22,7 +22,7 @@ from convolt.engines.jit.buffers import SCRATCH, SHORT_LIVED, Address, Buffer, l
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Isa
-from convolt.engines.jit.kernels.specs import UpdateSpec
+from convolt.engines.jit.kernels.specs import ONE, STATE, UpdateSpec
 from convolt.engines.jit.phases import Argument, Call, Task, Tasks, between_calls, grouped
 from convolt.engines.jit.runtime import Phase, Program
 from convolt.errors import ConfigError
@@ -95,7 +95,8 @@ class Plan:
         self.buffers: dict[str, Buffer] = {}
         self.arena = np.zeros(0, np.uint8)
         self.masks: list[DropoutMask] = []
-        self.state = self.buffer("state", 8, np.int64)
+        self.state = self.buffer("state", STATE, np.int64)
+        self.state[ONE] = 1
         self._threads = threads
         self.accumulate, self.fuses_update = True, False
         self.deferred: list[Deferred] = []

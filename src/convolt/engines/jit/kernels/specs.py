@@ -21,6 +21,8 @@ QUARTERS = 4  # of the outputs of a dense layer that the optimizer takes one by 
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
 GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
+STATE = 8  # int64 words that every kernel is given: samples, address of the images, whether weights have changed
+ONE = 3  # the word of the state that is 1, which LLVM does not know: a loop of so many rounds is not unrolled
 DEAD = 255  # code of a pooled output that ReLU set to zero
 
 

@@ -25,7 +25,7 @@ from numba import njit
 
 from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import Pairs, pack_pairs
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, ONE, STATE
 from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec
 from convolt.engines.jit.kernels.tiles import LANES, finish_group, gather_rows, multiply_group, product
 from convolt.engines.jit.kernels.tiles_backward import slope_rows
@@ -55,7 +55,8 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     image_pairs, wide, spacing = 2 * BF16 * TILE * spec.spacing // 2, spec.wide, spec.spacing
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        count = view(arguments[0], (1,), np.int64)[0]
+        state = view(arguments[0], (STATE,), np.int64)
+        count, one = state[0], state[ONE]
         own = arguments[9] + thread * scratch
         dy = own + lead_bytes
         pairs = own + slopes_bytes
@@ -75,7 +76,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
                 slopes(arguments, image, dy + (image - first) * image_bytes, db)
             if end - first < together:  # what the group before left behind the last image counts for nothing
                 view(dy + (end - first) * image_bytes, (DEPTH * wide,), np.uint16)[:] = np.uint16(0)
-            weights(dy, turned, pairs, dw, (end - first) * spacing, first == chunk * images)
+            weights(dy, turned, pairs, dw, (end - first) * spacing, first == chunk * images, one)
             if wants_dx:
                 for image in range(first, end, inputs_together):
                     inputs(
@@ -84,6 +85,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
                         arguments[6] + FLOAT * image * bare,
                         rest,
                         min(inputs_together, end - image),
+                        one,
                     )
         if chunk * images >= last:
             view(dw, (part,), np.float32)[:] = np.float32(0)
@@ -108,78 +110,76 @@ def _pairs(spec: ShiftedBackSpec) -> Callable[[int, int], None]:
 
 
 def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
-    """``dw (+)= dy^T x`` of a group: ``weights(dy, turned, pairs, dw, pixels, whether this group is the first)``."""
+    """``dw (+)= dy^T x`` of a group: ``weights(dy, turned, pairs, dw, pixels, whether it is the first, one)``."""
     depth, channels, wide, plane = spec.depth, spec.channels, spec.wide, spec.pairs * PAIR
     filters = -(-spec.conv.K // TILE) * TILE
     # For each 32 pixels, rows of 64 bytes one behind another: to the memory a block's tiles are two runs.
     turn = transpose(Transpose(DEPTH, wide, wide, DEPTH, LANES, "bf16", "bf16", True))
-    main, bottom = _tap_products(spec, BLOCK), _tap_products(spec, TILE)
+    main, right = _tap_products(spec, BLOCK, BLOCK), _tap_products(spec, BLOCK, TILE)
+    lower, corner = _tap_products(spec, TILE, BLOCK), _tap_products(spec, TILE, TILE)
+    edge, bottom = channels % BLOCK, filters % BLOCK
 
     @njit
-    def weights(dy: int, turned: int, pairs: int, dw: int, pixels: int, first: bool) -> None:
+    def weights(dy: int, turned: int, pairs: int, dw: int, pixels: int, first: bool, one: int) -> None:
         steps = (pixels + DEPTH - 1) // DEPTH
         for i in range(steps):
             turn(dy + BF16 * i * DEPTH * wide, turned + BF16 * i * DEPTH * wide)
         if first:
             view(dw, (filters * depth,), np.float32)[:] = np.float32(0)
-        for c in range(0, channels, BLOCK):
+        for c in range(0, channels * one, BLOCK):
+            x = pairs + BF16 * c // TILE * plane
             for k in range(0, filters, BLOCK):
-                left, place = turned + BF16 * k * DEPTH, dw + FLOAT * (k * depth + c)
-                right = pairs + BF16 * c // TILE * plane
-                if k + BLOCK <= filters:
-                    main(left, right, place, steps, c + BLOCK <= channels)
-                else:
-                    bottom(left, right, place, steps, c + BLOCK <= channels)
+                slopes, place = turned + BF16 * k * DEPTH, dw + FLOAT * (k * depth + c)
+                # What a layer of whole blocks does not need is not compiled: these are constants.
+                if c + BLOCK <= channels:
+                    if k + BLOCK <= filters:
+                        main(slopes, x, place, steps, one)
+                    elif bottom:
+                        lower(slopes, x, place, steps, one)
+                elif edge:
+                    if k + BLOCK <= filters:
+                        right(slopes, x, place, steps, one)
+                    elif bottom:
+                        corner(slopes, x, place, steps, one)
         release()
 
     return weights
 
 
-def _tap_products(spec: ShiftedBackSpec, rows: int) -> Callable[[int, int, int, int, bool], None]:
-    """The products of a block of filters with 32 or 16 channels of every tap: ``run(dy, x, dw, steps, wide)``."""
+def _tap_products(spec: ShiftedBackSpec, rows: int, columns: int) -> Callable[[int, int, int, int, int], None]:
+    """The products of so many filters with so many channels of every tap: ``run(dy, x, dw, steps, one)``."""
     conv, window, depth, channels = spec.conv, spec.conv.window, spec.depth, spec.channels
-    shapes = [
-        AmxGemm(
-            rows=rows,
-            columns=columns,
-            step=DEPTH,
-            steps=1,
-            a_row=DEPTH,
-            a_step=0,
-            a_segment=DEPTH * spec.wide,
-            b_step=0,
-            b_tile=spec.pairs * PAIR,
-            b_segment=DEPTH // 2 * PAIR,
-            c_row=depth,
-            start="load",
-        )
-        for columns in (BLOCK, TILE)
-    ]
-    (begin, begin_edge), (block, edge) = map(configure, shapes), map(amx, shapes)
+    shape = AmxGemm(
+        rows=rows,
+        columns=columns,
+        step=DEPTH,
+        steps=1,
+        a_row=DEPTH,
+        a_step=0,
+        a_segment=DEPTH * spec.wide,
+        b_step=0,
+        b_tile=spec.pairs * PAIR,
+        b_segment=DEPTH // 2 * PAIR,
+        c_row=depth,
+        start="load",
+    )
+    begin, block = configure(shape), amx(shape)
     R, S, pitch, corner, copy_bytes = window.R, window.S, conv.x.columns, spec.corner, spec.pairs_bytes
     dilation_h, dilation_w = window.dilation_h, window.dilation_w
 
     @njit
-    def run(left: int, right: int, dw: int, steps: int, whole: bool) -> None:
-        if whole:
-            begin()
-        else:
-            begin_edge()
-        for r in range(R):
-            for s in range(S):
-                pixel = corner + r * dilation_h * pitch + s * dilation_w
-                source = right + pixel % 2 * copy_bytes + BF16 * (pixel // 2) * PAIR
-                target = dw + FLOAT * (r * S + s) * channels
-                if whole:
-                    block(left, source, target, 0, steps)
-                else:
-                    edge(left, source, target, 0, steps)
+    def run(left: int, right: int, dw: int, steps: int, one: int) -> None:
+        begin()
+        for tap in range(R * S * one):
+            pixel = corner + tap // S * dilation_h * pitch + tap % S * dilation_w
+            source = right + pixel % 2 * copy_bytes + BF16 * (pixel // 2) * PAIR
+            block(left, source, dw + FLOAT * tap * channels, 0, steps)
 
     return run
 
 
-def _input_gradient(spec: ShiftedBackSpec) -> Callable[[int, int, int, int, int], None]:
-    """``dx`` of some images, a convolution of dy as it lies: ``inputs(dy, filters, dx, scratch, images)``."""
+def _input_gradient(spec: ShiftedBackSpec) -> Callable[[int, int, int, int, int, int], None]:
+    """``dx`` of some images, a convolution of dy as it lies: ``inputs(dy, filters, dx, scratch, images, one)``."""
     tiles = spec.inputs
     conv = tiles.conv
     gather, multiply, begin = gather_rows(tiles), multiply_group(tiles), configure(product(tiles))
@@ -190,15 +190,15 @@ def _input_gradient(spec: ShiftedBackSpec) -> Callable[[int, int, int, int, int]
     gathered_bytes = tiles.gathered_bytes
 
     @njit
-    def inputs(dy: int, filters: int, dx: int, scratch: int, images: int) -> None:
+    def inputs(dy: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
         result = scratch + gathered_bytes
         arguments = (0, 0, 0, 0, dx, 0)
         begin()
-        for h in range(0, H, rows_together):
+        for h in range(0, H * one, rows_together):
             if not direct:
                 for image in range(images):
                     gather(dy + image * image_bytes, scratch, h, image)
-            for block in range(whole + (1 if rest else 0)):
+            for block in range((whole + (1 if rest else 0)) * one):
                 multiply(dy, scratch, filters + block * filters_bytes, result, h, images)
                 for image in range(images):
                     if block < whole:
