@@ -92,12 +92,12 @@ UNWRITTEN = ("scratch", "parts of", "sums", "terms of dx", "slope ", "codes ")  
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that a kernel must not read before something has written it is full of NaN."""
+def poisoned(names: tuple[str, ...] = UNWRITTEN) -> Iterator[None]:
+    """Memory that a kernel must not read before something has written it is full of NaN: these, and what is shared."""
     allocate, share = Buffer.allocate, buffers.share
 
     def poison(buffer, array):
-        if buffer.name.startswith(UNWRITTEN):
+        if buffer.name.startswith(names):
             array.view(np.uint8)[...] = 255
         return array
 

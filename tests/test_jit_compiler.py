@@ -358,7 +358,7 @@ def test_a_file_that_another_process_removed_is_compiled_again(compiled, tmp_pat
 
 
 def test_a_worker_leaves_kernels_in_the_cache(tmp_path):
-    factory, spec = "convolt.engines.jit.kernels.weights:update", UpdateSpec("sgd", momentum=True)
+    factory, spec = "convolt.engines.jit.kernels.weights:update", UpdateSpec("sgd", ISA.lanes, momentum=True)
     lines = [
         {"isa": asdict(ISA), "folder": str(tmp_path)},
         [factory, processes.encode(spec)],
