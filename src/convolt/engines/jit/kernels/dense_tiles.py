@@ -77,12 +77,12 @@ def forward(spec: DenseSpec) -> Callable[..., None]:
     """
     run, chunks = spec.run, -(-spec.inputs // spec.run)
     last_run = spec.inputs - (chunks - 1) * run
-    whole, last = _panel(spec, run), _panel(spec, last_run)
+    whole, last, differs = _panel(spec, run), _panel(spec, last_run), last_run != run
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        if chunk + 1 < chunks:
+        if chunk + 1 < chunks or not differs:  # a constant: what is never called is not compiled
             whole(arguments, chunk, thread)
-        else:
+        elif differs:
             last(arguments, chunk, thread)
 
     return kernel
@@ -209,7 +209,7 @@ def backward(spec: DenseSpec) -> Callable[..., None]:
         for column in range(chunk * run, min((chunk + 1) * run, inputs), WIDE):
             if column + WIDE <= inputs:
                 full(arguments, column, own)
-            else:
+            elif rest:
                 tail(arguments, column, own)
         release()
 
@@ -273,7 +273,7 @@ def update(spec: DenseUpdateSpec) -> Callable[..., None]:
         for column in range(stripe * run, min((stripe + 1) * run, inputs), STRIPE):
             if column + STRIPE <= inputs:
                 full(arguments, column, first, first + outputs, own)
-            else:
+            elif rest:
                 tail(arguments, column, first, first + outputs, own)
         release()
 
@@ -303,7 +303,7 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
             turned = arguments[2] + first // BLOCK * rows_bytes
             if first < whole * BLOCK:
                 block(turned, scratch, dw)
-            else:
+            elif rest:
                 last(turned, scratch, dw)
             for row in range(min(BLOCK, outputs - first)):
                 place = FLOAT * ((first + row) * inputs + column)

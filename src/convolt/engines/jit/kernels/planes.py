@@ -121,7 +121,7 @@ def conv_backward(spec: PlaneBackSpec) -> Callable[..., None]:
                 slopes(arguments, image, p, pairs, db)
                 if p + together <= rows:
                     weights(planes + BF16 * p * pitch, shifted, pairs, dw)
-                else:
+                elif rest:
                     last_weights(planes + BF16 * p * pitch, shifted, pairs, dw)
         release()
 

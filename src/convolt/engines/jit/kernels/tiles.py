@@ -121,7 +121,7 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
                     for image in range(first, end):
                         if block < whole:
                             full(arguments, result, image, image - first, p, block * BLOCK)
-                        else:
+                        elif rest:
                             tail(arguments, result, image, image - first, p, block * BLOCK)
         release()
 

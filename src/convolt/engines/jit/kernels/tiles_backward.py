@@ -210,7 +210,7 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int], N
                 for image in range(images):
                     if block < whole:
                         full(arguments, result, image, image, h, block * BLOCK)
-                    else:
+                    elif rest:
                         tail(arguments, result, image, image, h, block * BLOCK)
         release()
 

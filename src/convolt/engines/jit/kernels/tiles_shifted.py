@@ -203,7 +203,7 @@ def _input_gradient(spec: ShiftedBackSpec) -> Callable[[int, int, int, int, int,
                 for image in range(images):
                     if block < whole:
                         full(arguments, result, image, image, h, block * BLOCK)
-                    else:
+                    elif rest:
                         tail(arguments, result, image, image, h, block * BLOCK)
         release()
 
