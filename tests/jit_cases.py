@@ -15,7 +15,8 @@ from engine_cases import Case
 from engine_checks import assert_near, executor_of, oracle_step, step_on
 
 from convolt.engines import JIT
-from convolt.engines.jit.plan import Plan
+from convolt.engines.jit import buffers, plan
+from convolt.engines.jit.buffers import Buffer
 from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Shape
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, step_flat
@@ -87,23 +88,31 @@ def equals_float64(case: Rounded) -> None:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-UNWRITTEN = ("scratch", "parts of", "sums", "terms of dx", "slope ")  # buffers that start without meaning
+UNWRITTEN = ("scratch", "parts of", "sums", "terms of dx", "slope ", "codes ")  # buffers that start without meaning
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that a kernel must not read before something has written it is full of NaN."""
-    make = Plan.buffer
+def poisoned(names: tuple[str, ...] = UNWRITTEN) -> Iterator[None]:
+    """Memory that a kernel must not read before something has written it is full of NaN: these, and what is shared."""
+    allocate, share = Buffer.allocate, buffers.share
 
-    def buffer(plan, name, size, dtype=np.float32):
-        is_new = f"{name} {size}" not in plan.buffers
-        array = make(plan, name, size, dtype)
-        if is_new and name.startswith(UNWRITTEN):
+    def poison(buffer, array):
+        if buffer.name.startswith(names):
             array.view(np.uint8)[...] = 255
         return array
 
+    def sharing(orders):
+        arena = share(orders)
+        arena[...] = 255
+        return arena
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Plan, "buffer", buffer)
+        patch.setattr(
+            Buffer,
+            "allocate",
+            lambda buffer: poison(buffer, allocate(buffer)) if buffer.array is None else buffer.array,
+        )
+        patch.setattr(plan, "share", sharing)
         yield
 
 

@@ -119,3 +119,14 @@ def test_wrong_option_is_one_line(run, options, message):
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_profile_ends_with_the_memory(run):
+    code, out, _ = run("--contenders", "jit", "--profile")
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if "MiB" in line)
+    assert line.startswith("jit: ")
+    assert "activations" in line
+    assert "weights" in line
+    code, out, _ = run("--contenders", "jit", "--json")
+    assert json.loads(out)["benchmarks"][0]["results"][0]["memory"]["gradients"] > 0

@@ -16,7 +16,25 @@ from convolt.run import Run
 def folder(tmp_path_factory) -> Path:
     """A run that knows its digits tolerably."""
     run = tmp_path_factory.mktemp("runs") / "digits"
-    assert main(["train", "--epochs", "3", "--lr", "0.003", "--threads", "1", "--quiet", "--out", str(run)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--engine",
+                "im2col",
+                "--epochs",
+                "3",
+                "--lr",
+                "0.003",
+                "--threads",
+                "1",
+                "--quiet",
+                "--out",
+                str(run),
+            ]
+        )
+        == 0
+    )
     return run
 
 
@@ -154,7 +172,7 @@ def test_many_classes_have_no_matrix_on_the_screen(tmp_path, capsys):
     np.savez(tmp_path / "many.npz", images=images, labels=np.arange(63) % 21)
     run = str(tmp_path / "run")
     args = ["--data", str(tmp_path / "many.npz"), "--epochs", "1", "--threads", "1", "--valid", "0", "--quiet"]
-    assert main(["train", *args, "--out", run]) == 0
+    assert main(["train", "--engine", "im2col", *args, "--out", run]) == 0
     assert main(["evaluate", run, "--split", "train"]) == 0
     assert "confusion matrix of 21 classes: see --plot or --json" in capsys.readouterr().out
 
@@ -217,7 +235,12 @@ def test_mistake_ends_in_one_line(args, code, parts, folder, image, tmp_path, mo
 
 def test_split_that_is_not_there(folder, tmp_path, capsys):
     run = str(tmp_path / "run")
-    assert main(["train", "--epochs", "1", "--subset", "50", "--valid", "0", "--quiet", "--out", run]) == 0
+    assert (
+        main(
+            ["train", "--engine", "im2col", "--epochs", "1", "--subset", "50", "--valid", "0", "--quiet", "--out", run]
+        )
+        == 0
+    )
     assert main(["evaluate", run, "--split", "valid"]) == 1
     assert "no valid split; choose --split from: train, test" in capsys.readouterr().err
 

@@ -16,7 +16,8 @@ from convolt.optimizers import SGD, Adam
 from convolt.run import Run
 from convolt.schedules import Cosine
 
-FAST = ["--epochs", "1", "--subset", "100", "--threads", "1", "--quiet"]
+# im2col compiles nothing: what is tested here is the command line.
+FAST = ["--engine", "im2col", "--epochs", "1", "--subset", "100", "--threads", "1", "--quiet"]
 KEYS = (
     *("test_accuracy", "test_loss", "epochs", "train_seconds", "images_per_second"),
     *("engine", "precision", "threads", "ranks", "seed", "run"),
@@ -176,7 +177,21 @@ def test_replay_with_another_seed_moves_the_splits_too(train):
     assert (config["recipe"]["seed"], config["data"]["source"]["seed"]) == (1, 1)
 
 
-SLOW = ["train", "--data", "digits", "--epochs", "100000", "--batch-size", "8", "--subset", "64", "--threads", "1"]
+SLOW = [
+    "train",
+    "--engine",
+    "im2col",
+    "--data",
+    "digits",
+    "--epochs",
+    "100000",
+    "--batch-size",
+    "8",
+    "--subset",
+    "64",
+    "--threads",
+    "1",
+]
 
 
 def stop(folder: Path, number: signal.Signals) -> tuple[int, str, str]:

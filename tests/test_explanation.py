@@ -53,13 +53,13 @@ def test_what_is_explained_is_what_runs(precision):
     ran = [(time.stage, time.direction) for time in executor.profile(x, training=True)]
     executor.close()
     stages = JIT(threads=1).explain(NET, precision, 6).stages
-    assert list(dict.fromkeys(ran)) == [(stage.name, stage.direction) for stage in stages]
+    assert set(ran) == {(stage.name, stage.direction) for stage in stages}
 
 
 def test_reasons_of_float32():
     reasons = why(JIT(threads=1).explain(NET))
     assert reasons["0-2"] == f"ReLU fused into it; MaxPool2d 2x2 fused into it; {VECTORS}: fp32"
-    assert reasons["6"] == "not fused: BatchNorm2d takes no max-pool"
+    assert reasons["6"] == "not fused: its windows overlap or are padded"
     assert reasons["8-9"] == f"ReLU fused into it; {VECTORS}: fp32"
 
 
@@ -81,7 +81,7 @@ def test_reasons_of_bf16():
         ((Conv2d(8, 4, 3), LeakyReLU(0.1), MaxPool2d(2)), "not fused: the activation before it is no ReLU"),
         ((Conv2d(8, 4, 3), ReLU(), LeakyReLU(0.1)), "not fused: an activation is there already"),
         ((Conv2d(8, 4, 3), LeakyReLU(-1.0)), "not fused: the sign of its output does not tell that of its input"),
-        ((Conv2d(8, 4, 3), MaxPool2d(2), ReLU()), "not fused: a max-pool ends a fusion"),
+        ((Conv2d(8, 4, 3), MaxPool2d(2), ReLU()), "not fused: a max-pool, or the activation of a sum, ends a fusion"),
         ((Flatten(), ReLU()), "not fused: Flatten takes no activation"),
     ],
 )

@@ -1,6 +1,7 @@
 import ctypes
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from convolt.engine import COMPILING
 from convolt.engines.jit import codegen, compiler, processes
 from convolt.engines.jit.compiler import Compiler, cache_folder, compile_kernel
 from convolt.engines.jit.isa import detect
@@ -107,11 +109,13 @@ def test_the_key_changes_with_everything_that_the_code_depends_on(tmp_path, monk
     ]
     folder = tmp_path / "jit"
     shutil.copytree(compiler.FOLDER, folder)
-    monkeypatch.setattr(compiler, "FOLDER", folder)
+    monkeypatch.setattr(compiler, "SOURCES", compiler.read_sources(folder))
     same = Compiler(ISA, tmp_path).key(scale, Scale(4))
     for name in ("codegen.py", "runtime.py"):
         with (folder / name).open("a") as file:
             file.write("#")
+        assert Compiler(ISA, tmp_path).key(scale, Scale(4)) in (same, keys[-1])  # what has been imported counts
+        monkeypatch.setattr(compiler, "SOURCES", compiler.read_sources(folder))
         keys.append(Compiler(ISA, tmp_path).key(scale, Scale(4)))
     monkeypatch.setattr(compiler.metadata, "version", lambda name: "0.0")
     keys.append(Compiler(ISA, tmp_path).key(scale, Scale(4)))
@@ -308,8 +312,53 @@ def test_a_factory_can_be_named(compiled, tmp_path):
     assert kernel.name == "driver"
 
 
+# --- progress, and the cache's bound ---------------------------------------------------------------------------------
+
+
+def test_a_warm_start_tells_nothing(compiled, tmp_path, caplog):
+    caplog.set_level("INFO", COMPILING)
+    cold = Compiler(ISA, tmp_path)
+    cold.kernels([(scale, Scale(4))])
+    assert [record.args for record in caplog.records] == [(0, 1, "scale"), (1, 1, "")]
+    caplog.clear()
+    cold.kernels([(scale, Scale(4))])
+    Compiler(ISA, tmp_path).kernels([(scale, Scale(4))])
+    assert caplog.records == []
+
+
+def test_only_what_is_compiled_is_counted(compiled, tmp_path):
+    seen = []
+    Compiler(ISA, tmp_path).kernels([(scale, Scale(4))])
+    warm = Compiler(ISA, tmp_path)
+    warm.kernels([(scale, Scale(4)), (other, Scale(4)), (other, Scale(4))], lambda *line: seen.append(line))
+    assert seen == [(0, 1, "other"), (1, 1, "")]
+
+
+def test_above_its_bound_the_cache_forgets_what_was_used_least_recently(compiled, code, tmp_path):
+    size = len(code) + 32
+    first = Compiler(ISA, tmp_path, bound=3 * size)
+    first.kernels([(scale, Scale(n)) for n in (1, 2, 3)])
+    for age, n in enumerate((2, 3, 1)):
+        os.utime(tmp_path / first.key(scale, Scale(n)), ns=(age, age))
+    Compiler(ISA, tmp_path).kernel(scale, Scale(2))  # the oldest, used again
+    second = Compiler(ISA, tmp_path, bound=3 * size)
+    second.kernels([(scale, Scale(4))])
+    assert second.statistics.removed == 1
+    kept = {first.key(scale, Scale(n)) for n in (1, 2, 4)}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_file_that_another_process_removed_is_compiled_again(compiled, tmp_path):
+    here = Compiler(ISA, tmp_path)
+    here.kernels([(scale, Scale(4))])
+    (tmp_path / here.key(scale, Scale(4))).unlink()
+    there = Compiler(ISA, tmp_path, bound=0)
+    assert doubles(there.kernels([(scale, Scale(4))])[0])
+    assert there.statistics.removed == 1
+
+
 def test_a_worker_leaves_kernels_in_the_cache(tmp_path):
-    factory, spec = "convolt.engines.jit.kernels.weights:update", UpdateSpec("sgd", momentum=True)
+    factory, spec = "convolt.engines.jit.kernels.weights:update", UpdateSpec("sgd", ISA.lanes, momentum=True)
     lines = [
         {"isa": asdict(ISA), "folder": str(tmp_path)},
         [factory, processes.encode(spec)],

@@ -116,6 +116,7 @@ class Result:
     how many times faster than the fastest peer (PyTorch, ONNX Runtime), in pairs of slices; ratio_alike: than the
     fastest one that multiplies in the same format, whose name is peer_alike. first_step: seconds from nothing to the
     end of the first step. peak_part: of the measured peak. impossible: above it.
+    memory: bytes held, by kind, where the engine tells.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Result:
     peak_part: float | None = None
     impossible: bool = False
     stages: tuple[StageRate, ...] = ()
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -383,6 +385,7 @@ def _result(
         peak_part=None if peak is None else gflops / peak,
         impossible=peak is not None and gflops > peak,
         stages=stages,
+        memory=entrant.executor.memory(),
     )
 
 

@@ -30,6 +30,9 @@ from convolt.rng import SampleRng
 Array = NDArray[Any]
 OnReady = Callable[[slice], None]
 
+COMPILING = "convolt.compiling"
+"""The logger of engines that compile: records of level INFO with the arguments (done, total, name)."""
+
 
 class StepResult(NamedTuple):
     """What a step tells the loop: the summed loss and the logits (N, classes)."""
@@ -156,6 +159,10 @@ class Executor(ABC):
         A training step must have been done before. Weights and gradients are worth nothing afterwards.
         """
         return ()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that it holds, by what they are for (activations are made with the first batch); empty if unknown."""
+        return {}
 
     def close(self) -> None:
         """Give back threads and device memory; an executor that holds none does nothing."""

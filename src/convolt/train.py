@@ -73,7 +73,8 @@ def fit(
     Raises ConfigError, EngineError, RunError, TrainingError, CheckpointError, and Interrupted after SIGINT or SIGTERM.
     """
     recipe, comm, parallel = recipe or Recipe(), comm or Serial(), parallel or Parallel()
-    engine = engine or default_engine()
+    if engine is None:  # a recipe of the wrong kind is told below
+        engine = default_engine(recipe.precision if isinstance(recipe, Recipe) else "fp32")
     check_kinds(model, data, recipe, engine, params)
     check_fit(model, data, recipe, resume, out, checkpoint_every)
     if source is None and data.origin is not None:

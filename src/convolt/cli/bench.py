@@ -26,6 +26,7 @@ from convolt.cli.options import (
     notes,
     print_json,
     results,
+    telling_of_compilation,
     threads_option,
     writable,
 )
@@ -139,6 +140,7 @@ def bench(
     workloads = [Workload(model, size, inference, seed) for size in batch_sizes or (BATCH_SIZE,)]
     count = resolve_threads(0 if threads is None else threads)
     contenders, absent = assemble(standard(inference) if names is None else names.split(","), count)
+    click.get_current_context().with_resource(telling_of_compilation())
     console = notes()
     with console.status("measuring the peaks of this machine") as status:
 
@@ -207,6 +209,8 @@ def show(name: str, report: Report, absent: dict[str, str], console: Console) ->
     for result in timed:
         if result.stages:
             console.print(stage_table(result))
+            if result.memory:
+                console.print(Text(memory_line(result)))
     console.print(Text(load_line(report.load)))
     for warning in report.warnings():
         console.print(Text(f"warning: {warning}", style="yellow"))
@@ -249,6 +253,13 @@ def stage_table(result: Result) -> Table:
         table.add_row(Text(stage.stage), stage.direction, f"{stage.milliseconds:.3f}", part, *rates)
     table.add_row("all", "", f"{total:.3f}", "", "", "")
     return table
+
+
+def memory_line(result: Result) -> str:
+    """What a contender holds, the largest first."""
+    parts = sorted(result.memory.items(), key=lambda part: -part[1])
+    kinds = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in parts)
+    return f"{result.name}: {sum(result.memory.values()) / 2**20:.1f} MiB: {kinds}\n"
 
 
 def load_line(load: Load) -> str:

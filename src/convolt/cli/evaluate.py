@@ -30,6 +30,7 @@ from convolt.cli.options import (
     print_json,
     results,
     run_argument,
+    telling_of_compilation,
     threads_option,
 )
 from convolt.cli.settings import located, run_engine
@@ -108,6 +109,7 @@ def evaluate(
     classes = run.model.output_shape[0]
     if top is not None and not 1 <= top <= classes:
         raise ConfigError(f"--top must be from 1 to the {classes} classes of the run; got {top}")
+    click.get_current_context().with_resource(telling_of_compilation())
     chosen = run_engine(run, engine, threads)
     console = notes()
     with console.status("loading the data"):

@@ -4,7 +4,10 @@ An option's section is the class it is declared with, so that it stands beside t
 only parsed here; what they must hold is said by the dataclass that they end up in, once for Python and command line.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,6 +17,7 @@ from rich.console import Console
 from convolt import engines
 from convolt.config import canonical
 from convolt.durable import encode_json
+from convolt.engine import COMPILING
 from convolt.errors import ConfigError, nearest
 
 Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
@@ -128,6 +132,41 @@ def engine_option(default: str) -> Callable[[Command], Command]:
 def notes(quiet: bool = False) -> Console:
     """Standard error, for what is not a result."""
     return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+
+class _Compiling(logging.Handler):
+    """Says on standard error what is compiled, once it has taken a while, and not more often than people read."""
+
+    def __init__(self, patience: float, interval: float) -> None:
+        logging.Handler.__init__(self)
+        self._patience, self._interval = patience, interval
+        self._began: float | None = None
+        self._said = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        self._began = now if self._began is None else self._began
+        if now - self._began >= self._patience and now - self._said >= self._interval:
+            self._said = now
+            done, total, *_ = record.args  # type: ignore[misc]  # the logger's contract
+            click.echo(f"compiling kernels {done}/{total} ...", err=True)
+
+
+@contextmanager
+def telling_of_compilation(quiet: bool = False, patience: float = 0.5, interval: float = 2.0) -> Iterator[None]:
+    """While this is open, an engine that compiles for longer than ``patience`` seconds is not silent about it."""
+    logger, handler = logging.getLogger(COMPILING), _Compiling(patience, interval)
+    if quiet:
+        yield
+        return
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def results() -> Console:

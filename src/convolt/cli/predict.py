@@ -22,6 +22,7 @@ from convolt.cli.options import (
     print_json,
     results,
     run_argument,
+    telling_of_compilation,
     threads_option,
 )
 from convolt.cli.settings import run_engine
@@ -62,6 +63,7 @@ def predict(
             f"{folder}: the network takes {run.model.input_shape}, image files have 1 or 3 channels (C, H, W); "
             "use Run.predict in Python"
         )
+    click.get_current_context().with_resource(telling_of_compilation())
     batch = read_images(images, (channels, size[0], size[1]))
     probabilities = run.predict(batch, run_engine(run, engine, threads))
     classes = run.config["data"]["classes"]

@@ -138,7 +138,7 @@ def resolve(settings: Plain) -> Settings:
     if not isinstance(settings["parallel"], dict):
         raise ConfigError(f"parallel: must be a mapping, such as parallel.wire=bf16; got {settings['parallel']!r}")
     parallel = build(Parallel, settings["parallel"], "parallel", {})
-    engine = resolve_engine(settings["engine"])
+    engine = resolve_engine(settings["engine"], recipe.precision)
     every = settings["checkpoint_every"]
     return Settings(located(spec), model, normalize is not False, recipe, engine, parallel, every)
 
@@ -160,12 +160,12 @@ def resolve_model(given: Any) -> str | Model:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def resolve_engine(given: str | Mapping[str, Any]) -> Engine:
-    """The engine of a name or of plain values; the fastest when nothing names one. Raises ConfigError."""
+def resolve_engine(given: str | Mapping[str, Any], precision: str = "fp32") -> Engine:
+    """The engine of a name or of plain values; the fastest for a precision if nothing names one. Raises ConfigError."""
     own = {"type": given} if isinstance(given, str) else given
     if not isinstance(own, Mapping):
         raise ConfigError(f"engine: must be a name or a mapping with a type; got {given!r}")
-    cls = engine_class(str(own["type"])) if "type" in own else type(default_engine())
+    cls = engine_class(str(own["type"])) if "type" in own else type(default_engine(precision))
     return build(cls, own, "engine", {})
 
 

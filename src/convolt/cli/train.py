@@ -31,6 +31,7 @@ from convolt.cli.options import (
     listed,
     notes,
     print_json,
+    telling_of_compilation,
     threads_option,
     writable,
 )
@@ -264,6 +265,7 @@ def train(
             ctx.exit(start(to_start, own.arguments, str(out or resume) if out or resume else None))
         settings = collect(resume, recipe_file, options, assignments, comm.size, comm.node_size)
         console = notes(quiet or comm.rank > 0)
+        ctx.with_resource(telling_of_compilation(quiet or comm.rank > 0))
         with console.status(f"loading {settings.data.name}"):
             data = settings.data.load()
             model = settings.build_model(data)

@@ -11,6 +11,7 @@ A new engine is one new file or folder here and one line in ``_MODULES``; nothin
 when an engine is asked for, so that ``import convolt`` and ``--help`` stay fast.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,9 @@ _MODULES = {
 }
 __all__ = ["JIT", "Im2col", "Loops", "Torch", "default_engine", "engine_class", "measured_peaks", "names"]
 
+#: Which engine is taken when none is named.
+FASTEST_FIRST = ("jit", "im2col")
+
 #: What ``convolt bench`` compares when nothing is named: PyTorch in every form that may be its fastest.
 CONTENDERS = (
     *("jit-fp32", "jit-bf16", "im2col"),
@@ -54,9 +58,24 @@ def engine_class(name: str) -> type[Engine]:
     return found
 
 
-def default_engine() -> Engine:
-    """The engine of ``convolt train`` when none is named: the fastest, on every core that is allowed."""
-    return engine_class("im2col")()
+def default_engine(precision: str = "fp32") -> Engine:
+    """The engine when none is named: the fastest that can do this precision, on every core that is allowed.
+
+    Warns, with the reason, when it is not the fastest of all.
+    """
+    reasons = []
+    for name in FASTEST_FIRST:
+        try:
+            cls = engine_class(name)
+        except ImportError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if precision in cls.PRECISIONS:
+            if reasons:
+                warnings.warn(f"the engine is {name}; not {'; not '.join(reasons)}", stacklevel=2)
+            return cls()
+        reasons.append(f"{name}, which has no precision {precision}")
+    return engine_class(FASTEST_FIRST[0])()
 
 
 def measured_peaks(threads: int) -> Peaks:

@@ -12,6 +12,7 @@ Numba compiles the loops, LLVM IR the innermost tiles. A warm start loads object
 from dataclasses import dataclass
 from typing import ClassVar
 
+from convolt.checks import check_integer
 from convolt.engine import Engine, EngineRecipe, Executor, resolve_threads
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.executor import JitExecutor
@@ -27,22 +28,27 @@ from convolt.params import Params
 class JIT(Engine):
     """Compiled kernels. ``threads``: 0 means every core that is allowed. ``isa``: force an instruction set, for tests.
 
-    isa is one of "avx512", "avx2", "neon", "plain"; None takes the widest of this CPU. Raises EngineError.
+    isa is one of "avx512", "avx2", "neon", "plain"; None takes the widest of this CPU. checkpoint_segments: cut the
+    model into so many parts whose inner activations are not kept but computed again in backward: less memory, a
+    forward pass more, the same bits; 0 keeps everything. Raises EngineError.
     """
 
     threads: int = 0
     isa: str | None = None
+    checkpoint_segments: int = 0
     NAME: ClassVar[str] = "jit"
     PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threads", resolve_threads(self.threads))
+        check_integer(self, "checkpoint_segments", at_least=0)
 
     def executor(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Executor:
         """Plans and kernels are made when the first batch shows its size."""
         own = self.initial_params(model, params, recipe)
         isa = detect(self.isa)
-        return JitExecutor(model, own, isa, self.threads, self._uses_tiles(recipe.precision, isa))
+        tiles = self._uses_tiles(recipe.precision, isa)
+        return JitExecutor(model, own, isa, self.threads, tiles, self.checkpoint_segments)
 
     def explain(self, model: Model, precision: str = "fp32", batch_size: int = 128) -> Explanation:
         """Which kernel serves each stage, forward and backward, and why: the plan's own reasons. Raises EngineError."""
@@ -50,7 +56,8 @@ class JIT(Engine):
         isa = detect(self.isa)
         tiles = self._uses_tiles(precision, isa)
         params, grads = Params(model), Params(model)
-        programs = Programs(model, params, grads, batch_size, True, tiles, isa, self.threads, Compiler(isa))
+        own = self.threads, Compiler(isa), None, self.checkpoint_segments
+        programs = Programs(model, params, grads, batch_size, True, tiles, isa, *own)
         return Explanation(self.NAME, precision, batch_size, tuple(programs.stages()))
 
     def _uses_tiles(self, precision: str, isa: Isa) -> bool:

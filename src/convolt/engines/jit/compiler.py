@@ -8,7 +8,7 @@ The cache holds one file a kernel: 32 bytes of SHA-256, then object code. The di
 another's name is as invalid as one with a flipped bit; both are compiled again and replaced. The key covers whatever
 the code depends on: its sources, factory, spec, instruction set, CPU, and the versions of what compiles. Files are
 written beside and renamed, so processes may compile at once: the last one wins, with the same code. A folder that
-cannot be written, or that other users can, is not used.
+cannot be written, or that other users can, is not used. Above a bound the files that were used least recently go.
 
 The sources a kernel depends on are those of the factory's module, of what makes object code, and of every module of
 this folder that they import, directly or not: a change to the planner compiles nothing again.
@@ -19,12 +19,14 @@ the kernel must be compiled. Loading takes llvmlite alone.
 
 import hashlib
 import importlib
+import logging
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +37,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from convolt import durable
+from convolt.engine import COMPILING
 from convolt.engines.jit.isa import Isa, target
 from convolt.engines.jit.processes import Workers
 from convolt.errors import EngineError
@@ -44,6 +47,7 @@ Request = tuple[Factory, Any]
 Progress = Callable[[int, int, str], None]
 
 FOLDER = Path(__file__).parent
+BOUND = 512 << 20  # bytes of a cache: some thousand kernels
 MANY = 8  # missing kernels from which it pays to start another process: it takes a second to import Numba
 SYMBOL = "kernel"
 """What the C function is called in every object file."""
@@ -67,12 +71,13 @@ class Kernel:
 
 @dataclass
 class Statistics:
-    """What the cache did: kernels compiled and loaded, invalid files replaced, files that could not be written."""
+    """What the cache did: kernels compiled and loaded, invalid files replaced, files not written, old ones removed."""
 
     compiled: int = 0
     loaded: int = 0
     rebuilt: int = 0
     unsaved: int = 0
+    removed: int = 0
 
 
 def cache_folder() -> Path:
@@ -83,17 +88,18 @@ def cache_folder() -> Path:
 class Compiler:
     """Makes kernels for one instruction set; asking twice for a kernel gives the same one.
 
-    folder: where object code is kept (default: `cache_folder`). processes: that compile when much is missing.
+    folder: where object code is kept (default: `cache_folder`). processes: that compile when much is missing. bound:
+    bytes above which the least recently used files are removed, after something has been compiled.
     """
 
-    def __init__(self, isa: Isa, folder: Path | None = None, processes: int = 1):
+    def __init__(self, isa: Isa, folder: Path | None = None, processes: int = 1, bound: int = BOUND):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self.isa = isa
         self.statistics = Statistics()
         self._folder = _usable(cache_folder() if folder is None else folder)
         self._jit = llvm.create_lljit_compiler(use_jit_link=True, suppress_errors=True)
-        self._processes = processes
+        self._processes, self._bound = processes, bound
         self._kernels: dict[str, Kernel] = {}
         self._sources: dict[str, str] = {}
         self._environment = "\n".join(
@@ -104,30 +110,34 @@ class Compiler:
         )
 
     def kernels(self, requests: Iterable[Request], progress: Progress | None = None) -> list[Kernel]:
-        """The kernels of all (factory, spec); `progress` gets (done, total, name) before each and at the end."""
+        """The kernels of all (factory, spec); `progress` gets (done, total, name) of those that must be compiled.
+
+        It is called before each of them and at the end, and not at all when every kernel is on disk or in memory.
+        """
         wanted = list(requests)
-        workers = self._workers(wanted)
-        made = []
-        for done, (factory, spec) in enumerate(wanted):
-            if progress is not None:
-                progress(done, len(wanted), _name(factory))
-            workers.claim(self.key(factory, spec))
+        keys = [self.key(*request) for request in wanted]
+        missing = {
+            key: request
+            for key, request in zip(keys, wanted, strict=True)
+            if key not in self._kernels and not self._is_on_disk(key)
+        }
+        workers, tell, total, made = self._workers(missing), progress or _log, len(missing), []
+        for key, (factory, spec) in zip(keys, wanted, strict=True):
+            if missing.pop(key, None):
+                tell(total - len(missing) - 1, total, _name(factory))
+            workers.claim(key)
             made.append(self.kernel(factory, spec))
-        if progress is not None:
-            progress(len(wanted), len(wanted), "")
+        if total:
+            tell(total, total, "")
+            self._prune()
         return made
 
-    def _workers(self, requests: Iterable[Request]) -> Workers:
+    def _workers(self, missing: Mapping[str, Request]) -> Workers:
         """Processes that compile the last of these, if they are many and can be named."""
-        missing: dict[str, tuple[str, Any]] = {}
-        for factory, spec in requests:
-            if isinstance(factory, str) and self._folder is not None:
-                key = self.key(factory, spec)
-                if key not in self._kernels and not (self._folder / key).exists():
-                    missing[key] = factory, spec
-        if self._folder is None or len(missing) < MANY:
+        named = {key: (factory, spec) for key, (factory, spec) in missing.items() if isinstance(factory, str)}
+        if self._folder is None or len(named) < MANY:
             return Workers(0, self.isa, Path(), {})
-        return Workers(self._processes - 1, self.isa, self._folder, missing)
+        return Workers(self._processes - 1, self.isa, self._folder, named)
 
     def kernel(self, factory: Factory, spec: Any) -> Kernel:
         """The kernel ``factory(spec)``, from memory, from disk, or compiled. Raises EngineError."""
@@ -180,7 +190,32 @@ class Compiler:
             self.statistics.rebuilt += 1
             return None
         self.statistics.loaded += 1
+        with suppress(OSError):
+            os.utime(self._folder / key)  # the least recently used are removed first
         return code
+
+    def _is_on_disk(self, key: str) -> bool:
+        return self._folder is not None and (self._folder / key).exists()
+
+    def _prune(self) -> None:
+        """Remove the least recently used files until the folder is within its bound.
+
+        Another process may be doing the same, or about to load one of them: it will compile it again.
+        """
+        if self._folder is None:
+            return
+        files = []
+        for path in self._folder.iterdir():
+            with suppress(OSError):
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        excess = sum(size for _, size, _ in files) - self._bound
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                self.statistics.removed += 1
+            excess -= size
 
     def _save(self, key: str, code: bytes) -> None:
         if self._folder is None:
@@ -195,6 +230,11 @@ class Compiler:
 def compile_kernel(factory: Factory, spec: Any, isa: Isa) -> Kernel:
     """One kernel, without a `Compiler` to keep."""
     return Compiler(isa).kernel(factory, spec)
+
+
+def _log(done: int, total: int, name: str) -> None:
+    """What is told where nobody asked: a record of the logger that `convolt.engine` names."""
+    logging.getLogger(COMPILING).info("compiling kernels %d/%d %s", done, total, name)
 
 
 def _checksum(key: str, code: bytes) -> bytes:
@@ -231,36 +271,46 @@ def _resolve(factory: Factory) -> Callable[[Any], Callable[..., None]]:
 def _digest_of_sources(module: str) -> str:
     """The digest of the sources that kernels of this module depend on."""
     digest = hashlib.sha256()
-    for name, file in sorted((_sources(module) | _sources(_CODEGEN)).items()):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    for name, text in sorted((_sources(module) | _sources(_CODEGEN)).items()):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(text).digest())
     return digest.hexdigest()
 
 
-def _sources(module: str) -> dict[str, Path]:
-    """Names and files of a module and, within this folder, of all that it imports, directly or not."""
-    found: dict[str, Path] = {}
+def _sources(module: str) -> dict[str, bytes]:
+    """Names and texts of a module and, within this folder, of all that it imports, directly or not."""
+    found: dict[str, bytes] = {}
     pending = [module]
     while pending:
         name = pending.pop()
-        file = _file(name)
-        if name not in found and file is not None:
-            found[name] = file
-            pending.extend(_imports(file))
+        text = _source(name)
+        if name not in found and text is not None:
+            found[name] = text
+            pending.extend(_imports(text.decode()))
     return found
 
 
-def _file(module: str) -> Path | None:
-    """Where the module's source is; None for what is not there, such as a function's name after its module's."""
-    if not module.startswith(_PACKAGE):
-        loaded = sys.modules.get(module)
-        return Path(loaded.__file__) if loaded is not None and loaded.__file__ else None
-    file = FOLDER.joinpath(*module.removeprefix(_PACKAGE).split(".")).with_suffix(".py")
-    return file if file.is_file() else None
+def _source(module: str) -> bytes | None:
+    """A module's text; None for what is none, such as a function's name after its module's."""
+    if module.startswith(_PACKAGE):
+        return SOURCES.get(module.removeprefix(_PACKAGE))
+    loaded = sys.modules.get(module)
+    return Path(loaded.__file__).read_bytes() if loaded is not None and loaded.__file__ else None
 
 
-def _imports(file: Path) -> tuple[str, ...]:
-    """Modules of this folder that the file imports at its top level; ``from package import module`` counts as both."""
+def _imports(text: str) -> tuple[str, ...]:
+    """Modules of this folder that a text imports at its top level; ``from package import module`` counts as both."""
     found = []
-    for package, names in _IMPORT.findall(file.read_text()):
+    for package, names in _IMPORT.findall(text):
         found += [package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))]
     return tuple(name for name in found if name.startswith(_PACKAGE))
+
+
+def read_sources(folder: Path) -> dict[str, bytes]:
+    """The texts of all modules in a folder, by their dotted names."""
+    return {
+        ".".join(file.relative_to(folder).with_suffix("").parts): file.read_bytes() for file in folder.rglob("*.py")
+    }
+
+
+SOURCES = read_sources(FOLDER)
+"""What this process imports: a file that is changed while it runs changes no key."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convolt.engine import Executor, OnReady, StageTime, StepResult
-from convolt.engines.jit.compiler import Compiler, Progress
+from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.plan import Segments
 from convolt.engines.jit.programs import Programs
@@ -44,12 +44,12 @@ class JitExecutor(Executor):
         isa: Isa,
         threads: int,
         tiles: bool = False,
-        progress: Progress | None = None,
+        segments: int = 0,
     ) -> None:
         self.model, self.params = model, params
         self.grads = Params(model, params.dtype)
-        self._isa, self._threads, self._progress = isa, threads, progress
-        self._tiles = tiles
+        self._isa, self._threads = isa, threads
+        self._tiles, self._segments = tiles, segments
         self._compiler = Compiler(isa, processes=threads)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
@@ -162,6 +162,19 @@ class JitExecutor(Executor):
             found += sorted(times, key=lambda time: order.get(time.stage, 0))
         return tuple(found)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of everything that is held, plans that have been made included."""
+        flat = self.params.flat.nbytes
+        found = {
+            "weights": flat + self.params.buffers_flat.nbytes,
+            "gradients": self.grads.flat.nbytes + self.grads.buffers_flat.nbytes,
+            "optimizer state": sum(array.nbytes for array in self._updater.state.values()),
+        }
+        for programs in self._plans.values():
+            for kind, size in programs.plan.memory().items():
+                found[kind] = found.get(kind, 0) + size
+        return found
+
     def close(self) -> None:
         """End the threads."""
         self._team.close()
@@ -219,11 +232,12 @@ class JitExecutor(Executor):
                 self._threads,
                 self._compiler,
                 self._add_ranks if training else None,
+                self._segments,
             )
             tasks = list(programs.forward_tasks)
             if training:
                 tasks += [task for task, _ in programs.backward_tasks(accumulate=False)]
-            self._compiler.kernels(programs.requests(tasks), self._progress)
+            self._compiler.kernels(programs.requests(tasks))
             self._plans[key] = programs
         return self._plans[key]
 

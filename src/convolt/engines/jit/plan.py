@@ -1,40 +1,40 @@
 """The plan of a step: where the buffers lie, and which tasks run in which order.
 
-A plan is made once for a model and a batch capacity. Every buffer is allocated here, 64-byte aligned. Operations that
-treat images one by one are chained: a chunk of images passes through all of them before the next chunk begins, so
-activations are still in the L2 cache when the next kernel reads them. Where an operation must see the whole batch
-(BatchNorm's statistics, dense layers), a new phase begins. ``serve`` says which kernels an operation gets.
+A plan is made once for a model and a batch capacity. Every buffer is named here and gets its place, 64-byte aligned,
+when all tasks are known (``buffers``). Operations that treat images one by one are chained: a chunk of images passes
+through all of them before the next chunk begins, so activations are still in the L2 cache when the next kernel reads
+them. Where an operation must see the whole batch (BatchNorm's statistics, dense layers), a new phase begins; ``phases``
+says which tasks share one. ``serve`` says which kernels an operation gets.
 
 The number of chunks depends on the batch capacity alone, never on the number of threads, and parts are added in chunk
 order: the bits are the same for any number of threads.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from convolt.engines.jit.buffers import SCRATCH, SHORT_LIVED, Address, Buffer, lifetimes, share
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import ONE, STATE, UpdateSpec
-from convolt.engines.jit.phases import Call, Task, Tasks, grouped
+from convolt.engines.jit.phases import Argument, Call, Task, Tasks, between_calls, grouped
 from convolt.engines.jit.runtime import Phase, Program
 from convolt.errors import ConfigError
 from convolt.layers import Dropout
-from convolt.params import Params, aligned_zeros
+from convolt.params import Params
 
 Array = NDArray[Any]
 CHUNKS = 16  # into which a batch is cut
-SLACK = 32  # elements behind a buffer that a vector may read
 KERNELS = "convolt.engines.jit.kernels"
 
 
 Segments = list[Program | Call]
-Served = tuple[Tasks, Callable[[], Tasks]]  # forward, and what makes the backward tasks
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,8 @@ class Plan:
 
     params: arrays the kernels read. grads: arrays they add to, None for prediction. learning: tensors that need a
     gradient. tiles: whether products run in bf16 on AMX tiles. add_ranks: replaces an array by its sum over ranks,
-    where BatchNorm's statistics are those of all ranks.
+    where BatchNorm's statistics are those of all ranks. fuses_update: whether gradients may be left to the pass that
+    moves the weights; they are then ``deferred``.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class Plan:
         self.learning = learning
         self.images = -(-capacity // CHUNKS)
         self.chunks = -(-capacity // self.images)
-        self.buffers: dict[str, Array] = {}
+        self.buffers: dict[str, Buffer] = {}
+        self.arena = np.zeros(0, np.uint8)
         self.masks: list[DropoutMask] = []
         self.state = self.buffer("state", STATE, np.int64)
         self.state[ONE] = 1
@@ -99,7 +101,7 @@ class Plan:
         self.accumulate, self.fuses_update = True, False
         self.deferred: list[Deferred] = []
         self._written: set[Tensor] = set()
-        self._slopes: dict[Tensor, int] = {}
+        self._slopes: dict[Tensor, Address] = {}
 
     @property
     def training(self) -> bool:
@@ -108,36 +110,39 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------- the buffers
 
-    def buffer(self, name: str, size: int, dtype: Any = np.float32) -> Array:
-        """The array of that name and size, made when it is first asked for; kernels keep its address."""
+    def _named(self, name: str, size: int, dtype: Any) -> Buffer:
         key = f"{name} {size}"
         if key not in self.buffers:
-            self.buffers[key] = aligned_zeros(size + SLACK, dtype)
+            self.buffers[key] = Buffer(name, size, dtype)
         return self.buffers[key]
 
-    def address(self, name: str, size: int, dtype: Any = np.float32) -> int:
-        """The address of the array of that name."""
-        return address_of(self.buffer(name, size, dtype))
+    def buffer(self, name: str, size: int, dtype: Any = np.float32) -> Array:
+        """The array of that name and size, zeros at first, with a place of its own: for what the host reads or writes.
 
-    def value(self, tensor: Tensor) -> int:
+        Kernels keep its address.
+        """
+        return self._named(name, size, dtype).allocate()
+
+    def address(self, name: str, size: int, dtype: Any = np.float32) -> Address:
+        """The address of the buffer of that name and size, which may share memory with others."""
+        return Address(self._named(name, size, dtype))
+
+    def value(self, tensor: Tensor) -> Address:
         """The address of a tensor: framed images, or features."""
         kind = np.uint16 if tensor.planar or tensor.half else np.float32
         return self.address(f"value {tensor.name}", self.capacity * tensor.size, kind)
 
-    def slope(self, tensor: Tensor) -> int:
+    def slope(self, tensor: Tensor) -> Address:
         """The address of a tensor's gradient, without a frame."""
         return self._slopes.get(tensor) or self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
 
-    def put_slope(self, tensor: Tensor, address: int) -> None:
+    def put_slope(self, tensor: Tensor, address: Address) -> None:
         """Let a tensor's gradient lie in memory that is free by then."""
         self._slopes[tensor] = address
 
-    def begin_backward(self, accumulate: bool, fuses_update: bool = False) -> None:
-        """Before the tasks of a backward pass are made: whether it adds to the gradients of the parameters.
-
-        fuses_update: whether gradients may be left to the pass that moves the weights; they are then ``deferred``.
-        """
-        self.accumulate, self.fuses_update = accumulate, fuses_update
+    def begin_backward(self, accumulate: bool) -> None:
+        """Before the tasks of a backward pass are made: whether it adds to the gradients of the parameters."""
+        self.accumulate = accumulate
         self.deferred = []
         self._written.clear()
 
@@ -147,9 +152,18 @@ class Plan:
         self._written.add(tensor)
         return before
 
-    def scratch(self, floats: int) -> int:
-        """Memory of the threads' own, ``floats`` each; kernels run one after another, so all share it."""
-        return self.address("scratch", self._threads * floats)
+    def twin(self, buffer: Buffer) -> Buffer:
+        """A second buffer for what the first one need not keep any more."""
+        again = self._named(f"{buffer.name} again", buffer.size, buffer.dtype)
+        buffer.short_lived = again.short_lived = True
+        return again
+
+    def scratch(self, floats: int) -> Address:
+        """Memory of the threads' own, ``floats`` each; kernels that want as much share it, a thread runs one at a time.
+
+        Others must not: it is cut by threads, and another thread may be running another kernel.
+        """
+        return self.address(SCRATCH, self._threads * floats)
 
     def parameter(self, operation: Operation, name: str, gradient: bool = False, layer: int = 0) -> int:
         """The address of a parameter, or of its gradient; ``layer``: which of those computed together."""
@@ -162,13 +176,28 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------- the program
 
-    def by_image(self, label: str, factory: str, spec: Any, *arguments: int) -> Task:
+    def by_image(self, label: str, factory: str, spec: Any, *arguments: Argument) -> Task:
         """A task that treats images one by one."""
         return Task(label, factory, spec, (address_of(self.state), *arguments), self.chunks, by_image=True)
 
-    def whole(self, label: str, factory: str, spec: Any, chunks: int, *arguments: int) -> Task:
+    def whole(self, label: str, factory: str, spec: Any, chunks: int, *arguments: Argument) -> Task:
         """A task with chunks of its own, behind a barrier."""
         return Task(label, factory, spec, (address_of(self.state), *arguments), chunks)
+
+    def lay_out(self, *orders: Iterable[Tasks]) -> None:
+        """Give buffers that are never live together the same memory.
+
+        orders: in each of them these lists of tasks may run one after another.
+        """
+        self.arena = share([lifetimes(_phases(each)) for each in orders])
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind of all buffers that have a place; what shares memory is one kind."""
+        found = {SHORT_LIVED: self.arena.nbytes} if self.arena.nbytes else {}
+        for buffer in self.buffers.values():
+            if buffer.array is not None and not np.shares_memory(buffer.array, self.arena):
+                found[buffer.kind] = found.get(buffer.kind, 0) + buffer.array.nbytes
+        return found
 
     def sum_over_ranks(self, name: str, parts: Array, totals: Array, pixels: int, about_pivots: bool = False) -> Call:
         """Add up the sums of the chunks (chunks, 3, columns), and how many values they are of, over all ranks.
@@ -197,30 +226,30 @@ class Plan:
 
     def segments(self, tasks: Tasks, compiler: Compiler) -> Segments:
         """Tasks as programs, cut where the host has something to do."""
-        found: Segments = []
-        pending: list[Task] = []
-        for task in tasks:
-            if isinstance(task, Task):
-                pending.append(task)
-                continue
-            found += [self.program(pending, compiler)] if pending else []
-            found.append(task)
-            pending = []
-        return [*found, self.program(pending, compiler)] if pending else found
+        return [part if isinstance(part, Call) else self.program(part, compiler) for part in between_calls(tasks)]
 
     def program(self, tasks: Iterable[Task], compiler: Compiler) -> Program:
-        """Tasks as phases."""
+        """Tasks as phases, with kernels, and addresses for all buffers."""
         keep: list[Any] = [self]
         phases = []
         for group in grouped(tasks):
             entries = []
             for task in group:
                 kernel = compiler.kernel(f"{KERNELS}.{task.factory}", task.spec)
-                arguments = np.array(task.arguments, np.int64)
-                keep += [kernel, arguments]
+                resolved = [one.resolve() if isinstance(one, Address) else one for one in task.arguments]
+                arguments = np.array(resolved, np.int64)
+                keep += [kernel, arguments, task]
                 entries.append((kernel.address, address_of(arguments)))
             phases.append(Phase(", ".join(task.label for task in group), tuple(entries), group[0].chunks))
         return Program(phases, keep)
+
+
+def _phases(order: Iterable[Tasks]) -> Iterator[set[Buffer]]:
+    """The buffers of each phase when these lists of tasks run one after another."""
+    for tasks in order:
+        for part in between_calls(tasks):
+            for group in grouped(part) if isinstance(part, list) else ():
+                yield set[Buffer]().union(*(task.buffers for task in group))
 
 
 def address_of(array: Array) -> int:

@@ -40,8 +40,8 @@ from convolt.engines.jit.kernels.tile_specs import (
     backward_spec,
     input_gradient,
 )
-from convolt.engines.jit.phases import Task, Tasks
-from convolt.engines.jit.plan import Deferred, Plan, Served, address_of
+from convolt.engines.jit.phases import Argument, Served, Task, Tasks
+from convolt.engines.jit.plan import Deferred, Plan, address_of
 from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 8
@@ -83,7 +83,7 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
     )
 
 
-def filters(plan: Plan, operation: Operation) -> tuple[int, int, Tasks]:
+def filters(plan: Plan, operation: Operation) -> tuple[Argument, Argument, Tasks]:
     """Where a convolution's filters and bias are (0 for none); with a BatchNorm taken in, what puts them there."""
     layer, norm = cast(Conv2d, operation.layer), operation.norm
     weight = plan.parameter(operation, "weight")
@@ -95,7 +95,7 @@ def filters(plan: Plan, operation: Operation) -> tuple[int, int, Tasks]:
     affine = (plan.parameter(operation, key, layer=1) if norm.affine else 0 for key in ("weight", "bias"))
     running = (plan.statistic(operation, f"running_{key}", layer=1) for key in ("mean", "var"))
     spec = FoldSpec(K, row, layer.bias, norm.affine, norm.eps, FILTERS_AT_ONCE)
-    arguments = (weight, bias, *affine, *running, folded, offset)
+    arguments: tuple[Argument, ...] = (weight, bias, *affine, *running, folded, offset)
     task = plan.whole(f"{operation.label} fold", "weights:fold_norm", spec, -(-K // FILTERS_AT_ONCE), *arguments)
     return folded, offset, [task]
 
@@ -201,7 +201,9 @@ def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
             back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
         parts = plan.address("parts of dw", chunks * back.part)
         bias_parts = plan.address("parts of db", chunks * spec.K)
-        dx, turned_filters, tasks = 0, 0, []
+        dx: Argument = 0
+        turned_filters: Argument = 0
+        tasks = []
         if spec.wants_dx:
             dx, inputs = plan.slope(source), input_gradient(back.conv)
             turned_filters = plan.address(f"turned filters {name}", inputs.columns * inputs.depth, np.uint16)
@@ -264,7 +266,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         turned_rows = plan.address(f"bf16 slopes turned {name}", samples * columns, np.uint16)
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
-        dx = plan.slope(source) if spec.wants_dx else 0
+        dx: Argument = plan.slope(source) if spec.wants_dx else 0
         own = plan.scratch(dense_backward_scratch(spec) // FLOAT)
         wide_chunks = -(-layer.in_features // wide_run)
         dy = plan.slope(target)
@@ -274,7 +276,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         ]
 
         def products(what: str, spec: DenseSpec) -> Task:
-            arguments = (x, shadow, rows, turned_rows, dw, dx, own)
+            arguments: tuple[Argument, ...] = (x, shadow, rows, turned_rows, dw, dx, own)
             return plan.whole(f"{label} {what}", "dense_tiles:backward", spec, wide_chunks, *arguments)
 
         if not plan.fuses_update:
@@ -283,7 +285,7 @@ def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
         def update(spec: UpdateSpec, state: tuple[int, ...], numbers: int) -> Task:
             own = plan.scratch(dense_update_scratch(back) // FLOAT)
             stripes = replace(back, run=round_up(run, STRIPE))
-            arguments = (x, turned_rows, weight, *state, numbers, own, shadow)
+            arguments: tuple[Argument, ...] = (x, turned_rows, weight, *state, numbers, own, shadow)
             chunks = -(-back.inputs // stripes.run) * QUARTERS
             return plan.whole(
                 f"{label} dw+update", "dense_tiles:update", DenseUpdateSpec(stripes, spec), chunks, *arguments

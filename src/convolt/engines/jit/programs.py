@@ -1,7 +1,7 @@
 """The programs of one plan: forward, backward, backward in slices, and the whole step in one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.specs import LossSpec
-from convolt.engines.jit.phases import Call, Task, Tasks
+from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.products import reads_half, reads_planes
+from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
 from convolt.engines.jit.update import Updater
@@ -42,10 +43,22 @@ class Step(NamedTuple):
     late: Program | None
 
 
+class Backward(NamedTuple):
+    """The tasks of a backward pass, each with its operation, and what is left for the optimizer's pass."""
+
+    tasks: list[tuple[Task | Call, Operation]]
+    deferred: tuple[Deferred, ...]
+
+
+#: Whether a backward pass accumulates, and whether it leaves something for the optimizer's pass.
+WAYS = ((False, False), (True, False), (False, True))
+
+
 class Programs:
     """One plan of a model, for batches of up to ``capacity`` samples, and what can be run of it.
 
-    grads: what a backward pass adds to; None for prediction alone. add_ranks: see Plan.
+    grads: what a backward pass adds to; None for prediction alone. add_ranks: see Plan. checkpoints: into how many
+    segments a model is cut whose inner tensors are made twice (``recompute``); 0 or 1 keeps all of them.
     """
 
     def __init__(
@@ -60,6 +73,7 @@ class Programs:
         threads: int,
         compiler: Compiler,
         add_ranks: Callable[[Array], None] | None = None,
+        checkpoints: int = 0,
     ) -> None:
         first, found = operations(model, training=grads is not None)
         self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles, add_ranks)
@@ -83,9 +97,15 @@ class Programs:
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
         self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(1), np.zeros(1)
         self._steps: dict[tuple[float, bool], Step] = {}
-        self._backward: dict[bool, Segments] = {}
+        self._whole: dict[bool, Segments] = {}
         self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
         self.version = -1
+        segments = cut(self.plan, self._operations, checkpoints) if self.plan.training else []
+        self._segment_of = {operation: segment for segment in segments for operation in segment.operations}
+        self.forward_tasks = list(self._forward_tasks())
+        self._backward = {way: self._make_backward(*way) for way in WAYS if self.plan.training}
+        if self.plan.training:
+            self.plan.lay_out(*self._orders())
 
     def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
         capacity = self.plan.capacity
@@ -108,20 +128,58 @@ class Programs:
                     f"layer {name}: BatchNorm2d needs more than one value a channel to train; use a larger batch"
                 )
 
-    @cached_property
-    def forward_tasks(self) -> Tasks:
+    # -------------------------------------------------------------------------------------------------- the tasks
+
+    def _forward_tasks(self) -> Iterator[Task | Call]:
         """From the images to the logits."""
-        return [*self._input_tasks, *(task for forward, _ in self._served for task in forward)]
+        yield from self._input_tasks
+        for operation, (tasks, _) in zip(self._operations, self._served, strict=True):
+            segment = self._segment_of.get(operation)
+            if segment is None:
+                yield from tasks
+            else:
+                yield from segment.first(self.plan, operation, tasks)
+
+    def _make_backward(self, accumulate: bool, fuses_update: bool) -> Backward:
+        self.plan.begin_backward(accumulate)
+        self.plan.begin_slope(self._output)
+        forward = {operation: tasks for operation, (tasks, _) in zip(self._operations, self._served, strict=True)}
+        made: list[tuple[Task | Call, Operation]] = []
+        for operation, (_, backward) in zip(reversed(self._operations), reversed(self._served), strict=True):
+            segment = self._segment_of.get(operation)
+            # What is left for after the step may not read what is forgotten.
+            self.plan.fuses_update = fuses_update and segment is None
+            tasks = backward()
+            if segment is not None:
+                again = segment.again(self.plan, forward) if operation is segment.operations[-1] else []
+                tasks = [*again, *segment.second(tasks)]
+            made += [(task, operation) for task in tasks]
+        return Backward(made, tuple(self.plan.deferred))
 
     def backward_tasks(self, accumulate: bool, fuses_update: bool = False) -> list[tuple[Task | Call, Operation]]:
         """From the gradient of the logits to those of the parameters, each task with its operation."""
-        self.plan.begin_backward(accumulate, fuses_update)
-        self.plan.begin_slope(self._output)
-        return [
-            (task, operation)
-            for operation, (_, backward) in zip(reversed(self._operations), reversed(self._served), strict=True)
-            for task in backward()
-        ]
+        return self._backward[accumulate, fuses_update].tasks
+
+    def _criterion(self, label_smoothing: float) -> Task:
+        """Between forward and backward: loss and gradient of the logits."""
+        spec = LossSpec(self.plan.capacity, self.logits.shape[1], label_smoothing)
+        logits, dlogits = self.plan.value(self._output), self.plan.slope(self._output)
+        labels, loss, scale = map(address_of, (self.labels, self.loss, self.scale))
+        return self.plan.whole("loss", "loss:cross_entropy", spec, 1, logits, labels, dlogits, loss, scale)
+
+    def _step_tasks(self, fuses_update: bool, label_smoothing: float) -> Tasks:
+        """Forward, loss, backward."""
+        backward = [task for task, _ in self.backward_tasks(accumulate=False, fuses_update=fuses_update)]
+        return [*self.forward_tasks, self._criterion(label_smoothing), *backward]
+
+    def _orders(self) -> Iterator[list[Tasks]]:
+        """Which tasks run one after another, from the images to the last reader of what has come of them."""
+        for fuses_update in (False, True):
+            late = [one.gradient for one in self._backward[False, fuses_update].deferred]
+            yield [self._step_tasks(fuses_update, 0.0), late]
+        for accumulate in (False, True):
+            yield [self.forward_tasks, [task for task, _ in self.backward_tasks(accumulate)]]
+            yield [self.forward_tasks, *(tasks for tasks, _ in self._cut(accumulate))]
 
     def order(self, direction: str) -> dict[str, int]:
         """Places of the operations, by label, in the order in which a direction comes to them."""
@@ -152,42 +210,41 @@ class Programs:
     @cached_property
     def prepare(self) -> Program | None:
         """What a forward pass needs of the weights alone: filters packed, and with BatchNorm taken in."""
-        tasks = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory in OF_WEIGHTS]
+        tasks = [task for task in without_calls(self.forward_tasks) if task.factory in OF_WEIGHTS]
         return self._program(tasks) if tasks else None
 
     @cached_property
     def infer(self) -> Program:
         """The forward pass behind ``prepare``."""
-        rest = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory not in OF_WEIGHTS]
-        return self._program(rest)
+        return self._program([task for task in without_calls(self.forward_tasks) if task.factory not in OF_WEIGHTS])
 
     @cached_property
     def forward(self) -> Segments:
         """The forward pass."""
-        return self._segments(self.forward_tasks)
+        return self._made(self.forward_tasks)
 
     def backward(self, accumulate: bool) -> Segments:
         """The backward pass; gradients are added to what is there, or written."""
-        if accumulate not in self._backward:
-            self._backward[accumulate] = self._segments([task for task, _ in self.backward_tasks(accumulate)])
-        return self._backward[accumulate]
+        if accumulate not in self._whole:
+            self._whole[accumulate] = self._made([task for task, _ in self.backward_tasks(accumulate)])
+        return self._whole[accumulate]
 
     def slices(self, accumulate: bool) -> list[tuple[Segments, slice]]:
         """The backward pass cut after each operation with parameters, and the gradient that is final then."""
         if accumulate not in self._slices:
-            self._slices[accumulate] = self._cut(accumulate)
+            self._slices[accumulate] = [(self._made(tasks), part) for tasks, part in self._cut(accumulate)]
         return self._slices[accumulate]
 
-    def _cut(self, accumulate: bool) -> list[tuple[Segments, slice]]:
+    def _cut(self, accumulate: bool) -> list[tuple[Tasks, slice]]:
         assert self._grads is not None
-        found: list[tuple[Segments, slice]] = []
+        found: list[tuple[Tasks, slice]] = []
         pending: list[Task | Call] = []
         tasks = self.backward_tasks(accumulate)
         for i, (task, operation) in enumerate(tasks):
             pending.append(task)
             last = i + 1 == len(tasks) or tasks[i + 1][1] is not operation
             if last and operation.has_parameters:
-                found.append((self._segments(pending), _gradients_of(operation, self._grads)))
+                found.append((pending, _gradients_of(operation, self._grads)))
                 pending = []
         return found
 
@@ -198,13 +255,9 @@ class Programs:
         """
         key = loss.label_smoothing, fuses_update
         if key not in self._steps:
-            spec = LossSpec(self.plan.capacity, self.logits.shape[1], loss.label_smoothing)
-            arrays = self.logits, self.labels, self.dlogits, self.loss, self.scale
-            criterion = self.plan.whole("loss", "loss:cross_entropy", spec, 1, *map(address_of, arrays))
-            backward = [task for task, _ in self.backward_tasks(accumulate=False, fuses_update=fuses_update)]
-            deferred = tuple(self.plan.deferred)
+            deferred = self._backward[False, fuses_update].deferred
             norm, square_sums = updater.norm_task(tuple(one.name for one in deferred))
-            program = self._program([*self.forward_tasks, criterion, *backward, norm])
+            program = self._program([*self._step_tasks(fuses_update, loss.label_smoothing), norm])
             program.keep += [self.labels, self.loss, self.scale]
             late = self._program([one.gradient for one in deferred]) if deferred else None
             self._steps[key] = Step(program, square_sums, deferred, late)
@@ -212,20 +265,19 @@ class Programs:
 
     def requests(self, tasks: Tasks) -> list[tuple[str, Any]]:
         """What the compiler is asked for."""
-        return [(f"{KERNELS}.{task.factory}", task.spec) for task in tasks if isinstance(task, Task)]
+        return [(f"{KERNELS}.{task.factory}", task.spec) for task in without_calls(tasks)]
 
     def _program(self, tasks: Tasks) -> Program:
-        """A program of tasks among which the host has nothing to do."""
-        return self.plan.program([task for task in tasks if isinstance(task, Task)], self._compiler)
+        return self.plan.program(without_calls(tasks), self._compiler)
 
-    def _segments(self, tasks: Tasks) -> Segments:
+    def _made(self, tasks: Tasks) -> Segments:
         return self.plan.segments(tasks, self._compiler)
 
 
 def _stage(operation: Operation, direction: str, tasks: Tasks, flops: int) -> Stage:
     """The stage of an operation; backward has the reasons of forward too."""
     reasons = operation.reasons["forward"] + (operation.reasons["backward"] if direction == "backward" else [])
-    kernels = tuple(dict.fromkeys(task.factory for task in tasks if isinstance(task, Task)))
+    kernels = tuple(dict.fromkeys(task.factory for task in without_calls(tasks)))
     return Stage(operation.label, direction, kernels, "; ".join(reasons) or "the only kernel for it", flops)
 
 

@@ -22,8 +22,8 @@ from convolt.engines.jit.kernels.specs import (
     PoolSpec,
     Windowing,
 )
-from convolt.engines.jit.phases import Call, Task, Tasks
-from convolt.engines.jit.plan import DropoutMask, Plan, Served, address_of
+from convolt.engines.jit.phases import Argument, Call, Served, Task, Tasks
+from convolt.engines.jit.plan import DropoutMask, Plan, address_of
 from convolt.engines.jit.products import conv, dense
 from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
@@ -93,7 +93,7 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
         )
         seen = (plan.value(source), plan.value(target), plan.slope(target), codes, constants)
         folded, written = replace(bare, accumulate=plan.accumulate), (plan.slope(source), dskip)
-        summed: tuple[int, ...] = sums, dweight, dbias, constants, terms
+        summed: tuple[Argument, ...] = sums, dweight, dbias, constants, terms
         between: list[Call] = []
         if totals is not None:
             folded, summed = replace(folded, synchronized=True), (*summed, address_of(totals))
@@ -165,7 +165,7 @@ def elementwise(plan: Plan, operation: Operation) -> Served:
     layer, source, target = cast(Layer, operation.layer), operation.inputs[0], operation.output
     kind, number = _function(layer)
     spec = MapSpec(kind, Frame.of(source), Frame.of(target), plan.images, plan.isa.lanes, number)
-    mask = 0
+    mask: Argument = 0
     if isinstance(layer, Dropout):
         size = plan.capacity * int(np.prod(source.shape))
         mask = plan.address(f"mask {operation.names[0]}", size)
