@@ -297,8 +297,8 @@ IM2COL_MUTANTS = (
         normalization,
         BatchNorm2d,
         NORM,
-        "(dbias[channels] / M)",
-        "(dweight[channels] / M)",
+        "(slope_sums[channels] / count)",
+        "(products[channels] / count)",
     ),
     Mutant(
         "weight not in dx",

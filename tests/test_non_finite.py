@@ -75,8 +75,8 @@ def spoil_gradients(monkeypatch, steps: tuple[int, ...]) -> None:
         current[0] = step
         return batch(loader, step)
 
-    def spoiled(executor: Executor, *args) -> StepResult:
-        result = loss_and_grads(executor, *args)
+    def spoiled(executor: Executor, *args, **options) -> StepResult:
+        result = loss_and_grads(executor, *args, **options)
         if current[0] in steps:
             executor.grads.flat[7] = math.nan
         return result
