@@ -112,6 +112,14 @@ def test_later_sources_win(train, tmp_path):
     assert (recipe.batch_size, recipe.seed, recipe.precision) == (20, 4, "fp32")
 
 
+def test_the_order_of_options_does_not_matter(train):
+    config = train(
+        "--lr", "0.25", "--threads", "3", "--engine", "im2col", "--optimizer", "sgd", "--subset", "20"
+    ).config
+    assert (config["engine"]["type"], config["engine"]["threads"]) == ("im2col", 3)
+    assert (config["recipe"]["optimizer"]["type"], config["recipe"]["optimizer"]["lr"]) == ("sgd", 0.25)
+
+
 def test_another_type_drops_the_fields_of_the_first():
     plain = settings({"optimizer": {"type": "sgd", "lr": 0.5, "momentum": 0.9}}, ("optimizer", "adam"))
     assert resolve(plain).recipe.optimizer == Adam()

@@ -347,9 +347,10 @@ def collect(
             settings["engine"].pop("threads", None)
     if recipe_file is not None:
         merge(settings, read_recipe(recipe_file), str(recipe_file))
-    for name, value in options.items():
-        if value is not None and value != ():
-            put(settings, KEYS.get(name, name), value, f"--{name}")
+    keys = {name: KEYS.get(name, name) for name in options}
+    for name in sorted(keys, key=lambda name: "." in keys[name]):  # a new engine drops the fields of the old one
+        if options[name] is not None and options[name] != ():
+            put(settings, keys[name], options[name], f"--{name}")
     for text in assignments:
         put(settings, *parse_assignment(text), "--set")
     if ranks > 1 and isinstance(settings["engine"], dict) and not settings["engine"].get("threads"):
