@@ -58,6 +58,21 @@ def test_one_pass_gives_the_bits_of_two(optimizer, apart):
     assert trained(optimizer) == together
 
 
+def test_matrices_of_which_only_some_are_moved_in_one_pass():
+    """Where activations are made twice, only the last part's gradients are left to the optimizer's pass."""
+    layers = (Flatten(), Dense(32, 512), ReLU(), Dense(512, 64), ReLU(), Dense(64, 256))
+    model = Model((1, 4, 8), layers)
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 256, (32, *model.input_shape), np.uint8), generator.integers(0, 256, 32)
+    losses = set()
+    for segments in (0, 2):
+        executor = JIT(threads=2, checkpoint_segments=segments).executor(model, None, Recipe(precision="bf16"))
+        steps = [executor.train_step(x, y, CrossEntropy(), 1 / 32, Adam(lr=0.01)).loss for _ in range(3)]
+        losses.add(tuple(steps))
+        executor.close()
+    assert len(losses) == 1
+
+
 def test_large_slopes_are_looked_at_first_and_give_the_same_bits(apart):
     """A bound beyond which the gradient might not be finite: it is made by itself, and it is finite."""
     scale = 10 * SAFE

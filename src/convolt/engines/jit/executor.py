@@ -121,7 +121,7 @@ class JitExecutor(Executor):
             return StepResult(math.nan, logits)
         self._updater.update(optimizer, deferred=deferred)
         self._version += 1
-        if deferred:  # the kernel that moves these weights has rounded them as well
+        if deferred and step.rounds_all:  # the kernel that moves these weights has rounded them as well
             programs.version = self._version
         return StepResult(total, logits)
 

@@ -28,19 +28,22 @@ from convolt.model import Model
 from convolt.params import Params
 
 Array = NDArray[Any]
+ROUNDING = "dense_tiles:round_weights"  # makes the bf16 copy of a matrix, as does the pass that moves it
 OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "tiles:pack", "normalization:fold_running")
 
 
 class Step(NamedTuple):
     """A step up to the look at its gradient: what runs, where the sums of squares lie, and what is left for later.
 
-    late: the program that makes the gradients left for later, where they are wanted by themselves.
+    late: the program that makes the gradients left for later, where they are wanted by themselves. rounds_all: whether
+    the passes behind it leave every matrix's bf16 copy as new as the matrix.
     """
 
     program: Program
     square_sums: Array
     deferred: tuple[Deferred, ...]
     late: Program | None
+    rounds_all: bool
 
 
 class Backward(NamedTuple):
@@ -260,7 +263,8 @@ class Programs:
             program = self._program([*self._step_tasks(fuses_update, loss.label_smoothing), norm])
             program.keep += [self.labels, self.loss, self.scale]
             late = self._program([one.gradient for one in deferred]) if deferred else None
-            self._steps[key] = Step(program, square_sums, deferred, late)
+            copied = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory == ROUNDING]
+            self._steps[key] = Step(program, square_sums, deferred, late, len(copied) == len(deferred))
         return self._steps[key]
 
     def requests(self, tasks: Tasks) -> list[tuple[str, Any]]:
