@@ -27,6 +27,7 @@ from convolt.engines.jit.kernels.specs import (
     Windowing,
     dense_backward_scratch,
     dense_forward_scratch,
+    dense_moving_scratch,
     dense_panel,
     dense_update_scratch,
     round_up,
@@ -48,6 +49,8 @@ DENSE_CHUNKS = 8
 RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
 FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
 SHORT_RUN = 64  # inputs of a chunk, at least
+BACKWARD_CHUNKS = 64  # of inputs, into which its backward pass is cut: fine enough to be even among threads
+UPDATE_PAYS = 1 << 16  # weights of a dense layer from which its gradient is made in the optimizer's pass
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
 BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
@@ -327,6 +330,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(target)
+    chunks, defers = 0, False
     if N < FEW_SAMPLES:
         run = round_up(-(-layer.out_features // RUNS), 4)
         spec = _dense_spec(plan, operation, run)
@@ -336,31 +340,43 @@ def dense(plan: Plan, operation: Operation) -> Served:
         spec, chunks = _dense_spec(plan, operation, run), -(-layer.in_features // run)
         parts = plan.address(f"parts of {operation.names[0]}", chunks * N * round_up(layer.out_features, BLOCK))
         scratch = plan.scratch(dense_panel(spec))
+        defers = plan.training and not plan.tiles and weights >= UPDATE_PAYS
+        peaks = plan.buffer(f"peaks {operation.names[0]}", chunks + 1)[: chunks + 1] if defers else np.zeros(0)
+        largest = address_of(peaks) if defers else 0
         forward = [
-            plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, parts, scratch),
+            plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, parts, scratch, largest),
             plan.whole(f"{label} total", "dense_tiles:total", spec, RUNS, parts, bias, y),
         ]
 
     def backward() -> Tasks:
-        columns = round_up(-(-layer.in_features // RUNS), WIDE)
+        columns = round_up(-(-layer.in_features // BACKWARD_CHUNKS), WIDE)
         back = replace(spec, run=columns, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
-        dx = plan.slope(source) if spec.wants_dx else 0
-        return [
-            plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, plan.slope(target), db),
-            plan.whole(
-                f"{label} backward",
-                "dense:dense_backward",
-                back,
-                -(-layer.in_features // columns),
-                x,
-                weight,
-                plan.slope(target),
-                dw,
-                dx,
-                plan.scratch(dense_panel(back)),
-            ),
-        ]
+        dx: Argument = plan.slope(source) if spec.wants_dx else 0
+        dy = plan.slope(target)
+        slopes = plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db)
+
+        def products(what: str, spec: DenseSpec) -> Task:
+            arguments = (x, weight, dy, dw, dx, plan.scratch(dense_panel(spec)))
+            chunks = -(-spec.inputs // spec.run)
+            return plan.whole(f"{label} {what}", "dense:dense_backward", spec, chunks, *arguments)
+
+        if not (plan.fuses_update and defers):
+            return [slopes, products("backward", back)]
+
+        def update(spec: UpdateSpec, state: tuple[int, ...], numbers: int) -> Task:
+            moved = replace(back, run=max(layer.in_features // RUNS // SHORT_RUN * SHORT_RUN, WIDE))
+            own = plan.scratch(dense_moving_scratch(moved))
+            chunks = -(-moved.inputs // moved.run)
+            arguments: tuple[Argument, ...] = (x, dy, weight, *state, numbers, own)
+            return plan.whole(
+                f"{label} dw+update", "dense_update:update", DenseUpdateSpec(moved, spec), chunks, *arguments
+            )
+
+        alone = products("dw", replace(back, wants_dx=False))
+        plan.deferred.append(Deferred(f"{operation.names[0]}.weight", N, peaks, alone, update))
+        tasks = [slopes, plan.whole(f"{label} peak", "dense:dense_peak", back, 1, dy, largest + FLOAT * chunks)]
+        return [*tasks, products("dx", replace(back, wants_dw=False))] if spec.wants_dx else tasks
 
     return forward, backward

@@ -19,6 +19,7 @@ BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
 QUARTERS = 4  # of the outputs of a dense layer that the optimizer takes one by one
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
+ROWS_MOVED, MOVED_VECTORS = 8, 3  # of a dense layer's float32 weights that the optimizer takes together
 GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
 STATE = 8  # int64 words that every kernel is given: samples, address of the images, whether weights have changed
@@ -357,6 +358,11 @@ class UpdateSpec:
     centered: bool = False
     decoupled: bool = False
 
+    @property
+    def states(self) -> int:
+        """Arrays of the optimizer's state that a step reads, at most."""
+        return {"sgd": int(self.momentum), "adam": 2, "adamw": 2}.get(self.kind, 3)
+
 
 @dataclass(frozen=True)
 class DenseUpdateSpec:
@@ -385,3 +391,8 @@ def dense_update_scratch(spec: DenseSpec) -> int:
 def dense_panel(spec: DenseSpec) -> int:
     """Elements of scratch memory for each thread: a run of W transposed, or 128 inputs of x and of W."""
     return round_up(max(spec.run * round_up(spec.outputs, BLOCK), WIDE * (spec.N + spec.outputs)), 16) + 16
+
+
+def dense_moving_scratch(spec: DenseSpec) -> int:
+    """Elements of scratch memory for each thread: a run of x, and of some rows of dw."""
+    return round_up(spec.run, MOVED_VECTORS * spec.lanes) * (spec.N + ROWS_MOVED) + 16
