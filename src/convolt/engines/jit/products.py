@@ -9,7 +9,9 @@ from typing import cast
 
 import numpy as np
 
+from convolt.engines.jit.buffers import Address
 from convolt.engines.jit.graph import Operation, Tensor
+from convolt.engines.jit.kernels.residues import columns_of, taps_of
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
@@ -31,7 +33,6 @@ from convolt.engines.jit.kernels.specs import (
     dense_panel,
     dense_update_scratch,
     round_up,
-    turned,
 )
 from convolt.engines.jit.kernels.tile_specs import (
     PlaneBackSpec,
@@ -40,6 +41,13 @@ from convolt.engines.jit.kernels.tile_specs import (
     TileSpec,
     backward_spec,
     input_gradient,
+)
+from convolt.engines.jit.kernels.winograd_specs import (
+    CHANNELS_AT_ONCE,
+    WinogradPack,
+    WinogradReduce,
+    WinogradSpec,
+    obstacle,
 )
 from convolt.engines.jit.phases import Argument, Served, Task, Tasks
 from convolt.engines.jit.plan import Deferred, Plan, address_of
@@ -111,6 +119,11 @@ def conv(plan: Plan, operation: Operation) -> Served:
         return conv_on_tiles(plan, operation)
     operation.because(f"{plan.isa.name} vectors: " + (f"groups {groups}, tiles take 1" if plan.tiles else "fp32"))
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
+    slow = obstacle(spec)
+    if not slow:
+        operation.because("Winograd F(2x2, 3x3)")
+        return conv_by_winograd(plan, operation, spec)
+    operation.because(f"tap by tap: {slow}")
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
     weight, bias, folding = filters(plan, operation)
@@ -126,16 +139,16 @@ def conv(plan: Plan, operation: Operation) -> Served:
 
     def backward() -> Tasks:
         back = _adding(plan, spec, source)
-        columns = turned(back).packed_columns
-        reverse = plan.address(f"turned filters {name}", taps * spec.groups * spec.filters * columns)
+        turned = PackSpec(back, turned=True)
+        order = taps_of(turned)
+        reverse_size = len(order) * spec.groups * spec.filters * columns_of(turned)
+        reverse = plan.address(f"turned filters {name}", reverse_size)
         parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
         bias_parts = plan.address("parts of db", plan.chunks * spec.K)
         dx = plan.slope(source) if back.wants_dx else 0
         tasks = []
         if back.wants_dx:
-            tasks.append(
-                plan.whole(f"{label} pack turned", "weights:pack", PackSpec(back, True), taps, weight, reverse)
-            )
+            tasks.append(plan.whole(f"{label} pack turned", "weights:pack", turned, len(order), weight, reverse))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
         tasks.append(
             plan.by_image(f"{label} backward", "conv:conv_backward", back, *arguments, parts, bias_parts, scratch)
@@ -154,6 +167,60 @@ def conv(plan: Plan, operation: Operation) -> Served:
         db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
         chunks = -(-spec.K // FILTERS_AT_ONCE)
         tasks.append(plan.whole(f"{label} dw", "weights:reduce_parts", reduce, chunks, parts, dw, bias_parts, db))
+        return tasks
+
+    return forward, backward
+
+
+def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served:
+    """The same by Winograd's algorithm: filters and tiles of pixels are transformed, then multiplied."""
+    name, label, source, target = operation.names[0], operation.label, operation.inputs[0], operation.output
+    winograd = WinogradSpec(spec)
+    weight, bias, folding = filters(plan, operation)
+    packed = plan.address(f"filters {name}", winograd.packed)
+    codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
+    arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(winograd.scratch))
+
+    def transformed(what: str, spec: WinogradSpec, turned: bool, to: Address) -> Task:
+        run = -(-spec.conv.x.C // RUNS)
+        pack = WinogradPack(spec, turned, run)
+        return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-spec.conv.x.C // run), weight, to)
+
+    forward = [
+        *folding,
+        transformed("pack", winograd, False, packed),
+        plan.by_image(label, "winograd:forward", winograd, *arguments),
+    ]
+
+    def backward() -> Tasks:
+        chunks, tasks = plan.chunks, []
+        if winograd.part > LARGE_PART:
+            chunks = min(plan.chunks, FEW_CHUNKS)
+            operation.because(f"{chunks} parts of dw: one has {winograd.part:,} elements", "backward")
+        images = -(-plan.capacity // chunks)
+        chunks = -(-plan.capacity // images)
+        back = WinogradSpec(replace(_adding(plan, spec, source), images=images))
+        parts, bias_parts = (
+            plan.address("parts of dw", chunks * back.part),
+            plan.address("parts of db", chunks * spec.K),
+        )
+        dx: Argument = 0
+        turned_filters: Argument = 0
+        if spec.wants_dx:
+            dx, turned = plan.slope(source), plan.address(f"turned filters {name}", back.back.packed)
+            turned_filters = turned
+            tasks.append(transformed("pack turned", back.back, True, turned))
+        arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
+        pieces = (*arguments, parts, bias_parts, plan.scratch(back.back_scratch))
+        if chunks == plan.chunks:
+            tasks.append(plan.by_image(f"{label} backward", "winograd:backward", back, *pieces))
+        else:
+            tasks.append(plan.whole(f"{label} backward", "winograd:backward", back, chunks, *pieces))
+        dw = plan.parameter(operation, "weight", gradient=True)
+        db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
+        reduce = WinogradReduce(back, plan.accumulate)
+        runs = -(-spec.x.C // CHANNELS_AT_ONCE)
+        tasks.append(plan.whole(f"{label} dw", "winograd:reduce_parts", reduce, runs, parts, dw, bias_parts, db))
         return tasks
 
     return forward, backward

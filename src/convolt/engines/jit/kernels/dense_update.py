@@ -62,7 +62,7 @@ def _moved_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, i
     bands, last_rows = divmod(outputs, ROWS_MOVED)
     shape = Gemm(0, block if whole else rest, 0, 1, outputs, 0, block, 0, columns, dense.lanes)
 
-    def band(rows: int) -> Callable[[int, int, int], None]:
+    def band(rows: int) -> Callable[[Any, int, int, int, int], None]:
         """The gradient of some rows, one block of columns after another; the rows behind them are on their way."""
         main = deep_rows(shape, rows, N, dense.registers)
         edge = deep_rows(replace(shape, columns=rest), rows, N, dense.registers) if whole and rest else main
@@ -76,7 +76,7 @@ def _moved_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, i
                 _fetch(arguments, place + FLOAT * whole * block, rest)
                 edge(dy, panel + FLOAT * whole * N * block, dw + FLOAT * whole * block)
 
-        found: Callable[[int, int, int], None] = products
+        found: Callable[[Any, int, int, int, int], None] = products
         return found
 
     @njit
