@@ -17,7 +17,7 @@ from engine_checks import assert_near, executor_of, oracle_step, step_on
 from convolt.engines import JIT
 from convolt.engines.jit import buffers, plan
 from convolt.engines.jit.buffers import Buffer
-from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Shape
+from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, step_flat
 from convolt.params import Params
@@ -85,6 +85,38 @@ def equals_float64(case: Rounded) -> None:
     assert_near(got.gradient[images.stop :], want.gradient[images.stop :], tolerance, "gradient of the parameters")
     assert_near(got.gradient[images], want.gradient[images], 2**-8, "gradient of the images")
 
+
+# --- Winograd's algorithm ---------------------------------------------------------------------------------------------
+
+WINOGRAD = {
+    case.name: case
+    for case in (
+        Case(
+            "winograd, some channels of a vector, max-pool",
+            (17, 6, 10),
+            (Conv2d(17, 20, 3, padding=1), ReLU(), MaxPool2d(2)),
+            5,
+        ),
+        Case(
+            "winograd, blocks of whole images",
+            (16, 4, 4),
+            (Conv2d(16, 20, 3, padding=1, bias=False), LeakyReLU(0.1)),
+            37,
+        ),
+        Case(
+            "winograd, two panels, padding 2 and none",
+            (16, 8, 6),
+            (Conv2d(16, 70, 3, padding=2), ReLU(), Conv2d(70, 16, 3)),
+            2,
+        ),
+        Case(
+            "winograd, dx added",
+            (16, 24, 24),
+            (Residual((Conv2d(16, 16, 3, padding=1), ReLU(), Conv2d(16, 16, 3, padding=1))), ReLU()),
+            2,
+        ),
+    )
+}
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
