@@ -23,6 +23,7 @@ from numba import njit
 
 from convolt.engines.jit.epilogue import MaxOf, Through, Unpool, max_of, through, unpool
 from convolt.engines.jit.gemm import Gemm, gemm
+from convolt.engines.jit.kernels.conv_calls import in_turn
 from convolt.engines.jit.kernels.depthwise import (
     depthwise_forward,
     depthwise_input_gradients,
@@ -30,12 +31,17 @@ from convolt.engines.jit.kernels.depthwise import (
 )
 from convolt.engines.jit.kernels.residues import Part, covers, parts, slope_frame, tap_order
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec
+from convolt.engines.jit.kernels.winners import winners_backward
 from convolt.engines.jit.memory import view
 
 
 def _blocking(rows: int, vectors: int, registers: int) -> int:
-    """Rows of a register block: as many as the accumulators allow, and an even share of ``rows``."""
-    most = max(1, (registers - vectors - 1) // vectors)
+    """Rows of a register block: as many as the accumulators allow, and an even share of ``rows``.
+
+    Where there are many registers two are left free, or LLVM spills; more than 24 sums gain nothing.
+    """
+    most = (registers - vectors - 1) // vectors if registers <= 16 else min(registers - vectors - 3, 24) // vectors
+    most = max(1, most)
     return -(-rows // -(-rows // most))
 
 
@@ -213,6 +219,8 @@ def conv_backward(spec: ConvSpec) -> Callable[..., None]:
     Filters are turned and packed (groups, taps, K/groups, columns), taps as ``residues`` orders them. Parts are
     (chunks, R, S, C/groups, K).
     """
+    if spec.sparse:
+        return winners_backward(spec)
     weight_gradient, input_gradients = _weight_gradient, _input_gradients
     if spec.depthwise:
         weight_gradient, input_gradients = depthwise_weight_gradient, depthwise_input_gradients
@@ -325,22 +333,6 @@ def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
 def _input_gradients(spec: ConvSpec) -> tuple[Callable[[int, int, int], None], ...]:
     """``dx`` of one image from the framed dy: ``inputs(dy, filters, dx)`` for each residue; dx is (H, W, C)."""
     return tuple(_input_part(spec, part) for part in parts(spec))
-
-
-def in_turn(functions: tuple[Callable[[int, int, int], None], ...]) -> Callable[[int, int, int], None]:
-    """One after another on the same arguments."""
-    first, rest = functions[0], functions[1:]
-    if not rest:
-        return first
-    others = in_turn(rest)
-
-    @njit
-    def run(a: int, b: int, c: int) -> None:
-        first(a, b, c)
-        others(a, b, c)
-
-    found: Callable[[int, int, int], None] = run
-    return found
 
 
 def _input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
