@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from engine_cases import AMX
-from jit_cases import OPTIMIZERS
+from jit_cases import ONE_PASS, OPTIMIZERS, batch_of, one_pass_gives_the_bits_of_two, trained
 
 from convolt.engines import JIT, Loops
 from convolt.engines.jit.executor import SAFE
 from convolt.engines.jit.update import Updater
-from convolt.layers import Conv2d, Dense, Flatten, MaxPool2d, ReLU
+from convolt.layers import Dense, Flatten, ReLU
 from convolt.losses import CrossEntropy
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam
@@ -17,29 +17,6 @@ from convolt.recipe import Recipe
 
 needs_amx = pytest.mark.skipif(not AMX, reason="this CPU, or its operating system, has no AMX tiles")
 precisions = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_amx)])
-# More inputs than one stripe and outputs that fill no block; a second matrix without gradient of its input's border.
-NET = Model(
-    (3, 20, 18),
-    (Conv2d(3, 12, 3, padding=1), ReLU(), MaxPool2d(2), Flatten(), Dense(1080, 70), ReLU(), Dense(70, 256)),
-)
-
-
-def batch(size: int, seed: int = 0):
-    generator = np.random.default_rng(seed)
-    return generator.integers(0, 256, (size, *NET.input_shape), np.uint8), generator.integers(0, 256, size)
-
-
-def trained(optimizer, precision, scales=(1.0, 1.0, 1.0), sizes=(40, 40, 29)):
-    """Losses, weights, state and predictions after steps of which the last has fewer samples."""
-    executor = JIT(threads=2).executor(NET, None, Recipe(precision=precision))
-    losses = []
-    for step, (scale, size) in enumerate(zip(scales, sizes, strict=True)):
-        x, y = batch(size, step)
-        losses.append(executor.train_step(x, y, CrossEntropy(), scale / size, optimizer).loss)
-    state = [array.tobytes() for _, array in sorted(executor.optimizer_state().items())]
-    predicted = executor.predict(batch(5)[0]).tobytes()
-    executor.close()
-    return losses, executor.params.flat.tobytes(), state, predicted
 
 
 @pytest.fixture
@@ -54,10 +31,8 @@ def apart(monkeypatch):
 
 @precisions
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
-def test_one_pass_gives_the_bits_of_two(optimizer, precision, apart):
-    together = trained(optimizer, precision)
-    apart()
-    assert trained(optimizer, precision) == together
+def test_one_pass_gives_the_bits_of_two(optimizer, precision):
+    one_pass_gives_the_bits_of_two(optimizer, precision)
 
 
 @precisions
@@ -88,8 +63,8 @@ def test_large_slopes_are_looked_at_first_and_give_the_same_bits(precision, apar
 @precisions
 @pytest.mark.parametrize("scale", [1e30, np.inf, np.nan])
 def test_a_gradient_that_is_not_finite_leaves_the_weights(scale, precision):
-    executor = JIT(threads=2).executor(NET, None, Recipe(precision=precision))
-    x, y = batch(33)
+    executor = JIT(threads=2).executor(ONE_PASS, None, Recipe(precision=precision))
+    x, y = batch_of(33)
     before = executor.params.flat.copy()
     assert np.isnan(executor.train_step(x, y, CrossEntropy(), scale, SGD(lr=1.0)).loss)
     np.testing.assert_array_equal(executor.params.flat, before)
@@ -98,13 +73,13 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(scale, precision):
 @needs_amx
 def test_predictions_follow_the_weights():
     """bf16 copies of matrices are made again after a step, another optimizer's step, and a change from outside."""
-    executor = JIT(threads=2).executor(NET, None, Recipe(precision="bf16"))
-    x, y = batch(24)
+    executor = JIT(threads=2).executor(ONE_PASS, None, Recipe(precision="bf16"))
+    x, y = batch_of(24)
 
     def agrees():
-        params = Params(NET, np.float64)
+        params = Params(ONE_PASS, np.float64)
         params.load_state_dict(executor.params.state_dict())
-        want = Loops().executor(NET, params, Recipe(precision="fp64")).predict(x)
+        want = Loops().executor(ONE_PASS, params, Recipe(precision="fp64")).predict(x)
         np.testing.assert_allclose(executor.predict(x), want, atol=0.02 * np.abs(want).max())
 
     agrees()

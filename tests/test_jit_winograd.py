@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
-from jit_cases import WINOGRAD, poisoned
+from jit_cases import POOLED_FIRST, WINOGRAD, poisoned
 
 from convolt.engines import JIT
 from convolt.engines.jit.kernels.residues import covers, parts, slope_frame, tap_order
@@ -103,6 +103,18 @@ def test_scratch_memory_holds_what_a_block_needs():
     for tiles in (made.forward, made.inputs):
         assert made.back_scratch - made.frames >= 16 * tiles.tiles * (20 + 70)
     assert made.frames >= made.forward.images * slope_frame(made.conv).size
+
+
+# --- the pixels that won a pool --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", [None, "avx2", "plain"])
+@pytest.mark.parametrize("case", POOLED_FIRST.values(), ids=lambda case: case.name)
+def test_gradient_from_the_pixels_that_won(case, isa):
+    engine = JIT(threads=2, isa=isa)
+    with poisoned():
+        needs_no_input_gradient(engine, "fp32", case)
+    adds_gradients(engine, "fp32", case)
 
 
 # --- residues of the stride ------------------------------------------------------------------------------------------
