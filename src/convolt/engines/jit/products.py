@@ -61,6 +61,7 @@ BACKWARD_CHUNKS = 64  # of inputs, into which its backward pass is cut: fine eno
 UPDATE_PAYS = 1 << 16  # weights of a dense layer from which its gradient is made in the optimizer's pass
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
+FORWARD_CHUNKS = 8  # of a convolution by Winograd's algorithm whose filters are large
 BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
 REDUCE = {
     "planes": "planes:reduce_parts",
@@ -175,7 +176,12 @@ def conv(plan: Plan, operation: Operation) -> Served:
 def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served:
     """The same by Winograd's algorithm: filters and tiles of pixels are transformed, then multiplied."""
     name, label, source, target = operation.names[0], operation.label, operation.inputs[0], operation.output
-    winograd = WinogradSpec(spec)
+    winograd, forward_chunks = WinogradSpec(spec), plan.chunks
+    if (
+        winograd.large and plan.chunks > FORWARD_CHUNKS
+    ):  # more images a chunk: its filters come from beyond the L2 cache
+        images = -(-plan.capacity // FORWARD_CHUNKS)
+        winograd, forward_chunks = WinogradSpec(replace(spec, images=images)), -(-plan.capacity // images)
     weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", winograd.packed)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
@@ -189,7 +195,9 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
     forward = [
         *folding,
         transformed("pack", winograd, False, packed),
-        plan.by_image(label, "winograd:forward", winograd, *arguments),
+        plan.by_image(label, "winograd:forward", winograd, *arguments)
+        if forward_chunks == plan.chunks
+        else plan.whole(label, "winograd:forward", winograd, forward_chunks, *arguments),
     ]
 
     def backward() -> Tasks:

@@ -6,7 +6,8 @@ from convolt.engines.jit.kernels.residues import parts, slope_frame
 from convolt.engines.jit.kernels.specs import VECTORS, ConvSpec, round_up
 
 TRANSFORMED = 16  # elements of a transformed 3x3 filter, and of a tile
-TILES = 48  # of a block, about: enough rows for products, few enough for the L2 cache
+TILES, MANY_TILES = 64, 128  # of a block, about: few enough for the L2 cache; many for filters that fill it themselves
+LARGE_FILTERS = 1 << 15  # channels times filters from which they do: 2 MB transformed
 PAYS = 16  # channels and filters from which the transforms cost little beside the products
 CHANNELS_AT_ONCE = 8  # channels whose gradient parts one chunk adds up
 
@@ -46,12 +47,11 @@ class Tiling:
         return round_up(self.tiles * channels, 16) + 16
 
 
-def tiling(height: int, width: int, images: int) -> Tiling:
-    """Blocks of about 48 tiles: whole rows that cut an image evenly, or whole images."""
+def tiling(height: int, width: int, images: int, tiles: int = TILES) -> Tiling:
+    """Blocks of about so many tiles: whole rows that cut an image evenly, or whole images."""
     high, wide = height // 2, width // 2
-    together = max(1, min(images, round(TILES / (high * wide))))
-    wanted = TILES / wide
-    rows = min((rows for rows in range(1, high + 1) if high % rows == 0), key=lambda rows: abs(rows - wanted))
+    together = max(1, min(images, round(tiles / (high * wide))))
+    rows = min((rows for rows in range(1, high + 1) if high % rows == 0), key=lambda rows: abs(rows - tiles / wide))
     return Tiling(high, wide, high if together > 1 else rows, together)
 
 
@@ -64,7 +64,12 @@ class WinogradSpec:
     @property
     def forward(self) -> Tiling:
         """Of y, before the pool."""
-        return tiling(self.conv.P, self.conv.Q, self.conv.images)
+        return tiling(self.conv.P, self.conv.Q, self.conv.images, MANY_TILES if self.large else TILES)
+
+    @property
+    def large(self) -> bool:
+        """Whether its filters do not stay in the L2 cache."""
+        return self.conv.x.C * self.conv.K >= LARGE_FILTERS
 
     @property
     def back(self) -> "WinogradSpec":
