@@ -128,3 +128,14 @@ def prefetch(typingctx: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def hidden(typingctx: Any, count: Any) -> Any:
+    """The same int64, which LLVM cannot see: a loop of so many rounds is not unrolled. It costs no instruction."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        return builder.asm(ir.FunctionType(word, [word]), "", "=r,0", [args[0]], side_effect=False)
+
+    return types.int64(types.int64), generate

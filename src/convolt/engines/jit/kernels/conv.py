@@ -32,7 +32,7 @@ from convolt.engines.jit.kernels.depthwise import (
 from convolt.engines.jit.kernels.residues import Part, covers, parts, slope_frame, tap_order
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec
 from convolt.engines.jit.kernels.winners import winners_backward
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.memory import hidden, view
 
 
 def _blocking(rows: int, vectors: int, registers: int) -> int:
@@ -56,7 +56,7 @@ def register_rows(spec: Gemm, total: int, registers: int) -> Callable[[int, int,
 
     @njit
     def run(a: int, b: int, c: int, bias: int, segments: int) -> None:
-        for block in range(blocks):
+        for block in range(hidden(blocks)):
             main(a + block * a_step, b, c + block * c_step, bias, segments)
         if rest:
             tail(a + blocks * a_step, b, c + blocks * c_step, bias, segments)

@@ -4,7 +4,7 @@
     dx         the same on the framed dy, with filters turned around and transposed
     dw         du = v^T d over the tiles,  d = A dy A^T,  at the end  dw = G^T du G
 
-The transforms are ``engines.jit.winograd``. A block of about 48 tiles passes through all of them while it lies in the
+The transforms are ``engines.jit.winograd``. A block of some 64 tiles passes through all of them while it lies in the
 L2 cache. Parts of du are added up in chunk order before they are transformed back. Error: a few times that of the sum
 over taps, since all factors are halves and the sums four terms long.
 
@@ -23,7 +23,7 @@ from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.kernels.conv import spread_slopes
 from convolt.engines.jit.kernels.dense import deep_rows
 from convolt.engines.jit.kernels.residues import slope_frame
-from convolt.engines.jit.kernels.specs import DEAD, FLOAT, ONE, STATE, VECTORS
+from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS
 from convolt.engines.jit.kernels.winograd_specs import (
     CHANNELS_AT_ONCE,
     TRANSFORMED,
@@ -32,7 +32,7 @@ from convolt.engines.jit.kernels.winograd_specs import (
     WinogradReduce,
     WinogradSpec,
 )
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.memory import hidden, view
 from convolt.engines.jit.winograd import Finish, TileRow, input_tiles, output_tiles, slope_tiles
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -50,8 +50,7 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
     products_at = TRANSFORMED * tiles.plane(conv.x.C)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        state = view(arguments[0], (STATE,), np.int64)
-        count, planes = state[0], TRANSFORMED * state[ONE]
+        count = view(arguments[0], (1,), np.int64)[0]
         v = arguments[6] + FLOAT * thread * scratch
         m = v + FLOAT * products_at
         last = min((chunk + 1) * chunk_images, count)
@@ -59,7 +58,7 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
             present = min(together, last - first)
             for band in range(bands):
                 inputs(arguments[1] + FLOAT * first * x_size, x_size, present, band, v)
-                products(v, arguments[2], m, planes)
+                products(v, arguments[2], m)
                 outputs(m, arguments[3], arguments[4], arguments[5], first, present, band)
 
     return kernel
@@ -83,8 +82,8 @@ def _inputs(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int, int, 
     return found
 
 
-def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int, int], None]:
-    """``m = v u`` in each plane: ``products(v, packed filters, m, planes)``, a number that LLVM cannot see."""
+def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], None]:
+    """``m = v u`` in each plane: ``products(v, packed filters, m)``."""
     conv, block, panels = spec.conv, spec.block, spec.panels
     C, K = conv.x.C, conv.K
     shape = Gemm(0, min(block, K), C, C, 1, 0, block, 0, K, conv.lanes)
@@ -94,8 +93,8 @@ def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int, int
     v_plane, m_plane, panel, whole = tiles.plane(C), tiles.plane(K), C * block, panels - (1 if rest else 0)
 
     @njit
-    def products(v: int, filters: int, m: int, planes: int) -> None:
-        for plane in range(planes):
+    def products(v: int, filters: int, m: int) -> None:
+        for plane in range(hidden(TRANSFORMED)):
             a, c = v + FLOAT * plane * v_plane, m + FLOAT * plane * m_plane
             for j in range(panels):
                 b = filters + FLOAT * (plane * panels + j) * panel
@@ -104,7 +103,7 @@ def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int, int
                 else:
                     tail(a, b, c + FLOAT * j * block)
 
-    found: Callable[[int, int, int, int], None] = products
+    found: Callable[[int, int, int], None] = products
     return found
 
 
@@ -148,8 +147,7 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
     K, bias, slopes_at, transformed = conv.K, conv.bias, TRANSFORMED * tiles.plane(conv.x.C), scratch - spec.frames
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        state = view(arguments[0], (STATE,), np.int64)
-        count, planes = state[0], TRANSFORMED * state[ONE]
+        count = view(arguments[0], (1,), np.int64)[0]
         du, db = arguments[7] + FLOAT * chunk * part, arguments[8] + FLOAT * chunk * K
         view(du, (part,), np.float32)[:] = np.float32(0)
         if bias:
@@ -168,32 +166,32 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
             for band in range(bands):
                 inputs(arguments[1] + FLOAT * first * x_size, x_size, present, band, v)
                 slopes(dy, present, band, d)
-                weights(v, d, du, planes)
-            input_gradient(dy, arguments[2], arguments[6], first, present, v, planes)
+                weights(v, d, du)
+            input_gradient(dy, arguments[2], arguments[6], first, present, v)
 
     return kernel
 
 
-def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, int, int], None]:
-    """The dx of a block's images: ``gradient(frames, turned filters, dx, first image, images present, v, planes)``."""
+def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, int], None]:
+    """The dx of a block's images: ``gradient(frames, turned filters, dx, first image, images present, v)``."""
     back, tiles, frame = spec.back, spec.inputs, slope_frame(spec.conv).size
     inputs, products, outputs = _inputs(back, tiles), _products(back, tiles), _outputs(back, tiles)
     bands, products_at = tiles.high // tiles.rows, TRANSFORMED * tiles.plane(back.conv.x.C)
 
     @njit
-    def gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int, planes: int) -> None:
+    def gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
         m = v + FLOAT * products_at
         for band in range(bands):
             inputs(dy, frame, present, band, v)
-            products(v, filters, m, planes)
+            products(v, filters, m)
             outputs(m, 0, dx, 0, first, present, band)
 
-    found: Callable[[int, int, int, int, int, int, int], None] = gradient
+    found: Callable[[int, int, int, int, int, int], None] = gradient
     return found
 
 
 @njit
-def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int, planes: int) -> None:
+def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
     """Of images that nobody needs a gradient of."""
 
 
@@ -214,8 +212,8 @@ def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
     return found
 
 
-def _weights(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
-    """``du += v^T d`` in each plane: ``weights(v, d, du, planes)``."""
+def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
+    """``du += v^T d`` in each plane: ``weights(v, d, du)``."""
     conv, tiles, block = spec.conv, spec.forward, VECTORS * spec.conv.lanes
     C, K, T = conv.x.C, conv.K, tiles.tiles
     whole, rest = divmod(K, block)
@@ -225,15 +223,15 @@ def _weights(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
     v_plane, d_plane = tiles.plane(C), tiles.plane(K)
 
     @njit
-    def weights(v: int, d: int, du: int, planes: int) -> None:
-        for plane in range(planes):
+    def weights(v: int, d: int, du: int) -> None:
+        for plane in range(hidden(TRANSFORMED)):
             a, b, c = v + FLOAT * plane * v_plane, d + FLOAT * plane * d_plane, du + FLOAT * plane * C * K
             for j in range(whole):
                 full(a, b + FLOAT * j * block, c + FLOAT * j * block)
             if rest:
                 tail(a, b + FLOAT * whole * block, c + FLOAT * whole * block)
 
-    found: Callable[[int, int, int, int], None] = weights
+    found: Callable[[int, int, int], None] = weights
     return found
 
 
