@@ -177,9 +177,7 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
     """The same by Winograd's algorithm: filters and tiles of pixels are transformed, then multiplied."""
     name, label, source, target = operation.names[0], operation.label, operation.inputs[0], operation.output
     winograd, forward_chunks = WinogradSpec(spec), plan.chunks
-    if (
-        winograd.large and plan.chunks > FORWARD_CHUNKS
-    ):  # more images a chunk: its filters come from beyond the L2 cache
+    if winograd.large and plan.chunks > FORWARD_CHUNKS:  # more images for each time that the filters are read
         images = -(-plan.capacity // FORWARD_CHUNKS)
         winograd, forward_chunks = WinogradSpec(replace(spec, images=images)), -(-plan.capacity // images)
     weight, bias, folding = filters(plan, operation)
@@ -208,10 +206,8 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
         images = -(-plan.capacity // chunks)
         chunks = -(-plan.capacity // images)
         back = WinogradSpec(replace(_adding(plan, spec, source), images=images))
-        parts, bias_parts = (
-            plan.address("parts of dw", chunks * back.part),
-            plan.address("parts of db", chunks * spec.K),
-        )
+        parts = plan.address("parts of dw", chunks * back.part)
+        bias_parts = plan.address("parts of db", chunks * spec.K)
         dx: Argument = 0
         turned_filters: Argument = 0
         if spec.wants_dx:
