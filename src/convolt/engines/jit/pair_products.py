@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # blocks.py chooses among the units, and these are two
 
 LANES = 16
 ROWS = {"dot": 8, "fma": 4}  # of sums in registers; fma needs some for halves
-UNROLLED = 8  # pairs
+UNROLLED = 4  # pairs
 BF16, FLOAT = 2, 4  # bytes
 PAIRS = ir.VectorType(I32, LANES)
 
@@ -35,21 +35,30 @@ def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, bias: Any,
     floats = Floats(builder, LANES)
     a, b, c, bias = (floats.pointer(address) for address in (a, b, c, bias))
     most = ROWS[spec.unit]
+
+    def strip(tile: Any, first: Any, rows: int) -> None:
+        """Rows of a tile from the `first` on."""
+        left, target = (
+            floats.at(pointer, builder.add(builder.mul(tile, I64(stride)), builder.mul(first, I64(row))))
+            for pointer, stride, row in (
+                (a, spec.a_tile_stride // 2, spec.a_row // 2),
+                (c, spec.c_tile_stride, spec.c_row),
+            )
+        )
+        _strip(spec, floats, left, b, target, bias, segments, rows)
+
+    whole = [rows // most for rows in spec.row_tiles]
+
+    def whole_strip(i: Any, nothing: list[Any]) -> list[Any]:
+        second = builder.zext(builder.icmp_signed(">=", i, I64(whole[0])), I64)  # of the two tiles there may be
+        before = builder.mul(second, I64(whole[0]))
+        strip(second, builder.mul(builder.sub(i, before), I64(most)), most)
+        return []
+
+    carried_loop(builder, I64(sum(whole)), [], whole_strip)
     for tile, rows in enumerate(spec.row_tiles):
-        a_tile, c_tile = floats.at(a, tile * spec.a_tile_stride // 2), floats.at(c, tile * spec.c_tile_stride)
-
-        def strip(first: Any, rows: int, a_tile: Any = a_tile, c_tile: Any = c_tile) -> None:
-            left = floats.at(a_tile, builder.mul(first, I64(spec.a_row // 2)))
-            target = floats.at(c_tile, builder.mul(first, I64(spec.c_row)))
-            _strip(spec, floats, left, b, target, bias, segments, rows)
-
-        def whole_strip(i: Any, nothing: list[Any], strip: Any = strip) -> list[Any]:
-            strip(builder.mul(i, I64(most)), most)
-            return []
-
-        carried_loop(builder, I64(rows // most), [], whole_strip)
         if rows % most:
-            strip(I64(rows // most * most), rows % most)
+            strip(I64(tile), I64(rows // most * most), rows % most)
 
 
 def _strip(spec: "BlockGemm", floats: Floats, a: Any, b: Any, c: Any, bias: Any, segments: Any, rows: int) -> None:
