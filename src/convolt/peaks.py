@@ -1,7 +1,7 @@
 """What this machine can do at most: the ceiling that every measured speed is held against.
 
 Data sheets do not tell (clocks vary, hypervisors hide), so the figures are measured, on one core and on all threads,
-by loops that do nothing else: fused multiply-adds and tile products on registers, and reads of memory that no cache
+by loops that do nothing else: fused multiply-adds, bf16 dot products or tile products on registers, and reads of memory that no cache
 holds. ``convolt.engines.measured_peaks`` runs them. They are kept for one run of a benchmark and never on disk: the
 next run may have other neighbors.
 """
@@ -19,7 +19,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peaks of float32 and bf16 products (None without matrix tiles) and of reading memory, on ``threads`` threads."""
+    """Peaks of float32 and bf16 products (None without an instruction) and of reading memory, on ``threads`` threads."""
 
     threads: int
     fp32: Peak
