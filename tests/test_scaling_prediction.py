@@ -211,3 +211,13 @@ def test_tracer_tells_every_slice_in_the_order_of_backward():
         assert list(step.ready) == sorted(step.ready)
         assert 0 < step.ready[0] <= step.ready[-1] <= step.computed < step.seconds
     assert not np.array_equal(before, executor.params.flat)
+
+
+def test_what_a_network_takes_from_the_cores_is_time_of_backward():
+    one = StepTrace(ready=(2.0, 8.0), computed=10.0, update=1.0)
+    hidden = simulate([one], Exchange((Message((0,), 4.0, work=1.0),), 0.0))  # 2-6, and backward ends at 11
+    assert (hidden.compute, hidden.communication, hidden.waiting) == (12.0, 0.0, 0.0)
+    half = simulate([one], Exchange((Message((1,), 4.0, work=1.0),), 0.0))  # 8-12: half of it before the end at 10
+    assert (half.compute, half.communication, half.waiting) == (11.5, 1.5, 0.0)
+    both = simulate([one], Exchange((Message((0,), 4.0, 1.0), Message((1,), 4.0, 1.0)), 2.0))  # 2-6, 9-13; ends at 11
+    assert (both.compute, both.communication, both.waiting) == (12.5, 1.5 + 2.0, 0.0)

@@ -126,7 +126,7 @@ class Plan:
         predictions = self.predictions()
         found = [self.serial(program) for program in self.programs]
         found += [self.step(point) for point in self.points()]
-        found += [self.trace(point) for point, _ in predictions]
+        found += [self.trace(point, network) for point, network in predictions]
         if any(network is None for _, network in predictions):
             found.append(self.network)
         return tuple(dict.fromkeys(found))
@@ -145,10 +145,14 @@ class Plan:
         ranks, threads = point.ranks, point.threads
         return Job("step", self.model, self.program, ranks, threads, point.batch_size, self.seconds, self.seed)
 
-    def trace(self, point: Point) -> Job:
-        """One process alone on the largest shard of a point."""
+    def trace(self, point: Point, network: Network | None) -> Job:
+        """The largest shard of a point: on a machine of its own by one process alone; here by all ranks side by side.
+
+        A point of more ranks than were measured here is traced alone as well: they could not be side by side.
+        """
         shard = largest_shard(point.batch_size, point.ranks)
-        return Job("trace", self.model, self.program, 1, point.threads, shard, self.seconds, self.seed)
+        here = point.ranks if network is None and point in self.points() else 1
+        return Job("trace", self.model, self.program, here, point.threads, shard, self.seconds, self.seed, point.ranks)
 
     @property
     def network(self) -> Job:
@@ -339,25 +343,26 @@ class _Evaluation:
         if not answers:
             return None
         samples = [sample for answer in answers for sample in answer.samples]
-        return fit(samples, answers[0].ranks, THIS_MACHINE, answers[0].shared)
+        work = median(answer.work for answer in answers)
+        return fit(samples, answers[0].ranks, THIS_MACHINE, answers[0].shared, work)
 
     def _predictions(self) -> tuple[Predicted, ...]:
         found = []
         for point, given in self._plan.predictions():
             network = given or self._network
-            if network is not None and self._measured.complete(self._plan.trace(point), self._plan):
-                found.append(self._predicted(point, network, held=given is None))
+            if network is not None and self._measured.complete(self._plan.trace(point, given), self._plan):
+                found.append(self._predicted(point, given, network))
         return tuple(found)
 
-    def _predicted(self, point: Point, network: Network, held: bool) -> Predicted:
-        """held: against the measured point, if there is one and it may be compared with."""
-        traces = self._measured.traces(self._plan.trace(point))
+    def _predicted(self, point: Point, given: Network | None, network: Network) -> Predicted:
+        """On this machine's network, which is not ``given``, held against the measured point if that may be compared."""
+        traces = self._measured.traces(self._plan.trace(point, given))
         lines = [predict(trace, point.ranks, network, seed=self._plan.seed + n) for n, trace in enumerate(traces)]
         seconds = [line.seconds for line in lines]
         speedups, job = self._speedups(seconds, point.batch_size), self._plan.step(point)
         comparable = point in self._plan.points() and self._measured.complete(job, self._plan)
         errors = []
-        if held and comparable and job not in self._measured.wrong and point.workers <= self._cores:
+        if given is None and comparable and job not in self._measured.wrong and point.workers <= self._cores:
             pairs = zip(seconds, _seconds(self._measured.slices(job)), strict=True)
             errors = [predicted / true - 1 for predicted, true in pairs]
         return Predicted(
