@@ -5,8 +5,8 @@
 cifar-cnn, batches of 256, Adam, on noise in the shape of CIFAR-10. Every run has two epochs, and the second counts. In
 every round all layouts take a turn, in another order, and a speedup is a ratio within rounds: medians with their
 intervals. ``1 x 1 twice`` is two trainings that know nothing of one another, at the same time: what the machine gives
-to two processes, and no ranks can be expected to beat. A round in which other programs used the cores is printed, and
-left out: it says nothing about ranks.
+to two processes, and no ranks can be expected to beat. A run during which other programs used the cores is printed
+and made again; a round that has none that was left alone does not count, for it says nothing about ranks.
 """
 
 import json
@@ -24,7 +24,8 @@ from convolt.rng import permutation
 from convolt.stats import estimate, paired_ratio
 
 BATCH = 256
-QUIET = 0.1  # of a core; what mpiexec and this program take is in it
+QUIET = 0.1  # of a core: what others may take
+TRIES = 3
 BASE = "1 x 1"
 LAYOUTS = {  # processes at once, ranks, threads of each, options
     BASE: (1, 1, 1, ()),
@@ -53,18 +54,22 @@ def trained(words: list[str], ranks: int, folder: Path) -> tuple[float, dict[str
     return epochs[-1]["images_per_second"], result.get("ranks_seconds", {})
 
 
-def measured(folder: Path, source: Path, engine: str, precision: str, layout: str) -> float:
-    """Images a second of a layout; prints them."""
+def measured(folder: Path, source: Path, engine: str, precision: str, layout: str) -> float | None:
+    """Images a second of a layout, None if others never let it alone; prints every try."""
     processes, ranks, threads, options = LAYOUTS[layout]
     words = ["train", "--data", str(source), "--valid", "0", "--model", "cifar-cnn", "--engine", engine]
     words += ["--precision", precision, "--threads", str(threads), "--batch-size", str(BATCH), "--epochs", "2"]
     words += ["--optimizer", "adam", "--quiet", "--json", *options]
-    with ThreadPoolExecutor(processes) as pool:
-        answers = list(pool.map(lambda _: trained(words, ranks, folder), range(processes)))
-    rate = sum(rate for rate, _ in answers)
-    shares = {kind: [round(value, 2) for value in values] for kind, values in answers[0][1].items()}
-    print(f"  {layout:<20} {rate:8.0f} images/s  {shares or ''}", flush=True)
-    return rate
+    for _ in range(TRIES):
+        meter = LoadMeter(children=True)
+        with ThreadPoolExecutor(processes) as pool:
+            answers = list(pool.map(lambda _: trained(words, ranks, folder), range(processes)))
+        others, rate = meter.read().others or 0.0, sum(rate for rate, _ in answers)
+        shares = {kind: [round(value, 2) for value in values] for kind, values in answers[0][1].items()}
+        print(f"  {layout:<20} {rate:8.0f} images/s; others used {others:.2f} cores  {shares or ''}", flush=True)
+        if others <= QUIET:
+            return rate
+    return None
 
 
 def main(engine: str = "jit", precision: str = "fp32", rounds: str = "5", steps: str = "12") -> None:
@@ -73,14 +78,12 @@ def main(engine: str = "jit", precision: str = "fp32", rounds: str = "5", steps:
     with tempfile.TemporaryDirectory() as name:
         source = data(Path(name), BATCH * int(steps))
         for number in range(int(rounds)):
-            meter = LoadMeter(children=True)
+            print(f"round {number + 1}", flush=True)
             order = [list(LAYOUTS)[place] for place in permutation(0, number, len(LAYOUTS))]
             found = {layout: measured(Path(name), source, engine, precision, layout) for layout in order}
-            others = meter.read().others or 0.0
-            left_out = others > QUIET
-            print(f"round {number + 1}: others used {others:.2f} cores{', left out' * left_out}", flush=True)
-            for layout, rate in found.items():
-                rates[layout] += [] if left_out else [rate]
+            if None not in found.values():
+                for layout, rate in found.items():
+                    rates[layout].append(rate or 0.0)
     if not rates[BASE]:
         sys.exit("the cores were never free: no result")
     for layout, values in rates.items():

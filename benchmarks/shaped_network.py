@@ -146,9 +146,7 @@ def compare(given: argparse.Namespace, rate: float, launcher: list[str]) -> bool
     print(f"{given.model}, {given.program}, batch {batch}, 2 ranks, {rate:g} Gb/s, {given.rounds} rounds")
     alpha, beta = (median(getattr(network, what) for network in networks) for what in ("alpha", "beta"))
     work = median(network.work for network in networks)
-    print(
-        f"  sums on this network: alpha {1e6 * alpha:.3g} us, {8e-9 / beta:.3g} Gb/s, {1e9 * work:.3g} ns of a core a byte"
-    )
+    print(f"  sums: alpha {1e6 * alpha:.3g} us, {8e-9 / beta:.3g} Gb/s; a byte takes {1e9 * work:.2g} ns of a core")
     for name, lines in zip(("measured", "predicted", "predicted, nominal"), zip(*rows, strict=True), strict=True):
         parts = (
             1e3 * median(getattr(line, part) for line in lines) for part in ("compute", "communication", "waiting")

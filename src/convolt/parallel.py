@@ -45,7 +45,7 @@ class Parallel:
 
     @property
     def shards(self) -> bool:
-        """Whether each rank moves its part of the weights alone: as chosen, or where it sends no more than gradients do.
+        """Whether each rank moves its part of the weights alone: as chosen, or where that sends no more bytes.
 
         Sums in bf16 are half as long as weights, and local steps move all weights everywhere.
         """

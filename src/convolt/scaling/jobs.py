@@ -48,8 +48,8 @@ class Job:
     """One slice of a measurement.
 
     program: an engine and a precision, as ``convolt bench`` names its contenders. batch_size: of all ranks together; in
-    a trace, the shard of each. seconds: how long to measure, one step at least. sharers: in a trace, the ranks that the
-    optimizer's work is shared among, of which this is one.
+    a trace, the shard of each. seconds: how long to measure, one step at least. sharers, early: of a trace; the ranks
+    that the optimizer's work is shared among, and whether slices of the gradient are to leave during backward.
     """
 
     kind: Kind
@@ -61,6 +61,7 @@ class Job:
     seconds: float = 1.0
     seed: int = 0
     sharers: int = 1
+    early: bool = True
 
     def __str__(self) -> str:
         return f"{self.kind} {self.program} {self.ranks}x{self.threads}, {self.batch_size} images"
@@ -128,7 +129,7 @@ def _trace(job: Job, executor: Executor, workload: Workload, comm: Communicator)
     """As many steps as fit into the job's seconds, on the first batch; those of all ranks, on every rank."""
     x, y = workload.batches[0]
     part = part_of(executor.grads.flat.size, 0, job.sharers) if job.sharers > 1 else None
-    tracer = Tracer(executor, LOSS, OPTIMIZER, job.threads, part)
+    tracer = Tracer(executor, LOSS, OPTIMIZER, job.threads, part, job.early)
     comm.barrier()
     once = tracer.trace(x, y, workload.samples, 1).steps[0].seconds
     count = np.array([_count(job.seconds, once)])

@@ -121,14 +121,21 @@ class Timeline:
 class Tracer:
     """Traces steps of an executor on a batch; the weights move as in training.
 
-    part: of the gradient, which a rank moves; all of it where the optimizer is not sharded.
+    part: of the gradient, which a rank moves; all of it where the optimizer is not sharded. early: whether slices of
+    the gradient are told during backward; otherwise all of it is one slice, as where nothing leaves before the end.
     """
 
     def __init__(
-        self, executor: Executor, loss: Loss, optimizer: Optimizer, threads: int, part: slice | None = None
+        self,
+        executor: Executor,
+        loss: Loss,
+        optimizer: Optimizer,
+        threads: int,
+        part: slice | None = None,
+        early: bool = True,
     ) -> None:
         self._executor, self._loss, self._optimizer, self._threads = executor, loss, optimizer, threads
-        self._part = part
+        self._part, self._early = part, early
 
     def trace(self, x: Array, y: Array, rng: SampleRng, steps: int) -> Trace:
         """``steps`` steps on one batch, after one that does not count."""
@@ -146,8 +153,9 @@ class Tracer:
             slices.append((part.start, part.stop))
             ready.append(time.perf_counter() - start)
 
-        executor.zero_grads()
-        executor.loss_and_grads(x, y, self._loss, 1 / len(x), rng, on_ready)
+        executor.loss_and_grads(x, y, self._loss, 1 / len(x), rng, on_ready if self._early else None, fresh=True)
+        if not self._early:
+            on_ready(slice(0, executor.grads.flat.size))
         computed = time.perf_counter() - start
         if self._part is None:
             executor.grad_norm()
