@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from engine_cases import Case
+from engine_cases import UNITS, Case
 from engine_checks import assert_near, executor_of, oracle_step, step_on
 
 from convolt.engines import JIT
@@ -75,9 +75,9 @@ TILES = {
 }
 
 
-def equals_float64(case: Rounded) -> None:
+def equals_float64(case: Rounded, unit: str) -> None:
     """Outputs and gradients of the parameters to float32's sums; the gradient of the images to one bf16 rounding."""
-    executor = executor_of(JIT(threads=2), "bf16", case.model, case.params())
+    executor = executor_of(JIT(threads=2, unit=unit), "bf16", case.model, case.params())
     got, want = step_on(executor, case.deltas, case.slopes(), case.rng), oracle_step(case)
     executor.close()
     tolerance = 2**-22 * math.sqrt(case.terms) + 1e-6
@@ -222,7 +222,7 @@ def batch_of(size: int, seed: int = 0):
 
 def trained(optimizer: Optimizer, precision: str, scales=(1.0, 1.0, 1.0), sizes=(40, 40, 29)):
     """Losses, weights, state and predictions after steps of which the last has fewer samples."""
-    executor = JIT(threads=2).executor(ONE_PASS, None, Recipe(precision=precision))
+    executor = JIT(threads=2, unit=UNITS[0]).executor(ONE_PASS, None, Recipe(precision=precision))
     losses = []
     for step, (scale, size) in enumerate(zip(scales, sizes, strict=True)):
         x, y = batch_of(size, step)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import AMX
+from engine_cases import UNITS
 from jit_cases import ONE_PASS, OPTIMIZERS, batch_of, one_pass_gives_the_bits_of_two, trained
 
 from convolt.engines import JIT, Loops
@@ -15,8 +15,7 @@ from convolt.optimizers import SGD, Adam
 from convolt.params import Params
 from convolt.recipe import Recipe
 
-needs_amx = pytest.mark.skipif(not AMX, reason="this CPU, or its operating system, has no AMX tiles")
-precisions = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_amx)])
+precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
 @pytest.fixture
@@ -44,7 +43,9 @@ def test_matrices_of_which_only_some_are_moved_in_one_pass(precision):
     x, y = generator.integers(0, 256, (32, *model.input_shape), np.uint8), generator.integers(0, 256, 32)
     losses = set()
     for segments in (0, 2):
-        executor = JIT(threads=2, checkpoint_segments=segments).executor(model, None, Recipe(precision=precision))
+        executor = JIT(threads=2, unit=UNITS[0], checkpoint_segments=segments).executor(
+            model, None, Recipe(precision=precision)
+        )
         steps = [executor.train_step(x, y, CrossEntropy(), 1 / 32, Adam(lr=0.01)).loss for _ in range(3)]
         losses.add(tuple(steps))
         executor.close()
@@ -63,17 +64,16 @@ def test_large_slopes_are_looked_at_first_and_give_the_same_bits(precision, apar
 @precisions
 @pytest.mark.parametrize("scale", [1e30, np.inf, np.nan])
 def test_a_gradient_that_is_not_finite_leaves_the_weights(scale, precision):
-    executor = JIT(threads=2).executor(ONE_PASS, None, Recipe(precision=precision))
+    executor = JIT(threads=2, unit=UNITS[0]).executor(ONE_PASS, None, Recipe(precision=precision))
     x, y = batch_of(33)
     before = executor.params.flat.copy()
     assert np.isnan(executor.train_step(x, y, CrossEntropy(), scale, SGD(lr=1.0)).loss)
     np.testing.assert_array_equal(executor.params.flat, before)
 
 
-@needs_amx
 def test_predictions_follow_the_weights():
     """bf16 copies of matrices are made again after a step, another optimizer's step, and a change from outside."""
-    executor = JIT(threads=2).executor(ONE_PASS, None, Recipe(precision="bf16"))
+    executor = JIT(threads=2, unit=UNITS[0]).executor(ONE_PASS, None, Recipe(precision="bf16"))
     x, y = batch_of(24)
 
     def agrees():
