@@ -113,7 +113,7 @@ def equals_float64(case: Rounded, unit: str) -> None:
     """
     executor = executor_of(JIT(threads=2, unit=unit), "bf16", case.model, case.params())
     images = executor.params.slices["0.weight"]
-    for count in {case.batch, max(1, case.batch - 1)}:
+    for count in dict.fromkeys((case.batch, max(1, case.batch - 1))):
         data = case.deltas[:count], case.slopes()[:count], case.rng[:count]
         got, want = step_on(executor, *data), oracle_of(case.model, case.params(), *data)
         _sums_are_near(case, got, want, images.stop)
@@ -126,7 +126,7 @@ def equals_float64_as_first_layer(case: Rounded, unit: str) -> None:
     params, full = Params(case.bare, np.float64), case.params().state_dict()
     params.load_state_dict({name: array for name, array in full.items() if name != "0.weight"})
     executor = executor_of(JIT(threads=2, unit=unit), "bf16", case.bare, params)
-    for count in {case.batch, max(1, case.batch - 1)}:
+    for count in dict.fromkeys((case.batch, max(1, case.batch - 1))):
         x = rounded(case.images()[:count])
         data = x, case.slopes()[:count], case.rng[:count]
         _sums_are_near(case, step_on(executor, *data), oracle_of(case.bare, params, *data), 0)
