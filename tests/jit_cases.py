@@ -210,9 +210,11 @@ def updated(executor, optimizer: Optimizer, steps: int = 4):
 def update_is_that_of_the_optimizer(optimizer: Optimizer) -> None:
     """Weights and state after some steps of the kernel are those of ``convolt.optimizers``."""
     executor = JIT(threads=2).executor(TINY, None, Recipe())
+    before = executor.params.flat.copy()
     got, want, state, wanted = updated(executor, optimizer)
     executor.close()
     assert_near(got, want, 1e-6, "weights")
+    assert_near(got - before, want - before, 5e-6, "how far they moved")
     assert set(state) == {"step", *wanted}
     for name, array in wanted.items():
         assert_near(state[name], array, 1e-6, name)
