@@ -105,6 +105,22 @@ FIRST = {
     "two groups of images, the last with fewer": on_tiles((9, 22, 21), 4, 3, padding=1, batch=37),
 }
 
+# What every run of the tests meets, every kernel on every way; the rest is slow: a case takes seconds of compiling.
+EVERY_RUN = frozenset(
+    {
+        "whole tiles",
+        "an odd width, channels that fill no tile",
+        "few channels, wide filter, stride 2",
+        "some images at a time",
+        "some images at a time, stride 2",
+        "dense",
+        "dense of rounded features",
+        "dense in a residual branch",
+        "wide filter on planes",
+        "planes in groups of rows, odd pool",
+    }
+)
+
 
 def equals_float64(case: Rounded, unit: str) -> None:
     """Outputs and gradients of the parameters to float32's sums; the gradient of the images to one bf16 rounding.

@@ -26,6 +26,7 @@ from engine_checks import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jit_cases import (
+    EVERY_RUN,
     FIRST,
     OPTIMIZERS,
     TILES,
@@ -61,16 +62,22 @@ from convolt.rng import SampleRng
 
 every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 every_unit = pytest.mark.parametrize("unit", UNITS)
-# The widest unit meets every case. The others share all kernels but the product itself: here they meet three.
-OF_ALL_UNITS = ("whole tiles", "some images at a time, stride 2", "dense")
-by_unit = pytest.mark.parametrize(
-    ("name", "unit"),
-    [
-        pytest.param(name, unit, marks=() if unit == UNITS[0] or name in OF_ALL_UNITS else (pytest.mark.slow,))
-        for unit in UNITS
-        for name in TILES
-    ],
-)
+# The widest unit meets every case. The others share all kernels but the product itself: in every run they meet two.
+OF_ALL_UNITS = ("some images at a time, stride 2", "dense")
+
+
+def cases(names, units=UNITS[:1]):
+    """(name, unit) of cases; slow ones are those that a run can do without."""
+    return [
+        pytest.param(name, unit, marks=() if name in among else (pytest.mark.slow,))
+        for unit in units
+        for among in [EVERY_RUN if unit == UNITS[0] else OF_ALL_UNITS]
+        for name in names
+    ]
+
+
+on_tiles_by_unit = pytest.mark.parametrize(("name", "unit"), cases(TILES, UNITS))
+as_first_layer = pytest.mark.parametrize(("name", "unit"), cases(FIRST))
 LARGE = Model((1, 1, 1), (Flatten(), Dense(1, 300), Dense(300, 300)))  # more parameters than one chunk updates
 # In bf16: planes, stride 1, stride 2, a large dense matrix behind rounded features, a small one in float32.
 NET = Model(
@@ -151,19 +158,19 @@ def test_prediction_of_more_images_than_a_plan_holds():
 # --- bf16 on tiles ---------------------------------------------------------------------------------------------------
 
 
-@by_unit
+@on_tiles_by_unit
 def test_bf16_equals_float64_of_the_same_operands(name, unit):
     equals_float64(TILES[name], unit)
 
 
-@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST)
-def test_bf16_of_a_first_layer_equals_float64(case):
-    equals_float64_as_first_layer(case, UNITS[0])
+@as_first_layer
+def test_bf16_of_a_first_layer_equals_float64(name, unit):
+    equals_float64_as_first_layer(FIRST[name], unit)
 
 
-@pytest.mark.parametrize("case", TILES.values(), ids=TILES)
-def test_bf16_adds_gradients(case):
-    adds_gradients(JIT(threads=2, unit=UNITS[0]), "bf16", case)
+@pytest.mark.parametrize(("name", "unit"), cases(TILES))
+def test_bf16_adds_gradients(name, unit):
+    adds_gradients(JIT(threads=2, unit=unit), "bf16", TILES[name])
 
 
 def test_cases_of_bf16_come_to_every_kernel():
@@ -273,16 +280,16 @@ def test_nothing_is_read_before_it_is_written(case):
         equals_pytorch(JIT(threads=2), "fp32", case)
 
 
-@by_unit
+@on_tiles_by_unit
 def test_no_tile_is_read_before_it_is_written(name, unit):
     with poisoned():
         equals_float64(TILES[name], unit)
 
 
-@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST)
-def test_no_plane_is_read_before_it_is_written(case):
+@as_first_layer
+def test_no_plane_is_read_before_it_is_written(name, unit):
     with poisoned():
-        equals_float64_as_first_layer(case, UNITS[0])
+        equals_float64_as_first_layer(FIRST[name], unit)
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
