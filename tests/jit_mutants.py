@@ -100,7 +100,10 @@ def caught(mutant: JitMutant | None, judge: JitMutant) -> str | None:
     with os.fdopen(reader, "rb") as pipe:
         message = pipe.read().decode()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return f"ended with status {status}" if status else message or None
+    found = f"ended with status {status}" if status else message or None
+    who = "innocent" if mutant is None else f"{mutant.file}: {mutant.mistake}"
+    print(f"{judge.by}: {who}: {found}", file=sys.stderr, flush=True)  # for who waits
+    return found
 
 
 def _outcome(mutant: JitMutant | None, judge: JitMutant) -> str | None:
