@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 from engine_cases import UNITS
-from jit_cases import ONE_PASS, OPTIMIZERS, batch_of, one_pass_gives_the_bits_of_two, trained
+from jit_cases import DEFERRED, OPTIMIZERS, batch_for, one_pass_gives_the_bits_of_two, overflow_leaves_the_weights
 
 from convolt.engines import JIT, Loops
 from convolt.engines.jit.executor import SAFE
-from convolt.engines.jit.update import Updater
 from convolt.layers import Dense, Flatten, ReLU
 from convolt.losses import CrossEntropy
 from convolt.model import Model
@@ -16,16 +15,6 @@ from convolt.params import Params
 from convolt.recipe import Recipe
 
 precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
-
-
-@pytest.fixture
-def apart(monkeypatch):
-    """Gradients are written to memory before the optimizer reads them."""
-
-    def separate():
-        monkeypatch.setattr(Updater, "fuses", lambda self, optimizer: False)
-
-    return separate
 
 
 @precisions
@@ -53,19 +42,22 @@ def test_matrices_of_which_only_some_are_moved_in_one_pass(precision):
 
 
 @precisions
-def test_large_slopes_are_looked_at_first_and_give_the_same_bits(precision, apart):
+def test_large_slopes_are_looked_at_first_and_give_the_same_bits(precision):
     """A bound beyond which the gradient might not be finite: it is made by itself, and it is finite."""
     scale = 10 * SAFE
-    together = trained(SGD(lr=1e-3 / scale), precision, (1.0, scale, 1.0))
-    apart()
-    assert trained(SGD(lr=1e-3 / scale), precision, (1.0, scale, 1.0)) == together
+    one_pass_gives_the_bits_of_two(SGD(lr=1e-3 / scale), precision, (1.0, scale, 1.0))
+
+
+@precisions
+def test_a_gradient_that_overflows_in_the_last_pass_leaves_the_weights(precision):
+    overflow_leaves_the_weights(precision)
 
 
 @precisions
 @pytest.mark.parametrize("scale", [1e30, np.inf, np.nan])
 def test_a_gradient_that_is_not_finite_leaves_the_weights(scale, precision):
-    executor = JIT(threads=2, unit=UNITS[0]).executor(ONE_PASS, None, Recipe(precision=precision))
-    x, y = batch_of(33)
+    executor = JIT(threads=2, unit=UNITS[0]).executor(DEFERRED, None, Recipe(precision=precision))
+    x, y = batch_for(DEFERRED, 33)
     before = executor.params.flat.copy()
     assert np.isnan(executor.train_step(x, y, CrossEntropy(), scale, SGD(lr=1.0)).loss)
     np.testing.assert_array_equal(executor.params.flat, before)
@@ -73,13 +65,13 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(scale, precision):
 
 def test_predictions_follow_the_weights():
     """bf16 copies of matrices are made again after a step, another optimizer's step, and a change from outside."""
-    executor = JIT(threads=2, unit=UNITS[0]).executor(ONE_PASS, None, Recipe(precision="bf16"))
-    x, y = batch_of(24)
+    executor = JIT(threads=2, unit=UNITS[0]).executor(DEFERRED, None, Recipe(precision="bf16"))
+    x, y = batch_for(DEFERRED, 24)
 
     def agrees():
-        params = Params(ONE_PASS, np.float64)
+        params = Params(DEFERRED, np.float64)
         params.load_state_dict(executor.params.state_dict())
-        want = Loops().executor(ONE_PASS, params, Recipe(precision="fp64")).predict(x)
+        want = Loops().executor(DEFERRED, params, Recipe(precision="fp64")).predict(x)
         np.testing.assert_allclose(executor.predict(x), want, atol=0.02 * np.abs(want).max())
 
     agrees()

@@ -276,6 +276,7 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
             chunks = min(plan.chunks, FEW_CHUNKS)
             operation.because(f"{chunks} parts of dw: one has {back.part:,} elements", "backward")
             back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
+        parted = replace(back, accumulate=True)  # what becomes of the parts is another kernel's business
         parts = plan.address("parts of dw", chunks * back.part)
         bias_parts = plan.address("parts of db", chunks * spec.K)
         dx: Argument = 0
@@ -298,9 +299,9 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
         scratch = plan.scratch(back.scratch // FLOAT)
         pieces = (*arguments, parts, bias_parts, scratch)
         if chunks == plan.chunks:
-            tasks.append(plan.by_image(f"{label} backward", f"{kernels}:conv_backward", back, *pieces))
+            tasks.append(plan.by_image(f"{label} backward", f"{kernels}:conv_backward", parted, *pieces))
         else:
-            tasks.append(plan.whole(f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
+            tasks.append(plan.whole(f"{label} backward", f"{kernels}:conv_backward", parted, chunks, *pieces))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
         filters = -(-spec.K // FILTERS_AT_ONCE)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from convolt.engines.jit.blocking import parts
 from convolt.engines.jit.kernels.conv_calls import in_turn
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, ConvSpec
 from convolt.engines.jit.memory import view
@@ -74,7 +73,7 @@ def _sums(spec: ConvSpec) -> tuple[Callable[[int, int, int, int, int], None], ..
         for c in range(C)
     ]
     found, start = [], 0
-    for size in parts(len(taps), spec.registers - 5):  # besides the sums: slopes, winners, a value and db
+    for size in _equal_parts(len(taps), spec.registers - 5):  # besides the sums: slopes, winners, a value and db
         found.append(_group(spec, tuple(taps[start : start + size]), bias=spec.bias and start == 0))
         start += size
     assert lanes > 4
@@ -103,3 +102,10 @@ def _group(spec: ConvSpec, taps: tuple[tuple[int, int], ...], bias: bool) -> Cal
 
     found: Callable[[int, int, int, int, int], None] = group
     return found
+
+
+def _equal_parts(total: int, most: int) -> tuple[int, ...]:
+    """`total` as the fewest sizes of at most `most`, equal but for one, larger ones first: (28, 10) -> 10, 9, 9."""
+    count = -(-total // most)
+    size, larger = divmod(total, count)
+    return (size + 1,) * larger + (size,) * (count - larger)
