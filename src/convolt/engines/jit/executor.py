@@ -63,7 +63,9 @@ class JitExecutor(Executor):
         self._check(x)
         if len(x) <= PREDICT_BATCH:
             return self._logits(x)
-        return np.concatenate([self._logits(x[start : start + PREDICT_BATCH]) for start in range(0, len(x), PREDICT_BATCH)])
+        return np.concatenate(
+            [self._logits(x[start : start + PREDICT_BATCH]) for start in range(0, len(x), PREDICT_BATCH)]
+        )
 
     def loss_and_grads(
         self,

@@ -31,6 +31,8 @@ from convolt.params import Params
 
 Array = NDArray[Any]
 CHUNKS = 16  # into which a batch is cut
+FEW = 4  # chunks of images for each thread, below which predictions cut images
+PARTS = 8  # of images for each thread, then
 KERNELS = "convolt.engines.jit.kernels"
 
 
@@ -102,6 +104,12 @@ class Plan:
         self.deferred: list[Deferred] = []
         self._written: set[Tensor] = set()
         self._slopes: dict[Tensor, Address] = {}
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts an image may be cut: more than one where few images are predicted on several threads."""
+        few = self._threads > 1 and self.chunks < FEW * self._threads
+        return 1 if self.training or not few else -(-PARTS * self._threads // self.chunks)
 
     @property
     def training(self) -> bool:

@@ -16,6 +16,7 @@ from convolt.engines.jit.kernels.specs import (
     FLOAT,
     QUARTERS,
     STRIPE,
+    VECTORS,
     WIDE,
     ConvSpec,
     DenseSpec,
@@ -49,6 +50,7 @@ from convolt.layers import Conv2d, Dense
 DENSE_CHUNKS = 8
 RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
 FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
+SHORT_PART = 1 << 16  # FLOPs of a part of an image, at least: about a microsecond
 SHORT_RUN = 64  # inputs of a chunk, at least
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
@@ -117,12 +119,9 @@ def conv(plan: Plan, operation: Operation) -> Served:
     packed = plan.address(f"filters {name}", taps * spec.groups * spec.channels * spec.packed_columns)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     scratch = plan.scratch(spec.scratch)
-    arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
-    forward = [
-        *folding,
-        plan.whole(f"{label} pack", "weights:pack", PackSpec(spec, turned=False), taps, weight, packed),
-        plan.by_image(label, "conv:conv_forward", spec, *arguments),
-    ]
+    arguments = (plan.value(source), packed, bias, plan.value(target), codes if plan.training else 0, scratch)
+    pack = plan.whole(f"{label} pack", "weights:pack", PackSpec(spec, turned=False), taps, weight, packed)
+    forward = [*folding, pack, _conv_forward(plan, label, spec, *arguments)]
 
     def backward() -> Tasks:
         back = _adding(plan, spec, source)
@@ -157,6 +156,33 @@ def conv(plan: Plan, operation: Operation) -> Served:
         return tasks
 
     return forward, backward
+
+
+def _conv_forward(plan: Plan, label: str, spec: ConvSpec, *arguments: Argument) -> Task:
+    """The task of a forward pass; for a prediction without codes, and of few images cut into parts."""
+    if plan.training:
+        return plan.by_image(label, "conv:conv_forward", spec, *arguments)
+    bands, stripes = parts_of_images(plan, spec)
+    spec = replace(spec, codes=False, bands=bands, stripes=stripes)
+    if bands * stripes == 1:
+        return plan.by_image(label, "conv:conv_forward", spec, *arguments)
+    return plan.whole(label, "conv:conv_forward", spec, plan.chunks * bands * stripes, *arguments)
+
+
+def parts_of_images(plan: Plan, spec: ConvSpec) -> tuple[int, int]:
+    """Bands of rows and stripes of filters; these where filters are more to read than an image."""
+    weights, rows = spec.K * spec.channels * spec.window.R * spec.window.S, spec.P // spec.pool[0]
+    parts = min(plan.parts, 2 * weights * spec.P * spec.Q // SHORT_PART)
+    if parts <= 1 or spec.depthwise:
+        return 1, 1
+    blocks = -(-spec.filters // (VECTORS * spec.lanes))
+    stripes = _even(blocks, parts) if weights > spec.x.size else 1
+    return _even(rows, -(-parts // stripes)), stripes
+
+
+def _even(size: int, parts: int) -> int:
+    """At most so many parts, none of them empty when each takes as much as the first."""
+    return -(-size // -(-size // min(size, parts)))
 
 
 def reads_planes(tensor: Tensor) -> bool:

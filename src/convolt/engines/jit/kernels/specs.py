@@ -98,7 +98,8 @@ class ConvSpec:
 
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
     pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added.
-    unit: what multiplies where products are bf16.
+    unit: what multiplies where products are bf16. codes: whether the pool keeps which tap won. bands, stripes: parts of
+    the output's rows and of the filters into which forward cuts the images of a chunk, each a chunk then.
     """
 
     x: Frame
@@ -117,6 +118,9 @@ class ConvSpec:
     wants_dx: bool = True
     add: bool = False
     unit: Unit = "fma"
+    codes: bool = True
+    bands: int = 1
+    stripes: int = 1
 
     @property
     def merged(self) -> bool:
