@@ -137,6 +137,8 @@ class Plan:
 
     def value(self, tensor: Tensor) -> Address:
         """The address of a tensor: framed images, or features."""
+        if tensor.image is not None:
+            return self.value(tensor.image)
         kind = np.uint16 if tensor.planar or tensor.half else np.float32
         return self.address(f"value {tensor.name}", self.capacity * tensor.size, kind)
 

@@ -19,6 +19,7 @@ from convolt.engines.jit.kernels.specs import (
     VECTORS,
     WIDE,
     ConvSpec,
+    DensePackSpec,
     DenseSpec,
     DenseUpdateSpec,
     FoldSpec,
@@ -52,6 +53,7 @@ RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
 FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
 SHORT_PART = 1 << 16  # FLOPs of a part of an image, at least: about a microsecond
 SHORT_RUN = 64  # inputs of a chunk, at least
+MOST_PACKED = 1 << 24  # weights of a dense layer that are kept a second time for predictions
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
 BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
@@ -201,6 +203,16 @@ def reads_half(tensor: Tensor) -> bool:
     )
 
 
+def reads_pixels(plan: Plan, image: Tensor, features: Tensor) -> bool:
+    """Whether flattening is left to weights that are packed for predictions: they may have any order of inputs."""
+    bare = not (plan.training or plan.unit is not None or any(image.border) or image.planar)
+    return bare and bool(features.readers) and all(_is_packed(operation) for operation in features.readers)
+
+
+def _is_packed(operation: Operation) -> bool:
+    return operation.kind == "Dense" and _weights(operation) <= MOST_PACKED
+
+
 def _weights(operation: Operation) -> int:
     layer = cast(Dense, operation.layer)
     return layer.in_features * layer.out_features
@@ -327,6 +339,37 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     return forward, backward
 
 
+def dense_prediction(plan: Plan, operation: Operation) -> list[Task]:
+    """A dense layer's forward pass on weights that are packed when they have changed."""
+    layer, source = cast(Dense, operation.layer), operation.inputs[0]
+    label, N, outputs, inputs = operation.label, plan.capacity, layer.out_features, layer.in_features
+    weight = plan.parameter(operation, "weight")
+    bias = plan.parameter(operation, "bias") if layer.bias else 0
+    x, y = plan.value(source), plan.value(operation.output)
+    few = N < FEW_SAMPLES
+    channels = 1 if source.image is None else source.image.shape[0]
+    spec = DensePackSpec(inputs, outputs, channels, plan.isa.lanes, panels=not few)
+    tasks: list[Task] = []
+    packed: Argument = weight
+    if not few or channels not in (1, inputs):
+        packed = plan.address(f"filters {operation.names[0]}", spec.size)
+        chunks = -(-outputs // plan.isa.lanes)
+        own = plan.scratch(plan.isa.lanes * inputs)
+        tasks.append(plan.whole(f"{label} pack", "dense:pack", spec, chunks, weight, packed, own))
+    if few:
+        run = round_up(-(-outputs // RUNS), 4)
+        dots = _dense_spec(plan, operation, run)
+        return [*tasks, plan.whole(label, "dense:dense_dots", dots, -(-outputs // run), x, packed, bias, y)]
+    run = max(-(-inputs // RUNS), SHORT_RUN)
+    products, chunks = replace(_dense_spec(plan, operation, run), packed=True), -(-inputs // run)
+    parts = plan.address(f"parts of {operation.names[0]}", chunks * N * round_up(outputs, BLOCK))
+    return [
+        *tasks,
+        plan.whole(label, "dense:dense_forward", products, chunks, x, packed, parts, 0),
+        plan.whole(f"{label} total", "dense_tiles:total", products, RUNS, parts, bias, y),
+    ]
+
+
 def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
     layer = cast(Dense, operation.layer)
     return DenseSpec(
@@ -356,6 +399,8 @@ def dense(plan: Plan, operation: Operation) -> Served:
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(target)
+    if not plan.training and _is_packed(operation):
+        return dense_prediction(plan, operation), list
     if N < FEW_SAMPLES:
         run = round_up(-(-layer.out_features // RUNS), 4)
         spec = _dense_spec(plan, operation, run)

@@ -14,7 +14,7 @@ from convolt.engines.jit.isa import Isa, Unit
 from convolt.engines.jit.kernels.specs import LossSpec
 from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
-from convolt.engines.jit.products import reads_half, reads_planes
+from convolt.engines.jit.products import reads_half, reads_pixels, reads_planes
 from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
@@ -30,7 +30,7 @@ from convolt.params import Params
 Array = NDArray[Any]
 ROUNDING = "dense_tiles:round_weights"  # makes the bf16 copy of a matrix, as does the pass that moves it
 SMALL = 1 << 14  # bytes of images that are sooner copied than their address is asked for
-OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "tiles:pack", "normalization:fold_running")
+OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "tiles:pack", "dense:pack", "normalization:fold_running")
 
 
 class Step(NamedTuple):
@@ -91,6 +91,8 @@ class Programs:
         if unit is not None and reads_planes(start):
             start.lay_in_planes()
         for operation in self._operations:
+            if operation.kind == "Flatten" and reads_pixels(self.plan, operation.inputs[0], operation.output):
+                operation.output.image = operation.inputs[0]
             operation.output.half = unit is not None and operation.kind == "Flatten" and reads_half(operation.output)
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)

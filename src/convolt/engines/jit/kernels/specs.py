@@ -185,6 +185,7 @@ class DenseSpec:
 
     accumulate: whether dw is added to what is there; add: whether dx is. wants_dw: whether the backward pass makes dw;
     without, it is made in one pass with the optimizer's step. half: whether x is bf16. unit: what multiplies bf16.
+    packed: whether W is given as ``DensePackSpec`` packs it, in panels.
     """
 
     N: int
@@ -201,12 +202,37 @@ class DenseSpec:
     wants_dw: bool = True
     half: bool = False
     unit: Unit = "fma"
+    packed: bool = False
 
     @property
     def panel_row(self) -> int:
         """Numbers from a row of a forward panel of x to the next: no multiple of a kilobyte."""
         depth = round_up(self.run, DEPTH)
         return depth + (DEPTH if depth % (2 * GROUP) == 0 else 0)
+
+
+@dataclass(frozen=True)
+class DensePackSpec:
+    """W (outputs, inputs) packed for predictions, its inputs ordered as pixels of so many channels, (H, W, C).
+
+    panels: in panels of four vectors of outputs, (inputs, columns) each; else in rows, as W is.
+    """
+
+    inputs: int
+    outputs: int
+    channels: int
+    lanes: int
+    panels: bool
+
+    @property
+    def columns(self) -> int:
+        """Outputs of a panel."""
+        return min(VECTORS * self.lanes, round_up(self.outputs, self.lanes))
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.inputs * (round_up(self.outputs, self.columns) if self.panels else self.outputs)
 
 
 @dataclass(frozen=True)
