@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 
+from convolt.engines.jit.buffers import Address
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Unit
 from convolt.engines.jit.kernels.specs import (
@@ -28,6 +29,7 @@ from convolt.engines.jit.kernels.specs import (
     ReduceSpec,
     UpdateSpec,
     Windowing,
+    WinogradSpec,
     dense_backward_scratch,
     dense_forward_scratch,
     dense_panel,
@@ -43,7 +45,7 @@ from convolt.engines.jit.kernels.tile_specs import (
     backward_spec,
     input_gradient,
 )
-from convolt.engines.jit.phases import Argument, Served, Task, Tasks
+from convolt.engines.jit.phases import Argument, Served, Task, Tasks, without_calls
 from convolt.engines.jit.plan import Deferred, Plan, address_of
 from convolt.engines.jit.units import UNITS
 from convolt.layers import Conv2d, Dense
@@ -115,15 +117,16 @@ def conv(plan: Plan, operation: Operation) -> Served:
     why = "fp32" if plan.unit is None else f"groups {groups}, bf16 takes 1"
     operation.because(f"{plan.isa.name} vectors: {why}")
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
+    if not plan.training:
+        return conv_prediction(plan, operation, spec), list
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
     weight, bias, folding = filters(plan, operation)
-    packed = plan.address(f"filters {name}", taps * spec.groups * spec.channels * spec.packed_columns)
+    packed, pack = packed_filters(plan, operation, spec, weight)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     scratch = plan.scratch(spec.scratch)
-    arguments = (plan.value(source), packed, bias, plan.value(target), codes if plan.training else 0, scratch)
-    pack = plan.whole(f"{label} pack", "weights:pack", PackSpec(spec, turned=False), taps, weight, packed)
-    forward = [*folding, pack, _conv_forward(plan, label, spec, *arguments)]
+    arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
+    forward = [*folding, pack, plan.by_image(label, "conv:conv_forward", spec, *arguments)]
 
     def backward() -> Tasks:
         back = _adding(plan, spec, source)
@@ -160,20 +163,53 @@ def conv(plan: Plan, operation: Operation) -> Served:
     return forward, backward
 
 
-def _conv_forward(plan: Plan, label: str, spec: ConvSpec, *arguments: Argument) -> Task:
-    """The task of a forward pass; for a prediction without codes, and of few images cut into parts."""
-    if plan.training:
-        return plan.by_image(label, "conv:conv_forward", spec, *arguments)
+def conv_prediction(plan: Plan, operation: Operation, spec: ConvSpec) -> list[Task]:
+    """A convolution's forward pass without codes; that of few images is cut into parts."""
+    name, label = operation.names[0], operation.label
+    weight, bias, folding = filters(plan, operation)
+    x, y = plan.value(operation.inputs[0]), plan.value(operation.output)
     bands, stripes = parts_of_images(plan, spec)
-    spec = replace(spec, codes=False, bands=bands, stripes=stripes)
+    spec = replace(spec, wants_dx=False, codes=False, bands=bands, stripes=stripes)
+    tasks: list[Task] = list(without_calls(folding))
+    kind: ConvSpec | WinogradSpec
+    arguments: tuple[Argument, ...]
+    if takes_tiles(spec):
+        operation.because("3x3, stride 1: 16 multiplications where 36 would be")
+        tiles = WinogradSpec(spec)
+        packed, whole = plan.address(f"filters {name}", tiles.packed), WinogradSpec(replace(spec, bands=1, stripes=1))
+        tasks.append(plan.whole(f"{label} pack", "winograd:pack", whole, -(-spec.K // spec.lanes), weight, packed))
+        factory, kind = "winograd:forward", tiles
+        arguments = (x, packed, bias, y, plan.scratch(tiles.scratch))
+    else:
+        factory, kind = "conv:conv_forward", spec
+        packed, pack = packed_filters(plan, operation, spec, weight)
+        tasks.append(pack)
+        arguments = (x, packed, bias, y, 0, plan.scratch(spec.scratch))
     if bands * stripes == 1:
-        return plan.by_image(label, "conv:conv_forward", spec, *arguments)
-    return plan.whole(label, "conv:conv_forward", spec, plan.chunks * bands * stripes, *arguments)
+        return [*tasks, plan.by_image(label, factory, kind, *arguments)]
+    return [*tasks, plan.whole(label, factory, kind, plan.chunks * bands * stripes, *arguments)]
+
+
+def packed_filters(plan: Plan, operation: Operation, spec: ConvSpec, weight: Argument) -> tuple[Address, Task]:
+    """Where filters are packed for a forward pass, and what does it."""
+    taps = spec.window.R * spec.window.S
+    packed = plan.address(f"filters {operation.names[0]}", taps * spec.groups * spec.channels * spec.packed_columns)
+    kind = PackSpec(replace(spec, bands=1, stripes=1), turned=False)
+    return packed, plan.whole(f"{operation.label} pack", "weights:pack", kind, taps, weight, packed)
+
+
+def takes_tiles(spec: ConvSpec) -> bool:
+    """Whether a convolution may be computed on tiles of 2x2 outputs, and gains by it: not with few channels."""
+    window = spec.window
+    plain = (window.R, window.S, window.stride_h, window.stride_w, window.dilation_h, window.dilation_w)
+    even = spec.pool == (2, 2) or (spec.pool == (1, 1) and spec.P % 2 == 0 and spec.Q % 2 == 0)
+    return plain == (3, 3, 1, 1, 1, 1) and spec.groups == 1 and even and spec.lanes <= spec.x.C
 
 
 def parts_of_images(plan: Plan, spec: ConvSpec) -> tuple[int, int]:
     """Bands of rows and stripes of filters; these where filters are more to read than an image."""
-    weights, rows = spec.K * spec.channels * spec.window.R * spec.window.S, spec.P // spec.pool[0]
+    weights = spec.K * spec.channels * spec.window.R * spec.window.S
+    rows = spec.P // (2 if takes_tiles(spec) else spec.pool[0])
     parts = min(plan.parts, 2 * weights * spec.P * spec.Q // SHORT_PART)
     if parts <= 1 or spec.depthwise:
         return 1, 1

@@ -30,7 +30,14 @@ from convolt.params import Params
 Array = NDArray[Any]
 ROUNDING = "dense_tiles:round_weights"  # makes the bf16 copy of a matrix, as does the pass that moves it
 SMALL = 1 << 14  # bytes of images that are sooner copied than their address is asked for
-OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "tiles:pack", "dense:pack", "normalization:fold_running")
+OF_WEIGHTS = (
+    "weights:fold_norm",
+    "weights:pack",
+    "winograd:pack",
+    "tiles:pack",
+    "dense:pack",
+    "normalization:fold_running",
+)
 
 
 class Step(NamedTuple):
@@ -97,7 +104,7 @@ class Programs:
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
         self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]
-        self._state = memoryview(self.plan.state)  # its words are written faster than the array's
+        self._state = self.plan.state.data  # its words are written faster than the array's
         kind = np.dtype(np.uint8 if byte_input else np.float32)
         self._copies = capacity * math.prod(model.input_shape) * kind.itemsize <= SMALL
         self._images = np.zeros((capacity if self._copies else 0, *model.input_shape), kind)

@@ -24,6 +24,8 @@ GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
 STATE = 8  # int64 words that every kernel is given: samples, address of the images, whether weights have changed
 ONE = 3  # the word of the state that is 1, which LLVM does not know: a loop of so many rounds is not unrolled
+WINOGRAD = 16  # products of a tile where filters are 3x3
+TILE_ROWS = 4  # tiles of a block of such products, at most
 DEAD = 255  # code of a pooled output that ReLU set to zero
 
 
@@ -209,6 +211,44 @@ class DenseSpec:
         """Numbers from a row of a forward panel of x to the next: no multiple of a kilobyte."""
         depth = round_up(self.run, DEPTH)
         return depth + (DEPTH if depth % (2 * GROUP) == 0 else 0)
+
+
+@dataclass(frozen=True)
+class WinogradSpec:
+    """A convolution by 3x3 filters on tiles of 2x2 outputs, ``group`` tiles at a time."""
+
+    conv: ConvSpec
+    group: int = 16
+
+    @property
+    def columns(self) -> int:
+        """Filters of a panel."""
+        return min(VECTORS * self.conv.lanes, round_up(self.conv.K, self.conv.lanes))
+
+    @property
+    def rows(self) -> int:
+        """Tiles of a block of products."""
+        return min(TILE_ROWS, (self.conv.registers - VECTORS - 1) // VECTORS)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of tiles."""
+        return self.conv.P // 2
+
+    @property
+    def tile_columns(self) -> int:
+        """Tiles of a row."""
+        return self.conv.Q // 2
+
+    @property
+    def packed(self) -> int:
+        """Elements of the transformed filters."""
+        return WINOGRAD * self.conv.x.C * round_up(self.conv.K, self.columns)
+
+    @property
+    def scratch(self) -> int:
+        """Elements of scratch memory for each thread: transformed tiles and their products."""
+        return WINOGRAD * self.group * (self.conv.x.C + self.columns) + VECTORS * self.conv.lanes
 
 
 @dataclass(frozen=True)
