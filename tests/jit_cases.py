@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from engine_cases import Case
+from engine_cases import UNITS, Case
 from engine_checks import assert_near, executor_of, oracle_step, step_on
 
 from convolt.engines import JIT
 from convolt.engines.jit import buffers, plan
 from convolt.engines.jit.buffers import Buffer
-from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Shape
+from convolt.engines.jit.update import Updater
+from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape
+from convolt.losses import CrossEntropy
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, step_flat
 from convolt.params import Params
@@ -85,6 +87,47 @@ def equals_float64(case: Rounded, unit: str) -> None:
     assert_near(got.gradient[images.stop :], want.gradient[images.stop :], tolerance, "gradient of the parameters")
     assert_near(got.gradient[images], want.gradient[images], 2**-8, "gradient of the images")
 
+
+# --- Winograd's algorithm ---------------------------------------------------------------------------------------------
+
+WINOGRAD = {
+    case.name: case
+    for case in (
+        Case(
+            "winograd, some channels of a vector, max-pool",
+            (17, 6, 10),
+            (Conv2d(17, 20, 3, padding=1), ReLU(), MaxPool2d(2)),
+            5,
+        ),
+        Case(
+            "winograd, blocks of whole images",
+            (16, 4, 4),
+            (Conv2d(16, 20, 3, padding=1, bias=False), LeakyReLU(0.1)),
+            37,
+        ),
+        Case(
+            "winograd, two panels, padding 2 and none",
+            (16, 8, 6),
+            (Conv2d(16, 70, 3, padding=2), ReLU(), Conv2d(70, 16, 3)),
+            2,
+        ),
+        Case(
+            "winograd, dx added",
+            (16, 24, 24),
+            (Residual((Conv2d(16, 16, 3, padding=1), ReLU(), Conv2d(16, 16, 3, padding=1))), ReLU()),
+            2,
+        ),
+    )
+}
+
+# Alone, they are models whose images need no gradient: dw from the pixels that won the pool.
+POOLED_FIRST = {
+    case.name: case
+    for case in (
+        Case("winners, one channel 5x5", (1, 10, 12), (Conv2d(1, 32, 5, padding=2), ReLU(), MaxPool2d(2)), 5),
+        Case("winners, an odd size", (3, 9, 8), (Conv2d(3, 17, 5, padding=1, bias=False), MaxPool2d(2)), 3),
+    )
+}
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -160,3 +203,39 @@ def update_is_that_of_the_optimizer(optimizer: Optimizer) -> None:
     assert set(state) == {"step", *wanted}
     for name, array in wanted.items():
         assert_near(state[name], array, 1e-6, name)
+
+
+# --- gradient and optimizer in one pass ------------------------------------------------------------------------------
+
+# More inputs than one stripe and outputs that fill no block; a second matrix without gradient of its input's border.
+ONE_PASS = Model(
+    (3, 20, 18),
+    (Conv2d(3, 12, 3, padding=1), ReLU(), MaxPool2d(2), Flatten(), Dense(1080, 70), ReLU(), Dense(70, 256)),
+)
+
+
+def batch_of(size: int, seed: int = 0):
+    """Images and labels for it."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (size, *ONE_PASS.input_shape), np.uint8), generator.integers(0, 256, size)
+
+
+def trained(optimizer: Optimizer, precision: str, scales=(1.0, 1.0, 1.0), sizes=(40, 40, 29)):
+    """Losses, weights, state and predictions after steps of which the last has fewer samples."""
+    executor = JIT(threads=2, unit=UNITS[0]).executor(ONE_PASS, None, Recipe(precision=precision))
+    losses = []
+    for step, (scale, size) in enumerate(zip(scales, sizes, strict=True)):
+        x, y = batch_of(size, step)
+        losses.append(executor.train_step(x, y, CrossEntropy(), scale / size, optimizer).loss)
+    state = [array.tobytes() for _, array in sorted(executor.optimizer_state().items())]
+    predicted = executor.predict(batch_of(5)[0]).tobytes()
+    executor.close()
+    return losses, executor.params.flat.tobytes(), state, predicted
+
+
+def one_pass_gives_the_bits_of_two(optimizer: Optimizer, precision: str) -> None:
+    """With the gradient made in the optimizer's pass, and with both one after the other."""
+    together = trained(optimizer, precision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Updater, "fuses", lambda self, optimizer: False)
+        assert trained(optimizer, precision) == together

@@ -25,16 +25,33 @@ from typing import Any
 import torch
 from engine_cases import CASES, UNITS, Case
 from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
-from jit_cases import OPTIMIZERS, TILES, equals_float64, poisoned, update_is_that_of_the_optimizer
+from jit_cases import (
+    OPTIMIZERS,
+    POOLED_FIRST,
+    TILES,
+    WINOGRAD,
+    equals_float64,
+    one_pass_gives_the_bits_of_two,
+    poisoned,
+    update_is_that_of_the_optimizer,
+)
 
 from convolt.engines import JIT
 from convolt.engines.jit import compiler
 from convolt.engines.jit.compiler import FOLDER, Compiler
 from convolt.errors import ConvoltError
 from convolt.layers import AvgPool2d, MaxPool2d, Normalize
+from convolt.optimizers import Adam
 
 PACKAGE = "convolt.engines.jit"
-BATCHNORM = "batchnorm.py"
+BATCHNORM, TRANSFORMS, RESIDUES, WINNING = "batchnorm.py", "winograd.py", "kernels/residues.py", "winners.py"
+UNNAMED = (
+    BATCHNORM,
+    TRANSFORMS,
+    RESIDUES,
+    WINNING,
+    "kernels/winners.py",
+)  # what kernels are made of, but no kernel is named in
 # What a broken plan may raise besides a check's own AssertionError.
 BREAKDOWNS = (AssertionError, ValueError, IndexError, TypeError, KeyError, OverflowError, ConvoltError, RuntimeWarning)
 
@@ -64,7 +81,7 @@ class JitMutant:
 
     def apply(self) -> None:
         """Make this process use the file with the mistake."""
-        if self.file == BATCHNORM:  # kernels made of it are neither found in the cache nor left there
+        if self.file in UNNAMED:  # kernels made of it are neither found in the cache nor left there
             os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
             compiler.MANY = sys.maxsize
         name = f"{PACKAGE}.{self.file.removesuffix('.py').replace('/', '.')}"
@@ -81,6 +98,8 @@ class JitMutant:
             adds_gradients(JIT(threads=2, unit=UNITS[0]), "bf16", case)
         elif self.by in UPDATES:
             update_is_that_of_the_optimizer(UPDATES[self.by])
+        elif self.by == ONE_PASS:
+            one_pass_gives_the_bits_of_two(Adam(lr=0.01), "fp32")
         else:
             case = _CASES[self.by]
             for one in (equals_pytorch, adds_gradients, reuses_buffers, needs_no_input_gradient):
@@ -89,7 +108,8 @@ class JitMutant:
                 equals_pytorch(JIT(threads=2), "fp32", case)
 
 
-_CASES: dict[str, Case] = {case.name: case for case in CASES}
+_CASES: dict[str, Case] = {case.name: case for case in CASES} | WINOGRAD | POOLED_FIRST
+ONE_PASS = "one pass"
 UPDATES = {repr(optimizer): optimizer for optimizer in OPTIMIZERS}
 
 
@@ -143,6 +163,9 @@ TIES = f"{MaxPool2d(3, 2, 1)} of equals"
 UNCOUNTED = f"{AvgPool2d(3, 2, 1, count_include_pad=False)}"
 FIRST = f"{Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 2.0))}"
 
+TILED_POOL, PANELS = "winograd, some channels of a vector, max-pool", "winograd, two panels, padding 2 and none"
+FIRST_POOLED, WINOGRADED = "winners, one channel 5x5", "kernels/winograd.py"
+
 MUTANTS = (
     # convolution
     JitMutant(
@@ -193,7 +216,7 @@ MUTANTS = (
     JitMutant(
         "mask of the ReLU missing",
         CONV,
-        "def _spread",
+        "def spread_slopes",
         "Through(K, spec.slope,",
         "Through(K, 1.0,",
         SUM,
@@ -207,19 +230,17 @@ MUTANTS = (
         STRIDED,
     ),
     JitMutant("dw of the first group", CONV, "def _weight_gradient", "C * K + group * filters)", "C * K)", GROUPED),
+    JitMutant("dx of the first group", CONV, "def _input_part", "target_pitch + group * C", "target_pitch", GROUPED),
     JitMutant(
-        "dx of the first group", CONV, "def _input_gradient", "target_pitch + group * C", "target_pitch", GROUPED
-    ),
-    JitMutant(
-        "a row of dx too high", CONV, "def _input_gradient", "origin + h * pitch", "origin + (h - 1) * pitch", RAGGED
+        "a row of dx too high", CONV, "def _input_part", "origin + h * pitch", "origin + (h - 1) * pitch", RAGGED
     ),
     # weights
     JitMutant(
         "filters not turned",
         WEIGHTS,
         "def pack",
-        "w[group, k, c, R - 1 - r, S - 1 - s]",
-        "w[group, k, c, r, s]",
+        "packed[group, chunk, k, c] = w[group, k, c, tap]",
+        "packed[group, chunk, k, c] = w[group, k, c, chunk]",
         RAGGED,
     ),
     JitMutant(
@@ -328,6 +349,95 @@ MUTANTS = (
     JitMutant("last inputs dropped", DENSE, "def dense_backward", "if rest and", "if False and", FEATURES),
     JitMutant(
         "dx overwritten", DENSE, "def _columns", '"load" if spec.add else "zero"', '"zero"', "residual of features"
+    ),
+    JitMutant(
+        "moved by the row before",
+        "kernels/dense_update.py",
+        "def _moved_columns",
+        "view(dw + FLOAT * row * columns,",
+        "view(dw + FLOAT * max(row - 1, 0) * columns,",
+        ONE_PASS,
+    ),
+    JitMutant(
+        "last inputs not moved",
+        "kernels/dense_update.py",
+        "def update(",
+        "tail(arguments, chunk * run, own)",
+        "pass",
+        ONE_PASS,
+    ),
+    # Winograd's algorithm, residues of the stride, winners of a pool
+    JitMutant(
+        "a sign of B", TRANSFORMS, "def _input(", "builder.fsub(d[2], d[1])", "builder.fsub(d[1], d[2])", TILED_POOL
+    ),
+    JitMutant("a sign of A", TRANSFORMS, "def _slope(", "builder.fsub(a, b)", "builder.fsub(b, a)", TILED_POOL),
+    JitMutant("dx overwritten", TRANSFORMS, "def output_tiles(", "if finish.add:", "if False:", "winograd, dx added"),
+    JitMutant(
+        "bands in the place of the first",
+        WINOGRADED,
+        "def _outputs(",
+        "h = band * rows + i",
+        "h = i",
+        "winograd, dx added",
+    ),
+    JitMutant(
+        "tiles of images that are not there",
+        WINOGRADED,
+        "def backward(",
+        "if present < together:",
+        "if present > together:",
+        "winograd, blocks of whole images",
+    ),
+    JitMutant(
+        "the first panel for all",
+        WINOGRADED,
+        "def _products(",
+        "(plane * panels + j) * panel",
+        "plane * panels * panel",
+        PANELS,
+    ),
+    JitMutant(
+        "filters not turned",
+        WINOGRADED,
+        "def pack(",
+        "filter_rows(taps[8], taps[5], taps[2])",
+        "filter_rows(taps[2], taps[5], taps[8])",
+        TILED_POOL,
+    ),
+    JitMutant(
+        "db of one chunk",
+        WINOGRADED,
+        "def reduce_parts(",
+        "for number in range(parts):",
+        "for number in range(1):",
+        TILED_POOL,
+    ),
+    JitMutant(
+        "taps of a residue not turned",
+        RESIDUES,
+        "def along(",
+        "in reversed(range(kernel))",
+        "in range(kernel)",
+        STRIDED,
+    ),
+    JitMutant(
+        "gaps of dx not cleared",
+        CONV,
+        "def conv_backward",
+        "gaps = wants_dx and",
+        "gaps = False and",
+        "conv 1x1 stride 2",
+    ),
+    JitMutant(
+        "a neighbor of the winner",
+        "kernels/winners.py",
+        "def _fours(",
+        "x[h + 1, w, c]",
+        "x[h, w + 1, c]",
+        FIRST_POOLED,
+    ),
+    JitMutant(
+        "what no ReLU let through", WINNING, "def winners(", 'icmp_unsigned("!="', 'icmp_unsigned("=="', FIRST_POOLED
     ),
     # bf16 tiles
     JitMutant(

@@ -72,6 +72,9 @@ def pack_kernel(spec):
         (7, 21, 16, 1, 2, "bias"),
         (32, 5, 2, 5, 1, "load"),
         (1, 1, 32, 1, 1, "zero"),
+        (32, 32, 32, 3, 7, "bias"),
+        (20, 21, 32, 19, 1, "zero"),
+        (9, 32, 16, 1, 17, "load"),
     ],
 )
 def test_product(machine, rows, columns, step, steps, segments, start):
