@@ -253,7 +253,7 @@ def pair_through(spec: PairThrough) -> Any:
 class MaxOf:
     """The largest of the pixels at ``places`` (float32 elements), the first of equals, with bias and ReLU.
 
-    The code is the tap that won, or `dead` where ReLU let nothing through.
+    The code is the tap that won, or `dead` where ReLU let nothing through; codes: whether anybody wants it.
     """
 
     channels: int
@@ -262,6 +262,7 @@ class MaxOf:
     lanes: int
     bias: bool
     relu: bool
+    codes: bool = True
 
 
 def max_of(spec: MaxOf) -> Any:
@@ -290,7 +291,8 @@ def max_of(spec: MaxOf) -> Any:
                     winner = builder.select(dead, ir.Constant(kind, [I8(spec.dead)] * spec.lanes), winner)
                     best = builder.select(dead, floats.zero, best)
                 floats.store(best, floats.at(output, offset), used)
-                floats.store(winner, builder.gep(code, [offset]), used)
+                if spec.codes:
+                    floats.store(winner, builder.gep(code, [offset]), used)
 
             _for_channels(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()

@@ -54,24 +54,18 @@ class JitExecutor(Executor):
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
         self._add_ranks: Callable[[Array], None] | None = None
-        self._version = 0  # of the weights: copies of them in bf16 belong to one
+        self._version = 0  # of the weights: copies of them (packed, folded, in bf16) belong to one
+        self._statistics = 0  # the same of BatchNorm's running statistics
         self._updater = Updater(params, self.grads, isa, self._compiler, self._team)
 
     def predict(self, x: Array) -> Array:
         """Logits (N, classes)."""
         self._check(x)
-        parts: list[Array] = []
-        prepared: set[Programs] = set()  # filters may change between two calls, not within one
-        for start in range(0, len(x), PREDICT_BATCH):
-            part = x[start : start + PREDICT_BATCH]
-            programs = self._ready(part, training=False)
-            programs.load(part, self._version)
-            if programs not in prepared and programs.prepare is not None:
-                self._team.run(programs.prepare)
-            prepared.add(programs)
-            self._team.run(programs.infer)
-            parts.append(programs.logits[: len(part)].copy())
-        return np.concatenate(parts) if parts else np.zeros((0, *self.model.output_shape), np.float32)
+        if len(x) <= PREDICT_BATCH:
+            return self._logits(x)
+        return np.concatenate(
+            [self._logits(x[start : start + PREDICT_BATCH]) for start in range(0, len(x), PREDICT_BATCH)]
+        )
 
     def loss_and_grads(
         self,
@@ -133,6 +127,11 @@ class JitExecutor(Executor):
     def weights_changed(self) -> None:
         """Copies of the weights are made again."""
         self._version += 1
+
+    def restore_statistics(self, statistics: dict[str, Array]) -> None:
+        """Put back what ``statistics`` gave; filters take them in again."""
+        super().restore_statistics(statistics)
+        self._statistics += 1
 
     def optimizer_state(self) -> dict[str, Array]:
         """The optimizer's flat arrays and ``step``."""
@@ -207,12 +206,16 @@ class JitExecutor(Executor):
         programs = self._ready(x, training=True)
         programs.check_norms(len(x))
         programs.load(x, self._version)
+        self._statistics += 1
         self._draw(programs, rng)
         return programs
 
     def _ready(self, x: Array, training: bool) -> Programs:
         """Programs for a batch: those of the smallest capacity that holds it without waste, or new ones."""
         count, byte_input = max(1, len(x)), x.dtype == np.uint8
+        exact = self._plans.get((training, count, byte_input))
+        if exact is not None:
+            return exact
         fits = [
             size
             for kind, size, of_bytes in self._plans
@@ -252,6 +255,18 @@ class JitExecutor(Executor):
             shape = (C, H, W)
             kept = rng.uniform(f"dropout:{name}", shape) >= layer.p
             mask[: len(kept)] = kept.transpose(0, 2, 3, 1) * np.float32(1 / (1 - layer.p))
+
+    def _logits(self, x: Array) -> Array:
+        """A copy of the logits of a batch that a plan can hold."""
+        programs = self._ready(x, training=False)
+        programs.load(x, self._version)
+        weights = self._version, self._statistics
+        if programs.prepared != weights:
+            if programs.prepare is not None:
+                self._team.run(programs.prepare)
+            programs.prepared = weights
+        self._team.run(programs.infer)
+        return programs.logits[: len(x)].copy()
 
     def _count_batches(self) -> None:
         for name, array in self.params.buffers.items():

@@ -31,6 +31,8 @@ from convolt.params import Params
 
 Array = NDArray[Any]
 CHUNKS = 16  # into which a batch is cut
+FEW = 4  # chunks of images for each thread, below which predictions cut images
+PARTS = 8  # of images for each thread, then
 KERNELS = "convolt.engines.jit.kernels"
 
 
@@ -104,6 +106,12 @@ class Plan:
         self._slopes: dict[Tensor, Address] = {}
 
     @property
+    def parts(self) -> int:
+        """Into how many parts an image may be cut: more than one where few images are predicted on several threads."""
+        few = self._threads > 1 and self.chunks < FEW * self._threads
+        return 1 if self.training or not few else -(-PARTS * self._threads // self.chunks)
+
+    @property
     def training(self) -> bool:
         """Whether there is a backward pass."""
         return self.grads is not None
@@ -129,6 +137,8 @@ class Plan:
 
     def value(self, tensor: Tensor) -> Address:
         """The address of a tensor: framed images, or features."""
+        if tensor.image is not None:
+            return self.value(tensor.image)
         kind = np.uint16 if tensor.planar or tensor.half else np.float32
         return self.address(f"value {tensor.name}", self.capacity * tensor.size, kind)
 

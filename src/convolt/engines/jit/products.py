@@ -18,8 +18,10 @@ from convolt.engines.jit.kernels.specs import (
     FLOAT,
     QUARTERS,
     STRIPE,
+    VECTORS,
     WIDE,
     ConvSpec,
+    DensePackSpec,
     DenseSpec,
     DenseUpdateSpec,
     FoldSpec,
@@ -57,10 +59,13 @@ from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 8
 RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
+FEW_IMAGES = 8  # below this number Winograd's algorithm, which cuts no image, predicts nothing
 FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
+SHORT_PART = 1 << 16  # FLOPs of a part of an image, at least: about a microsecond
 SHORT_RUN = 64  # inputs of a chunk, at least
 BACKWARD_CHUNKS = 64  # of inputs, into which its backward pass is cut: fine enough to be even among threads
 UPDATE_PAYS = 1 << 16  # weights of a dense layer from which its gradient is made in the optimizer's pass
+MOST_PACKED = 1 << 24  # weights of a dense layer that are kept a second time for predictions
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
 FORWARD_CHUNKS = 8  # of a convolution by Winograd's algorithm whose filters are large
@@ -123,23 +128,21 @@ def conv(plan: Plan, operation: Operation) -> Served:
     why = "fp32" if plan.unit is None else f"groups {groups}, bf16 takes 1"
     operation.because(f"{plan.isa.name} vectors: {why}")
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
-    slow = obstacle(spec)
+    slow = obstacle(spec) or _few_images(plan)
     if not slow:
         operation.because("Winograd F(2x2, 3x3)")
         return conv_by_winograd(plan, operation, spec)
     operation.because(f"tap by tap: {slow}")
+    if not plan.training:
+        return conv_prediction(plan, operation, spec), list
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
     weight, bias, folding = filters(plan, operation)
-    packed = plan.address(f"filters {name}", taps * spec.groups * spec.channels * spec.packed_columns)
+    packed, pack = packed_filters(plan, operation, spec, weight)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     scratch = plan.scratch(spec.scratch)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
-    forward = [
-        *folding,
-        plan.whole(f"{label} pack", "weights:pack", PackSpec(spec, turned=False), taps, weight, packed),
-        plan.by_image(label, "conv:conv_forward", spec, *arguments),
-    ]
+    forward = [*folding, pack, plan.by_image(label, "conv:conv_forward", spec, *arguments)]
 
     def backward() -> Tasks:
         back = _adding(plan, spec, source)
@@ -174,6 +177,51 @@ def conv(plan: Plan, operation: Operation) -> Served:
         return tasks
 
     return forward, backward
+
+
+def conv_prediction(plan: Plan, operation: Operation, spec: ConvSpec) -> Tasks:
+    """A convolution's forward pass without codes; that of few images is cut into parts."""
+    label = operation.label
+    weight, bias, folding = filters(plan, operation)
+    x, y = plan.value(operation.inputs[0]), plan.value(operation.output)
+    bands, stripes = parts_of_images(plan, spec)
+    spec = replace(spec, wants_dx=False, codes=False, bands=bands, stripes=stripes)
+    packed, pack = packed_filters(plan, operation, spec, weight)
+    tasks = [*folding, pack]
+    arguments = (x, packed, bias, y, 0, plan.scratch(spec.scratch))
+    if bands * stripes == 1:
+        return [*tasks, plan.by_image(label, "conv:conv_forward", spec, *arguments)]
+    return [*tasks, plan.whole(label, "conv:conv_forward", spec, plan.chunks * bands * stripes, *arguments)]
+
+
+def packed_filters(plan: Plan, operation: Operation, spec: ConvSpec, weight: Argument) -> tuple[Address, Task]:
+    """Where filters are packed for a forward pass, and what does it."""
+    taps = spec.window.R * spec.window.S
+    packed = plan.address(f"filters {operation.names[0]}", taps * spec.groups * spec.channels * spec.packed_columns)
+    kind = PackSpec(replace(spec, bands=1, stripes=1), turned=False)
+    return packed, plan.whole(f"{operation.label} pack", "weights:pack", kind, taps, weight, packed)
+
+
+def _few_images(plan: Plan) -> str:
+    """Why few images are not predicted by Winograd's algorithm: threads share them, and their number moves no bit."""
+    return "" if plan.training or plan.chunks >= FEW_IMAGES else "images that are cut into parts"
+
+
+def parts_of_images(plan: Plan, spec: ConvSpec) -> tuple[int, int]:
+    """Bands of rows and stripes of filters; these where filters are more to read than an image."""
+    weights = spec.K * spec.channels * spec.window.R * spec.window.S
+    rows = spec.P // spec.pool[0]
+    parts = min(plan.parts, 2 * weights * spec.P * spec.Q // SHORT_PART)
+    if parts <= 1 or spec.depthwise:
+        return 1, 1
+    blocks = -(-spec.filters // (VECTORS * spec.lanes))
+    stripes = _even(blocks, parts) if weights > spec.x.size else 1
+    return _even(rows, -(-parts // stripes)), stripes
+
+
+def _even(size: int, parts: int) -> int:
+    """At most so many parts, none of them empty when each takes as much as the first."""
+    return -(-size // -(-size // min(size, parts)))
 
 
 def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served:
@@ -247,6 +295,16 @@ def reads_half(tensor: Tensor) -> bool:
     return bool(tensor.readers) and all(
         operation.kind == "Dense" and _weights(operation) >= TILES_PAY for operation in tensor.readers
     )
+
+
+def reads_pixels(plan: Plan, image: Tensor, features: Tensor) -> bool:
+    """Whether flattening is left to weights that are packed for predictions: they may have any order of inputs."""
+    bare = not (plan.training or plan.unit is not None or any(image.border) or image.planar)
+    return bare and bool(features.readers) and all(_is_packed(operation) for operation in features.readers)
+
+
+def _is_packed(operation: Operation) -> bool:
+    return operation.kind == "Dense" and _weights(operation) <= MOST_PACKED
 
 
 def _weights(operation: Operation) -> int:
@@ -376,6 +434,37 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     return forward, backward
 
 
+def dense_prediction(plan: Plan, operation: Operation) -> list[Task]:
+    """A dense layer's forward pass on weights that are packed when they have changed."""
+    layer, source = cast(Dense, operation.layer), operation.inputs[0]
+    label, N, outputs, inputs = operation.label, plan.capacity, layer.out_features, layer.in_features
+    weight = plan.parameter(operation, "weight")
+    bias = plan.parameter(operation, "bias") if layer.bias else 0
+    x, y = plan.value(source), plan.value(operation.output)
+    few = N < FEW_SAMPLES
+    channels = 1 if source.image is None else source.image.shape[0]
+    spec = DensePackSpec(inputs, outputs, channels, plan.isa.lanes, panels=not few)
+    tasks: list[Task] = []
+    packed: Argument = weight
+    if not few or channels not in (1, inputs):
+        packed = plan.address(f"filters {operation.names[0]}", spec.size)
+        chunks = -(-outputs // plan.isa.lanes)
+        own = plan.scratch(plan.isa.lanes * inputs)
+        tasks.append(plan.whole(f"{label} pack", "dense:pack", spec, chunks, weight, packed, own))
+    if few:
+        run = round_up(-(-outputs // RUNS), 4)
+        dots = _dense_spec(plan, operation, run)
+        return [*tasks, plan.whole(label, "dense:dense_dots", dots, -(-outputs // run), x, packed, bias, y)]
+    run = max(-(-inputs // RUNS), SHORT_RUN)
+    products, chunks = replace(_dense_spec(plan, operation, run), packed=True), -(-inputs // run)
+    parts = plan.address(f"parts of {operation.names[0]}", chunks * N * round_up(outputs, BLOCK))
+    return [
+        *tasks,
+        plan.whole(label, "dense:dense_forward", products, chunks, x, packed, parts, 0, 0),
+        plan.whole(f"{label} total", "dense_tiles:total", products, RUNS, parts, bias, y),
+    ]
+
+
 def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
     layer = cast(Dense, operation.layer)
     return DenseSpec(
@@ -405,6 +494,8 @@ def dense(plan: Plan, operation: Operation) -> Served:
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(target)
+    if not plan.training and _is_packed(operation):
+        return dense_prediction(plan, operation), list
     chunks, defers = 0, False
     if N < FEW_SAMPLES:
         run = round_up(-(-layer.out_features // RUNS), 4)

@@ -14,7 +14,7 @@ from convolt.engines.jit.isa import Isa, Unit
 from convolt.engines.jit.kernels.specs import LossSpec
 from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
-from convolt.engines.jit.products import reads_half, reads_planes
+from convolt.engines.jit.products import reads_half, reads_pixels, reads_planes
 from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks
@@ -29,7 +29,15 @@ from convolt.params import Params
 
 Array = NDArray[Any]
 ROUNDING = "dense_tiles:round_weights"  # makes the bf16 copy of a matrix, as does the pass that moves it
-OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "winograd:pack", "tiles:pack", "normalization:fold_running")
+SMALL = 1 << 14  # bytes of images that are sooner copied than their address is asked for
+OF_WEIGHTS = (
+    "weights:fold_norm",
+    "weights:pack",
+    "winograd:pack",
+    "tiles:pack",
+    "dense:pack",
+    "normalization:fold_running",
+)
 
 
 class Step(NamedTuple):
@@ -90,11 +98,17 @@ class Programs:
         if unit is not None and reads_planes(start):
             start.lay_in_planes()
         for operation in self._operations:
+            if operation.kind == "Flatten" and reads_pixels(self.plan, operation.inputs[0], operation.output):
+                operation.output.image = operation.inputs[0]
             operation.output.half = unit is not None and operation.kind == "Flatten" and reads_half(operation.output)
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
         self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]
-        self._images = np.zeros(0, np.uint8 if byte_input else np.float32)
+        self._state = self.plan.state.data  # its words are written faster than the array's
+        kind = np.dtype(np.uint8 if byte_input else np.float32)
+        self._copies = capacity * math.prod(model.input_shape) * kind.itemsize <= SMALL
+        self._images = np.zeros((capacity if self._copies else 0, *model.input_shape), kind)
+        self._state[1] = address_of(self._images)
         outputs = math.prod(self._output.shape)
         self.logits = self._array(f"value {self._output.name}", outputs)
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
@@ -103,6 +117,7 @@ class Programs:
         self._whole: dict[bool, Segments] = {}
         self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
         self.version = -1
+        self.prepared = (-1, -1)  # the versions of weights and statistics that ``prepare`` has seen last
         segments = cut(self.plan, self._operations, checkpoints) if self.plan.training else []
         self._segment_of = {operation: segment for segment in segments for operation in segment.operations}
         self.forward_tasks = list(self._forward_tasks())
@@ -115,12 +130,17 @@ class Programs:
         return self.plan.buffer(name, capacity * size, dtype)[: capacity * size].reshape(capacity, size)
 
     def load(self, x: Array, version: int) -> None:
-        """Tell the first kernel where a batch lies; it must not change until the programs have run.
+        """Tell the first kernel where a batch lies; a large one must not change until the programs have run.
 
         version: of the weights; copies of them in bf16 are made again when it is another one than theirs.
         """
-        self._images = np.ascontiguousarray(x, self._images.dtype)
-        self.plan.state[:3] = len(x), address_of(self._images), version != self.version
+        if self._copies:
+            self._images[: len(x)] = x
+        else:
+            self._images = np.ascontiguousarray(x, self._images.dtype)
+            self._state[1] = address_of(self._images)
+        self._state[0] = len(x)
+        self._state[2] = version != self.version
         self.version = version
 
     def check_norms(self, count: int) -> None:

@@ -201,6 +201,9 @@ def shaping(plan: Plan, operation: Operation) -> Served:
     """Flatten and global average."""
     source, target = operation.inputs[0], operation.output
     factory = "images:flatten" if operation.kind == "Flatten" else "images:global_average"
+    if target.image is not None:
+        operation.because("its readers take the pixels as they lie")
+        return [], list
     frames = Frame.of(source), Frame.of(target)
     native = plan.unit is not None and converts(plan.unit)
     spec = MapSpec(operation.kind, *frames, plan.images, plan.isa.lanes, half=target.half, native=native)

@@ -71,34 +71,40 @@ def register_rows(spec: Gemm, total: int, registers: int) -> Callable[[int, int,
 def conv_forward(spec: ConvSpec) -> Callable[..., None]:
     """``y = pool(act(w * x + b))``; arguments: state, x, packed filters, bias, y, codes, scratch.
 
-    Filters are packed (groups, R, S, C/groups, columns). A chunk is a run of images.
+    Filters are packed (groups, R, S, C/groups, columns). A chunk is a run of images, or of one a stripe of filters and
+    a band of rows.
     """
     if spec.depthwise:
         return depthwise_forward(spec)
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
     full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
-    images, groups = spec.images, spec.groups
+    images, groups, rows = spec.images, spec.groups, spec.P // spec.pool[0]
+    bands, stripes = spec.bands, spec.stripes
+    height, width = -(-rows // bands), -(-(whole + (1 if rest else 0)) // stripes)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
-        first = chunk * images
+        first = chunk // (bands * stripes) * images
         last = min(first + images, count)
+        stripe, band = chunk % stripes, chunk // stripes % bands
+        top = band * height
+        bottom = min(top + height, rows)
         for group in range(groups):
             if whole:
-                for j in range(whole):
-                    full(arguments, first, last, thread, group, j * block)
-            if rest:
-                tail(arguments, first, last, thread, group, whole * block)
+                for j in range(stripe * width, min((stripe + 1) * width, whole)):
+                    full(arguments, first, last, top, bottom, thread, group, j * block)
+            if rest and stripe + 1 == stripes:
+                tail(arguments, first, last, top, bottom, thread, group, whole * block)
 
     return kernel
 
 
 def _forward_block(spec: ConvSpec, columns: int) -> Callable[..., None]:
-    """Output channels ``column`` to ``column + columns`` of a group, for a run of images."""
+    """Output channels ``column`` to ``column + columns`` of a group, a run of rows in a run of images."""
     x, y, window = spec.x, spec.y, spec.window
-    K, P, Q, C = spec.K, spec.P, spec.Q, spec.channels
-    pool_h, pool_w = spec.pool
+    K, Q, C = spec.K, spec.Q, spec.channels
+    pool_h = spec.pool[0]
     pooled = spec.pool != (1, 1)
     row = _output_row(spec, columns, c_row=columns if pooled else K)
     finish: Callable[..., None] = _pool_rows(spec, columns) if pooled else _activate_row(spec, columns)
@@ -106,10 +112,11 @@ def _forward_block(spec: ConvSpec, columns: int) -> Callable[..., None]:
     corner = x.origin - window.top * x.pitch - window.left * x.C
     group_filters = window.R * window.S * C * packed
     row_step, scratch_size = window.stride_h * x.pitch, spec.scratch
-    PP = P // pool_h
 
     @njit
-    def block(arguments: Any, first: int, last: int, thread: int, group: int, column: int) -> None:
+    def block(
+        arguments: Any, first: int, last: int, top: int, bottom: int, thread: int, group: int, column: int
+    ) -> None:
         filters = arguments[2] + FLOAT * (group * group_filters + column)
         channel = group * (K // spec_groups) + column
         bias = arguments[3] + FLOAT * channel
@@ -117,12 +124,12 @@ def _forward_block(spec: ConvSpec, columns: int) -> Callable[..., None]:
         for image in range(first, last):
             source = arguments[1] + FLOAT * (image * x_size + corner + group * C)
             if pooled:
-                for p in range(PP):
+                for p in range(top, bottom):
                     for i in range(pool_h):
                         row(source + FLOAT * (p * pool_h + i) * row_step, filters, rows + FLOAT * i * Q * columns, bias)
                     finish(rows, arguments[4], arguments[5], image, p, channel)
             else:
-                for p in range(P):
+                for p in range(top, bottom):
                     target = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
                     row(source + FLOAT * p * row_step, filters, target, bias)
                     finish(target)
@@ -195,7 +202,7 @@ def _pool_rows(spec: ConvSpec, columns: int) -> Callable[[int, int, int, int, in
     pool_h, pool_w = spec.pool
     PP, QQ = spec.P // pool_h, Q // pool_w
     places = tuple((i * Q + j) * columns for i in range(pool_h) for j in range(pool_w))
-    pool = max_of(MaxOf(columns, places, DEAD, spec.lanes, bias=False, relu=spec.slope == 0))
+    pool = max_of(MaxOf(columns, places, DEAD, spec.lanes, bias=False, relu=spec.slope == 0, codes=spec.codes))
     y_size, y_origin, y_pitch = frame.size, frame.origin, frame.pitch
 
     @njit

@@ -7,7 +7,8 @@
 Forward has two ways. A batch splits the sum: a chunk is a run of inputs, whose panel of W is transposed into the L2
 cache; ``dense_tiles.total`` then adds the chunks' parts in order, with bias and activation. Every number of x and W is
 read once, where blocks of outputs would read x again for each, more than the L3 cache gives. A few samples do not pay
-for a transpose: ``dense_dots`` multiplies rows of x and of W as they are, a chunk being a run of outputs.
+for a transpose: ``dense_dots`` multiplies rows of x and of W as they are, a chunk being a run of outputs. For
+predictions W is packed once, in panels and with its inputs in the order in which pixels lie, so nothing is flattened.
 
 Backward goes over blocks of 128 inputs: rows of 512 bytes, which the hardware fetches ahead. Those of x and of W are
 copied into the cache: left where they are, some kilobytes apart, they share few of its sets and drive one another out.
@@ -26,7 +27,16 @@ from numba import njit
 from convolt.engines.jit.dot import Dot, dot
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.kernels.conv import register_rows
-from convolt.engines.jit.kernels.specs import BLOCK, FLOAT, VECTORS, WIDE, DenseSpec, dense_panel, round_up
+from convolt.engines.jit.kernels.specs import (
+    BLOCK,
+    FLOAT,
+    VECTORS,
+    WIDE,
+    DensePackSpec,
+    DenseSpec,
+    dense_panel,
+    round_up,
+)
 from convolt.engines.jit.memory import copy, view
 from convolt.engines.jit.transpose import Transpose, transpose
 
@@ -56,10 +66,12 @@ def dense_forward(spec: DenseSpec) -> Callable[..., None]:
 def _part(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     """``parts[chunk] = x W^T`` over a run of so many inputs."""
     N, outputs, all_inputs, run = spec.N, spec.outputs, spec.inputs, spec.run
-    columns, block = round_up(outputs, BLOCK), VECTORS * spec.lanes
+    columns, block, packed = round_up(outputs, BLOCK), VECTORS * spec.lanes, spec.packed
     turn = transpose(Transpose(outputs, inputs, all_inputs, columns, spec.lanes))
     whole, rest = divmod(outputs, block)
-    shape = Gemm(0, block, 0, all_inputs, 1, 0, columns, 0, columns, spec.lanes)
+    panels = DensePackSpec(all_inputs, outputs, 1, spec.lanes, panels=True)
+    row, step = (panels.columns, all_inputs * panels.columns) if packed else (columns, block)
+    shape = Gemm(0, block, 0, all_inputs, 1, 0, row, 0, columns, spec.lanes)
     full = deep_rows(shape if whole else replace(shape, columns=rest), N, inputs, spec.registers)
     tail = deep_rows(replace(shape, columns=rest), N, inputs, spec.registers) if whole and rest else full
     scratch = dense_panel(spec)
@@ -67,18 +79,48 @@ def _part(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     @njit
     def part(arguments: Any, chunk: int, thread: int) -> None:
         first = FLOAT * chunk * run
-        panel = arguments[4] + FLOAT * thread * scratch
         x, c = arguments[1] + first, arguments[3] + FLOAT * chunk * N * columns
         if arguments[5]:
             view(arguments[5] + FLOAT * chunk, (1,), np.int32)[0] = largest(x, N, inputs, all_inputs)
-        turn(arguments[2] + first, panel)
+        if packed:
+            panel = arguments[2] + first * row
+        else:
+            panel = arguments[4] + FLOAT * thread * scratch
+            turn(arguments[2] + first, panel)
         for j in range(whole):
-            full(x, panel + FLOAT * j * block, c + FLOAT * j * block)
+            full(x, panel + FLOAT * j * step, c + FLOAT * j * block)
         if rest:
-            tail(x, panel + FLOAT * whole * block, c + FLOAT * whole * block)
+            tail(x, panel + FLOAT * whole * step, c + FLOAT * whole * block)
 
     found: Callable[[Any, int, int], None] = part
     return found
+
+
+def pack(spec: DensePackSpec) -> Callable[..., None]:
+    """W for predictions; arguments: state, W, packed, scratch. A chunk is one vector's width of outputs."""
+    inputs, outputs, channels, lanes, panels = spec.inputs, spec.outputs, spec.channels, spec.lanes, spec.panels
+    pixels, columns = inputs // channels, spec.columns
+    reorder = transpose(Transpose(channels, pixels, pixels, channels, lanes))
+    across = transpose(Transpose(lanes, inputs, inputs, columns, lanes))
+    rest = transpose(Transpose(outputs % lanes or lanes, inputs, inputs, columns, lanes))
+    plain = channels in (1, inputs)
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        first = chunk * lanes
+        rows = arguments[1] + FLOAT * first * inputs
+        if not plain:
+            target = arguments[3] + FLOAT * thread * lanes * inputs if panels else arguments[2] + FLOAT * first * inputs
+            for row in range(min(lanes, outputs - first)):
+                reorder(rows + FLOAT * row * inputs, target + FLOAT * row * inputs)
+            rows = target
+        if panels:
+            place = arguments[2] + FLOAT * (first // columns * inputs * columns + first % columns)
+            if first + lanes <= outputs:
+                across(rows, place)
+            else:
+                rest(rows, place)
+
+    return kernel
 
 
 @njit

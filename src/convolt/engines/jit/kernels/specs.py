@@ -26,6 +26,8 @@ GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
 STATE = 8  # int64 words that every kernel is given: samples, address of the images, whether weights have changed
 ONE = 3  # the word of the state that is 1, which LLVM does not know: a loop of so many rounds is not unrolled
+WINOGRAD = 16  # products of a tile where filters are 3x3
+TILE_ROWS = 4  # tiles of a block of such products, at most
 DEAD = 255  # code of a pooled output that ReLU set to zero
 
 
@@ -100,7 +102,8 @@ class ConvSpec:
 
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
     pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added.
-    unit: what multiplies where products are bf16.
+    unit: what multiplies where products are bf16. codes: whether the pool keeps which tap won. bands, stripes: parts of
+    the output's rows and of the filters into which forward cuts the images of a chunk, each a chunk then.
     """
 
     x: Frame
@@ -119,6 +122,9 @@ class ConvSpec:
     wants_dx: bool = True
     add: bool = False
     unit: Unit = "fma"
+    codes: bool = True
+    bands: int = 1
+    stripes: int = 1
 
     @property
     def merged(self) -> bool:
@@ -193,6 +199,7 @@ class DenseSpec:
 
     accumulate: whether dw is added to what is there; add: whether dx is. wants_dw: whether the backward pass makes dw;
     without, it is made in one pass with the optimizer's step. half: whether x is bf16. unit: what multiplies bf16.
+    packed: whether W is given as ``DensePackSpec`` packs it, in panels.
     """
 
     N: int
@@ -209,12 +216,75 @@ class DenseSpec:
     wants_dw: bool = True
     half: bool = False
     unit: Unit = "fma"
+    packed: bool = False
 
     @property
     def panel_row(self) -> int:
         """Numbers from a row of a forward panel of x to the next: no multiple of a kilobyte."""
         depth = round_up(self.run, DEPTH)
         return depth + (DEPTH if depth % (2 * GROUP) == 0 else 0)
+
+
+@dataclass(frozen=True)
+class WinogradSpec:
+    """A convolution by 3x3 filters on tiles of 2x2 outputs, ``group`` tiles at a time."""
+
+    conv: ConvSpec
+    group: int = 16
+
+    @property
+    def columns(self) -> int:
+        """Filters of a panel."""
+        return min(VECTORS * self.conv.lanes, round_up(self.conv.K, self.conv.lanes))
+
+    @property
+    def rows(self) -> int:
+        """Tiles of a block of products."""
+        return min(TILE_ROWS, (self.conv.registers - VECTORS - 1) // VECTORS)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of tiles."""
+        return self.conv.P // 2
+
+    @property
+    def tile_columns(self) -> int:
+        """Tiles of a row."""
+        return self.conv.Q // 2
+
+    @property
+    def packed(self) -> int:
+        """Elements of the transformed filters."""
+        return WINOGRAD * self.conv.x.C * round_up(self.conv.K, self.columns)
+
+    @property
+    def scratch(self) -> int:
+        """Elements of scratch memory for each thread: transformed tiles and their products."""
+        return WINOGRAD * self.group * (self.conv.x.C + self.columns) + VECTORS * self.conv.lanes
+
+
+@dataclass(frozen=True)
+class DensePackSpec:
+    """W (outputs, inputs) packed for predictions, its inputs ordered as pixels of so many channels, (H, W, C).
+
+    panels: in panels of four vectors of outputs, (inputs, columns) each; else in rows, as W is.
+    """
+
+    inputs: int
+    outputs: int
+    channels: int
+    lanes: int
+    panels: bool
+
+    @property
+    def columns(self) -> int:
+        """Outputs of a panel."""
+        return min(VECTORS * self.lanes, round_up(self.outputs, self.lanes))
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.inputs * (round_up(self.outputs, self.columns) if self.panels else self.outputs)
 
 
 @dataclass(frozen=True)
