@@ -115,7 +115,7 @@ class Updater:
             for segment, decays in runs_within(whole if decays_all else self._params.decays(), part)
             for start in range(segment.start, segment.stop, RUN)
         ]
-        return np.array(rows, np.int64).reshape(-1, 3)
+        return np.array(rows or [(0, 0, 0)], np.int64)  # a phase has a chunk, and where all is left out it is empty
 
 
 def _spec(optimizer: Optimizer, lanes: int) -> UpdateSpec | None:
