@@ -42,7 +42,7 @@ def undisturbed(tmp_path_factory):
 
 
 def lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip() and not launch.NOISE.match(line)]
+    return [line for line in launch.spoken(text.splitlines()) if line.strip()]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
