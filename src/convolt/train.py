@@ -25,7 +25,7 @@ from convolt.comms import Communicator, Serial, whereabouts
 from convolt.data import Dataset
 from convolt.datasets.spec import DataSpec
 from convolt.duration import Time, due, length
-from convolt.elastic import same_state, writer
+from convolt.elastic import regroup
 from convolt.engine import Engine, Executor
 from convolt.engines import default_engine
 from convolt.errors import ConfigError, Interrupted, RanksLost, TrainingError
@@ -182,29 +182,18 @@ class _Training:
             except RanksLost:
                 if not self.stepper.parallel.elastic:
                     raise
-                self.recover(engine.threads)
+                self.recover()
 
-    def recover(self, threads: int) -> None:
+    def recover(self) -> None:
         """Go on with the ranks that are left. Raises RunError where the one that must write now cannot."""
         before, known = self.comm.size, len(self.run.history)
-        while True:
-            try:
-                self.comm.shrink()
-                epochs, self.asked = same_state(self.comm, self.state, self.run.history, self.asked)
-                self.stepper.join()
-                self.stepper.prepare(self.loader.batch(max(0, min(self.progress.step, self.total_steps - 1))))
-                places = whereabouts(self.comm, threads)
-                break
-            except RanksLost:
-                continue
-        self.run = writer(self.run, self.comm, epochs, self.keep_last)
+        self.run, self.asked = regroup(self.run, self.state, self.stepper, self.loader, self.asked, self.keep_last)
         step = self.progress.step
-        self.run.log("ranks", {"step": step, "ranks": places})
         self.warn((f"{before - self.comm.size} of {before} ranks died after step {step}; {self.comm.size} go on",))
         if not self.training_is_over:
             ended = step == self.progress.epochs * self.loader.steps_per_epoch
             self.save(best=ended and self.progress.latest_is_best(self.recipe.early_stopping))
-        for epoch in epochs[known:]:
+        for epoch in self.run.history[known:]:
             for callback in self.callbacks:
                 callback.on_epoch(epoch)
 

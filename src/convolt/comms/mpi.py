@@ -15,10 +15,9 @@ passed, which is an agreement. Of any other operation some may have the result a
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 
@@ -36,25 +35,6 @@ NAP = 5e-5  # seconds
 # Set by `mpiexec --with-ft ulfm` for its ranks; and what makes MPI_Finalize not wait for ranks that died long ago.
 FAULT_TOLERANT, UNSYNCHRONIZED_END = "OMPI_MCA_mpi_ft_enable", "OMPI_MCA_async_mpi_finalize"
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-Method = Callable[Concatenate["Mpi", Parameters], Result]
-
-
-def noticing(method: Method[Parameters, Result]) -> Method[Parameters, Result]:
-    """A method that raises RanksLost where MPI says that a process failed or that another rank noticed it."""
-
-    @wraps(method)
-    def run(self: "Mpi", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        try:
-            return method(self, *args, **kwargs)
-        except self._mpi.Exception as error:
-            if error.Get_error_class() not in self._losses:
-                raise
-            raise RanksLost("a rank that this one works with has died") from error
-
-    return run
-
 
 class Mpi:
     """The ranks of an MPI communicator; without one, all that were started.
@@ -71,10 +51,10 @@ class Mpi:
         self._abandoned: list[Any] = []
         self._take((self._mpi.COMM_WORLD if comm is None else comm).Dup())
 
-    @noticing
     def allreduce(self, array: Array) -> None:
         """The library's sum."""
-        self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, array))
+        with self._noticing():
+            self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, array))
 
     def summation(self, array: Array, scattered: bool = False, wire: str = "fp32") -> Summation:
         """Through shared memory on one machine, by messages otherwise and for bf16."""
@@ -94,18 +74,18 @@ class Mpi:
             self._progress,
         )
 
-    @noticing
     def broadcast(self, array: Array, root: int = 0) -> None:
         """The library's broadcast."""
-        self._wait(self._comm.Ibcast(array, root=root))
+        with self._noticing():
+            self._wait(self._comm.Ibcast(array, root=root))
 
-    @noticing
     def barrier(self) -> None:
         """The library's barrier, or agreement."""
-        if self._survives:
-            self._agree(True)
-        else:
-            self._wait(self._comm.Ibarrier())
+        with self._noticing():
+            if self._survives:
+                self._agree(True)
+            else:
+                self._wait(self._comm.Ibarrier())
 
     def survive(self) -> None:
         """By ULFM, which must be there and asked for."""
@@ -116,18 +96,18 @@ class Mpi:
             raise EngineError(f"{ULFM}; mpiexec was started without --with-ft ulfm")
         self._survives = True
 
-    @noticing
     def shrink(self) -> None:
         """By ULFM: nobody waits on the old communicator any more, everybody gets a new one."""
-        before = self._comm
-        for each in (before, self._node):
-            each.Revoke()
-        if not self._disagreed:  # others may be in a barrier, which only an agreement ends
-            with suppress(RanksLost):
-                self._agree(False)
-        self._disagreed = False
-        self._abandoned += self._under_way  # MPI may still write where these point to
-        self._take(before.Shrink())
+        with self._noticing():
+            before = self._comm
+            for each in (before, self._node):
+                each.Revoke()
+            if not self._disagreed:  # others may be in a barrier, which only an agreement ends
+                with suppress(RanksLost):
+                    self._agree(False)
+            self._disagreed = False
+            self._abandoned += self._under_way  # MPI may still write where these point to
+            self._take(before.Shrink())
 
     def speaks_first(self) -> bool:
         """Whether this rank is the first of its machine that has something to say about a failure.
@@ -156,6 +136,16 @@ class Mpi:
 
     # ------------------------------------------------------------------------------------------------------- inside
 
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """RanksLost in place of what MPI says when a process failed, or when another rank noticed it."""
+        try:
+            yield
+        except self._mpi.Exception as error:
+            if error.Get_error_class() not in self._losses:
+                raise
+            raise RanksLost("a rank that this one works with has died") from error
+
     def _take(self, comm: Any) -> None:
         """These are the ranks from now on."""
         self._comm = comm
@@ -175,49 +165,49 @@ class Mpi:
             self._rows[size] = shared_rows(size, self.node_rank, self.node_size, self._add_on_node)
         return self._rows[size]
 
-    @noticing
     def _add_on_node(self, array: Array) -> None:
-        self._wait(self._node.Iallreduce(self._mpi.IN_PLACE, array))
+        with self._noticing():
+            self._wait(self._node.Iallreduce(self._mpi.IN_PLACE, array))
 
-    @noticing
     def _meet(self) -> None:
-        self._wait(self._node.Ibarrier())
+        with self._noticing():
+            self._wait(self._node.Ibarrier())
 
-    @noticing
     def _agree(self, well: bool) -> None:
         """Raise RanksLost on all ranks as soon as one is not well or not there."""
-        flag = np.array([well], np.int32)
-        self._disagreed = True
-        self._wait(self._comm.Iagree(flag))
-        if not flag[0]:
-            raise RanksLost("another rank has noticed that one of them died")
-        self._disagreed = False
+        with self._noticing():
+            flag = np.array([well], np.int32)
+            self._disagreed = True
+            self._wait(self._comm.Iagree(flag))
+            if not flag[0]:
+                raise RanksLost("another rank has noticed that one of them died")
+            self._disagreed = False
 
-    @noticing
     def _wait(self, request: Any) -> None:
-        asked = 0
-        while not request.Test():
-            asked += 1
-            if asked > SPINS + YIELDS:
-                time.sleep(NAP)
-            elif asked > SPINS:
-                os.sched_yield()
+        with self._noticing():
+            asked = 0
+            while not request.Test():
+                asked += 1
+                if asked > SPINS + YIELDS:
+                    time.sleep(NAP)
+                elif asked > SPINS:
+                    os.sched_yield()
 
-    @noticing
     def _progress(self) -> None:
-        self._under_way = [request for request in self._under_way if not request.Test()]
+        with self._noticing():
+            self._under_way = [request for request in self._under_way if not request.Test()]
 
-    @noticing
     def _start_all_to_all(self, sent: Array, counts: list[int], received: Array, received_counts: list[int]) -> Any:
-        request = self._comm.Ialltoallv([sent, counts], [received, received_counts])
-        self._under_way.append(request)
-        return request
+        with self._noticing():
+            request = self._comm.Ialltoallv([sent, counts], [received, received_counts])
+            self._under_way.append(request)
+            return request
 
-    @noticing
     def _start_all_gather(self, array: Array, counts: list[int]) -> Any:
-        request = self._comm.Iallgatherv(self._mpi.IN_PLACE, [array, counts])
-        self._under_way.append(request)
-        return request
+        with self._noticing():
+            request = self._comm.Iallgatherv(self._mpi.IN_PLACE, [array, counts])
+            self._under_way.append(request)
+            return request
 
 
 def world() -> Mpi | Serial:
