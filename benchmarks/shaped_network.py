@@ -131,21 +131,22 @@ def compare(given: argparse.Namespace, rate: float, launcher: list[str]) -> bool
     """Measure and predict on one network, print both; whether the better founded prediction is near enough."""
     model, batch, seconds = build_model(given.model, None, None), given.batch_size, given.seconds
     step = Job("step", model, given.program, 2, 1, batch, seconds)
-    trace = Job("trace", model, given.program, 2, 1, -(-batch // 2), seconds)
+    trace = Job("trace", model, given.program, 2, 1, -(-batch // 2), seconds, sharers=2)
     sums = Job("network", model, given.program, 2)
     nominal = Network("nominal", ALPHA, 8e-9 / rate)
     rows: list[tuple[Timeline, Timeline, Timeline]] = []
     networks = []
     for number in range(given.rounds):
         measured, samples, traced = run(step, launcher), run(sums, launcher), run(trace, launcher)
-        found = fit(samples.samples, 2, "measured", samples.shared)
+        found = fit(samples.samples, 2, "measured", samples.shared, samples.work)
         networks.append(found)
         rows.append(
             (measured.timeline, predict(traced, 2, found, seed=number), predict(traced, 2, nominal, seed=number))
         )
     print(f"{given.model}, {given.program}, batch {batch}, 2 ranks, {rate:g} Gb/s, {given.rounds} rounds")
     alpha, beta = (median(getattr(network, what) for network in networks) for what in ("alpha", "beta"))
-    print(f"  sums on this network: alpha {1e6 * alpha:.3g} us, {8e-9 / beta:.3g} Gb/s")
+    work = median(network.work for network in networks)
+    print(f"  sums: alpha {1e6 * alpha:.3g} us, {8e-9 / beta:.3g} Gb/s; a byte takes {1e9 * work:.2g} ns of a core")
     for name, lines in zip(("measured", "predicted", "predicted, nominal"), zip(*rows, strict=True), strict=True):
         parts = (
             1e3 * median(getattr(line, part) for line in lines) for part in ("compute", "communication", "waiting")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from convolt import engines
 from convolt.engine import Engine
-from convolt.engines.jit.isa import detect, request_amx
+from convolt.engines.jit.isa import detect, units
 from convolt.layers import (
     GELU,
     AvgPool2d,
@@ -52,7 +52,6 @@ class Entry:
     owner_computes: every number has one thread that computes it, so the number of threads leaves every bit as it is.
     exact_copies: a convolution with a single pixel copies its weights without rounding.
     compiles: half a second for each kernel that it has not met before; what is not in ``COMPILED`` is slow then.
-    missing: precisions that the engine knows and this CPU does not.
     """
 
     name: str
@@ -60,12 +59,11 @@ class Entry:
     owner_computes: bool = True
     exact_copies: bool = True
     compiles: bool = False
-    missing: frozenset[str] = frozenset()
 
     @property
     def precisions(self) -> tuple[str, ...]:
         """What the engine can compute in here."""
-        return tuple(name for name in self.make(1).PRECISIONS if name not in self.missing)
+        return self.make(1).PRECISIONS
 
     @property
     def finest(self) -> str:
@@ -77,8 +75,8 @@ class Entry:
         return not case.ties or (self.exact_copies and precision not in ("bf16", "fp16"))
 
 
-AMX = detect().amx and request_amx()
-WITHOUT_AMX = frozenset() if AMX else frozenset({"bf16"})
+#: What multiplies bf16 numbers here, the widest first. Forced, it does so even where float32 is faster.
+UNITS = units(detect())
 ENGINES = (
     Entry("loops", lambda threads: engines.Loops(threads=threads)),
     Entry("im2col", lambda threads: engines.Im2col(threads=threads)),
@@ -89,7 +87,7 @@ ENGINES = (
         lambda threads: engines.Torch(threads=threads, channels_last=True),
         owner_computes=False,
     ),
-    Entry("jit", lambda threads: engines.JIT(threads=threads), compiles=True, missing=WITHOUT_AMX),
+    Entry("jit", lambda threads: engines.JIT(threads=threads, unit=UNITS[0]), compiles=True),
 )
 
 # Largest relative error, in the norm of the whole array: a few roundings of the format, and room for the few masks and

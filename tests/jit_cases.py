@@ -73,9 +73,9 @@ TILES = {
 }
 
 
-def equals_float64(case: Rounded) -> None:
+def equals_float64(case: Rounded, unit: str) -> None:
     """Outputs and gradients of the parameters to float32's sums; the gradient of the images to one bf16 rounding."""
-    executor = executor_of(JIT(threads=2), "bf16", case.model, case.params())
+    executor = executor_of(JIT(threads=2, unit=unit), "bf16", case.model, case.params())
     got, want = step_on(executor, case.deltas, case.slopes(), case.rng), oracle_step(case)
     executor.close()
     tolerance = 2**-22 * math.sqrt(case.terms) + 1e-6

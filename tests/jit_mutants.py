@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from engine_cases import AMX, CASES, Case
+from engine_cases import CASES, UNITS, Case
 from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
 from jit_cases import OPTIMIZERS, TILES, equals_float64, poisoned, update_is_that_of_the_optimizer
 
@@ -54,11 +54,6 @@ class JitMutant:
     by: str
     quick: bool = False
 
-    @property
-    def needs_amx(self) -> bool:
-        """Whether it is a mistake with tiles."""
-        return self.by in TILES
-
     def text(self) -> str:
         """The file with the mistake."""
         before, place, rest = (FOLDER / self.file).read_text().partition(self.inside)
@@ -82,8 +77,8 @@ class JitMutant:
         """Raises AssertionError where it is noticed."""
         if self.by in TILES:
             case = TILES[self.by]
-            equals_float64(case)
-            adds_gradients(JIT(threads=2), "bf16", case)
+            equals_float64(case, UNITS[0])
+            adds_gradients(JIT(threads=2, unit=UNITS[0]), "bf16", case)
         elif self.by in UPDATES:
             update_is_that_of_the_optimizer(UPDATES[self.by])
         else:
@@ -437,7 +432,7 @@ def _outcome(mutant: JitMutant | None, judge: JitMutant) -> str | None:
 
 def judged(numbers: Iterable[int]) -> dict[str, Any]:
     """How each mutant was caught, and what the same judges say of the engine as it is."""
-    chosen = [number for number in numbers if AMX or not MUTANTS[number].needs_amx]
+    chosen = list(numbers)
     innocent = {MUTANTS[number].by: MUTANTS[number] for number in chosen}
     return {
         "innocent": {by: caught(None, judge) for by, judge in innocent.items()},

@@ -66,17 +66,18 @@ def recipe(optimizer: str = "nesterov", precision: str = "fp64", **changes: Any)
     )
 
 
-SHARDED, SYNCED = Parallel(shard_optimizer=True), Parallel(sync_batch_norm=True)
+SHARDED, WHOLE = Parallel(shard_optimizer=True), Parallel(shard_optimizer=False)
+SYNCED = Parallel(sync_batch_norm=True)
 QUICK = {
     **{f"im2col {name}": Case(recipe=recipe(name)) for name in OPTIMIZERS},
-    "im2col fp32": Case(recipe=recipe(precision="fp32")),
+    "im2col fp32": Case(recipe=recipe(precision="fp32"), parallel=WHOLE),
     "im2col master64 sharded": Case(recipe=recipe("adam", "fp32-master64"), parallel=SHARDED),
-    "im2col clipped": Case(recipe=recipe(clip_norm=0.5, clip_value=0.1)),
+    "im2col clipped": Case(recipe=recipe(clip_norm=0.5, clip_value=0.1), parallel=WHOLE),
     "im2col sharded, clipped": Case(recipe=recipe("adamw", clip_norm=0.5, clip_value=0.1), parallel=SHARDED),
-    "im2col messages": Case(recipe=recipe("adam"), through_memory=False),
+    "im2col messages": Case(recipe=recipe("adam"), parallel=WHOLE, through_memory=False),
     "im2col messages, sharded": Case(recipe=recipe("adam"), parallel=SHARDED, through_memory=False),
     "im2col no overlap": Case(recipe=recipe("adam"), parallel=Parallel(overlap=False)),
-    "im2col micro-batches": Case(recipe=recipe(micro_batch_size=3, augment=(Flip(), Mixup()))),
+    "im2col micro-batches": Case(recipe=recipe(micro_batch_size=3, augment=(Flip(), Mixup())), parallel=WHOLE),
     "im2col tiny batches": Case(recipe=recipe(batch_size=3, epochs=2)),
     "im2col average": Case(recipe=recipe(ema=EMA(0.9, every="2ba")), parallel=SHARDED),
     # Not Adam: the gradient of a bias in front of BatchNorm is zero but for rounding, which Adam would blow up.
@@ -84,13 +85,14 @@ QUICK = {
     "im2col synced, tiny batches": Case(recipe=recipe(batch_size=3, epochs=2), model=MODEL, parallel=SYNCED),
     "loops synced": Case("loops", recipe(epochs=1), MODEL, SYNCED),
     "loops": Case("loops", recipe(epochs=1)),
-    "jit adam": Case("jit", recipe("adam", "fp32")),
+    "jit adam": Case("jit", recipe("adam", "fp32"), parallel=WHOLE),
+    "jit by itself": Case("jit", recipe("adam", "fp32")),
     "jit sharded": Case("jit", recipe("rmsprop", "fp32"), parallel=SHARDED),
     "jit synced": Case("jit", recipe("nesterov", "fp32"), MODEL, SYNCED),
     "jit synced, tiny batches": Case("jit", recipe(precision="fp32", batch_size=3, epochs=1), MODEL, SYNCED),
 }
 TORCH = {
-    "torch": Case("torch", recipe("adam")),
+    "torch": Case("torch", recipe("adam"), parallel=WHOLE),
     "torch sharded": Case("torch", recipe("adamw"), parallel=SHARDED),
     "torch synced": Case("torch", recipe(), MODEL, SYNCED),
     "torch synced, tiny batches": Case("torch", recipe(batch_size=3, epochs=1), MODEL, SYNCED),
@@ -100,7 +102,7 @@ EVERY = {
     f"{engine} {name} {precision}{' sharded' * sharded}": Case(
         engine,
         recipe(name, precision, epochs=EPOCHS if engine != "loops" else 2),
-        parallel=SHARDED if sharded else Parallel(),
+        parallel=SHARDED if sharded else WHOLE,
     )
     for engine, precisions in PRECISIONS.items()
     for precision in precisions

@@ -38,7 +38,7 @@ every_engine = pytest.mark.parametrize(
 
 def forced(isa: str) -> Entry:
     """The jit engine on narrower vectors than this CPU has."""
-    return Entry(f"jit-{isa}", lambda threads: engines.JIT(threads=threads, isa=isa), compiles=True)
+    return Entry(f"jit-{isa}", lambda threads: engines.JIT(threads=threads, isa=isa, unit="fma"), compiles=True)
 
 
 FORCED = [forced(isa.name) for isa in list(available())[1:]]

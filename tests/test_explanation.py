@@ -2,12 +2,13 @@ import json
 
 import numpy as np
 import pytest
-from engine_cases import AMX, CASES, ENGINES
+from engine_cases import CASES, ENGINES, UNITS
 
 from convolt import zoo
 from convolt.cli import main
 from convolt.engines import JIT, Im2col
 from convolt.engines.jit.isa import detect
+from convolt.engines.jit.units import UNITS as UNIT_NAMES
 from convolt.errors import EngineError
 from convolt.flops import training_flops
 from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, LeakyReLU, MaxPool2d, ReLU
@@ -24,7 +25,6 @@ NET = Model(
     ),
 )
 VECTORS = f"{detect().name} vectors"
-needs_amx = pytest.mark.skipif(not AMX, reason="this CPU, or its operating system, has no AMX tiles")
 
 
 def why(explanation, direction="forward"):
@@ -45,14 +45,15 @@ def test_every_stage_of_a_plan_has_a_reason(case):
     assert sum(stage.flops for stage in explanation.stages) == training_flops(case.model)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_amx)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_explained_is_what_runs(precision):
-    executor = JIT(threads=1).executor(NET, None, Recipe(precision=precision))
+    engine = JIT(threads=1, unit=UNITS[0])
+    executor = engine.executor(NET, None, Recipe(precision=precision))
     x = np.zeros((6, *NET.input_shape), np.uint8)
     executor.loss_and_grads(x, np.zeros(6, np.int64), CrossEntropy(), 1.0)
     ran = [(time.stage, time.direction) for time in executor.profile(x, training=True)]
     executor.close()
-    stages = JIT(threads=1).explain(NET, precision, 6).stages
+    stages = engine.explain(NET, precision, 6).stages
     assert set(ran) == {(stage.name, stage.direction) for stage in stages}
 
 
@@ -63,14 +64,14 @@ def test_reasons_of_float32():
     assert reasons["8-9"] == f"ReLU fused into it; {VECTORS}: fp32"
 
 
-@needs_amx
-def test_reasons_of_bf16():
-    explanation = JIT(threads=1).explain(NET, "bf16")
+@pytest.mark.parametrize("unit", UNITS)
+def test_reasons_of_bf16(unit):
+    explanation = JIT(threads=1, unit=unit).explain(NET, "bf16")
     reasons = why(explanation)
-    assert reasons["0-2"].endswith("AMX tiles: bf16, groups 1")
-    assert reasons["3"] == f"{VECTORS}: groups 4, tiles take 1"
-    assert reasons["8-9"].endswith("AMX tiles: bf16, 32,768 weights")
-    assert reasons["10"] == f"{VECTORS}: 2,560 weights, tiles pay from 16,384"
+    assert reasons["0-2"].endswith(f"{UNIT_NAMES[unit]}: bf16, groups 1")
+    assert reasons["3"] == f"{VECTORS}: groups 4, bf16 takes 1"
+    assert reasons["8-9"].endswith(f"{UNIT_NAMES[unit]}: bf16, 32,768 weights")
+    assert reasons["10"] == f"{VECTORS}: 2,560 weights, bf16 pays from 16,384"
     assert why(explanation, "backward")["0-2"].endswith("no dx: nothing before it learns")
 
 

@@ -1,4 +1,4 @@
-"""AMX, conversion to bf16 and its layouts against NumPy and PyTorch, on every instruction set that runs here."""
+"""Products in bf16, conversion to it and its layouts against NumPy and PyTorch, on all that this CPU offers."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from jit_kernels import SENTINEL, available, integers, run, started
 
 from convolt.engines.jit import isa as instruction_sets
-from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import Pairs, bf16_of_float32, float32_of_bf16, pack_pairs, to_bf16
+from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
@@ -19,13 +19,14 @@ def compiler(request, tmp_path_factory):
     return Compiler(request.param, tmp_path_factory.mktemp(request.param.name))
 
 
-@pytest.fixture(scope="module")
-def tiles(tmp_path_factory):
-    """A compiler for a CPU with AMX."""
-    isa = instruction_sets.detect()
-    if not (isa.amx and instruction_sets.request_amx()):
-        pytest.skip("no AMX here")
-    return Compiler(isa, tmp_path_factory.mktemp("amx"))
+EVERYWHERE = [(isa, unit) for isa in available() for unit in instruction_sets.units(isa)]
+
+
+@pytest.fixture(scope="module", params=EVERYWHERE, ids=lambda one: f"{one[0].name} {one[1]}")
+def machine(request, tmp_path_factory):
+    """A compiler, and a unit that it may use."""
+    isa, unit = request.param
+    return Compiler(isa, tmp_path_factory.mktemp(unit)), unit
 
 
 def bf16(x):
@@ -39,16 +40,16 @@ def as_bf16(x):
     return y
 
 
-# -- AMX --------------------------------------------------------------------------------------------------------------
+# -- products ---------------------------------------------------------------------------------------------------------
 
 
-def amx_kernel(spec):
-    shape, multiply = configure(spec), amx(spec)
+def product_kernel(spec):
+    shape, multiply, done = configure(spec), block_gemm(spec), release(spec.unit)
 
     def kernel(arguments, chunk, thread):
         shape()
         multiply(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])
-        release()
+        done()
 
     return kernel
 
@@ -73,36 +74,38 @@ def pack_kernel(spec):
         (1, 1, 32, 1, 1, "zero"),
     ],
 )
-def test_amx(tiles, rows, columns, step, steps, segments, start):
+def test_product(machine, rows, columns, step, steps, segments, start):
+    compiler, unit = machine
     column_tiles = -(-columns // 16)
     depth, b_step, c_row = step * steps, column_tiles * step * 16, columns + 16
     a, b = integers(rows * segments * depth, 1).reshape(rows, -1), integers(segments * depth * columns, 2)
     b = b.reshape(-1, columns)
     packed = aligned_zeros(segments * steps * b_step, np.uint16).reshape(-1, b_step)
     for t in range(segments * steps):
-        pairs = Pairs(step, columns, columns, 32, step * 16, "fp32")
-        run(tiles, pack_kernel, pairs, b[t * step :], packed[t])
+        pairs = Pairs(step, columns, columns, 32, step * 16, "fp32", instruction_sets.converts(unit))
+        run(compiler, pack_kernel, pairs, b[t * step :], packed[t])
     c, bias = np.full((rows, c_row), SENTINEL, np.float32), integers(columns, 3)
-    spec = AmxGemm(
-        *(rows, columns, step, steps, segments * depth, step, depth),
+    spec = BlockGemm(
+        *(unit, rows, columns, step, steps, segments * depth, step, depth),
         *(b_step, step * 16, steps * b_step, c_row, start),
     )
     expected = started(spec, c[:, :columns], bias) + a.astype(np.float64) @ b
-    run(tiles, amx_kernel, spec, as_bf16(a), packed, c, bias, segments)
+    run(compiler, product_kernel, spec, as_bf16(a), packed, c, bias, segments)
     np.testing.assert_array_equal(c[:, :columns], expected)
     assert (c[:, columns:] == SENTINEL).all()
 
 
-def test_amx_tiles_apart(tiles):
+def test_rows_in_two_tiles_apart(machine):
     """Two image rows of 8 pixels each are one block; the pixels between them are neither read nor written."""
+    compiler, unit = machine
     C, K, W, gap = 32, 16, 8, 2
     x, w = integers(2 * (W + gap) * C, 1).reshape(2, W + gap, C), integers(C * K, 2).reshape(C, K)
     x[:, W:] = np.nan
     packed = aligned_zeros(C * K, np.uint16)
-    run(tiles, pack_kernel, Pairs(C, K, K, 32, C * 16, "fp32"), w, packed)
+    run(compiler, pack_kernel, Pairs(C, K, K, 32, C * 16, "fp32", instruction_sets.converts(unit)), w, packed)
     y = np.full((2, W + gap, K), SENTINEL, np.float32)
-    spec = AmxGemm(2 * W, K, C, 1, C, 0, 0, 0, C * 16, 0, K, tile=W, a_tile=(W + gap) * C, c_tile=(W + gap) * K)
-    run(tiles, amx_kernel, spec, as_bf16(x), packed, y, 0, 1)
+    spec = BlockGemm(unit, 2 * W, K, C, 1, C, 0, 0, 0, C * 16, 0, K, tile=W, a_tile=(W + gap) * C, c_tile=(W + gap) * K)
+    run(compiler, product_kernel, spec, as_bf16(x), packed, y, 0, 1)
     np.testing.assert_array_equal(y[:, :W], x[:, :W] @ w)
     assert (y[:, W:] == SENTINEL).all()
 
@@ -171,12 +174,13 @@ def test_conversion_in_plain_loops(compiler):
 
 @pytest.mark.parametrize("source", ["fp32", "bf16"])
 @pytest.mark.parametrize(("depth", "columns"), [(8, 32), (7, 21)])
-def test_pack_pairs(tiles, source, depth, columns):
+def test_pack_pairs(machine, source, depth, columns):
+    compiler, unit = machine
     column_tiles, even_depth = -(-columns // 16), depth + depth % 2
     x = integers(depth * (columns + 1)).reshape(depth, columns + 1)
     y = np.full((column_tiles, even_depth // 2, 16, 2), 7, np.uint16)
-    spec = Pairs(depth, columns, columns + 1, 32, even_depth * 16, source)
-    run(tiles, pack_kernel, spec, x if source == "fp32" else bf16(x), y)
+    spec = Pairs(depth, columns, columns + 1, 32, even_depth * 16, source, instruction_sets.converts(unit))
+    run(compiler, pack_kernel, spec, x if source == "fp32" else bf16(x), y)
     full = np.zeros((even_depth, column_tiles * 16), np.float32)
     full[:depth, :columns] = x[:, :columns]
     expected = full.reshape(even_depth // 2, 2, column_tiles, 16).transpose(2, 0, 3, 1)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_cases import AMX, CASES, COMPILED, TOLERANCE
+from engine_cases import CASES, COMPILED, TOLERANCE, UNITS
 from engine_checks import (
     adds_gradients,
     assert_near,
@@ -57,8 +57,8 @@ from convolt.params import Params
 from convolt.recipe import Recipe
 from convolt.rng import SampleRng
 
-needs_amx = pytest.mark.skipif(not AMX, reason="this CPU, or its operating system, has no AMX tiles")
-every_precision = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_amx)])
+every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+every_unit = pytest.mark.parametrize("unit", UNITS)
 LARGE = Model((1, 1, 1), (Flatten(), Dense(1, 300), Dense(300, 300)))  # more parameters than one chunk updates
 NET = Model(
     (3, 9, 7),
@@ -90,7 +90,7 @@ def test_threads_and_repetition_leave_the_bits(precision):
     """37 images are 13 chunks, the last of them a single image."""
     results = set()
     for threads in (1, 2, 4, 4):
-        executor = JIT(threads=threads).executor(NET, None, Recipe(precision=precision))
+        executor = JIT(threads=threads, unit=UNITS[0]).executor(NET, None, Recipe(precision=precision))
         losses = [train(executor, batch_of(NET, 37, seed), Adam(lr=0.01)).loss for seed in range(4)]
         state = executor.params.flat.tobytes(), executor.params.buffers_flat.tobytes(), executor.grads.flat.tobytes()
         results.add((*losses, *state, executor.predict(batch_of(NET, 37)[0]).tobytes()))
@@ -102,9 +102,9 @@ def test_threads_and_repetition_leave_the_bits(precision):
 def test_a_plan_for_more_images_serves_fewer(precision):
     """Images behind the end of a batch are those of another batch: nothing may come of them."""
     recipe = Recipe(precision=precision)
-    used = JIT(threads=2).executor(NET, None, recipe)
+    used = JIT(threads=2, unit=UNITS[0]).executor(NET, None, recipe)
     for size in (37, 20, 37):
-        fresh = JIT(threads=2).executor(NET, used.params, recipe)
+        fresh = JIT(threads=2, unit=UNITS[0]).executor(NET, used.params, recipe)
         x, y, rng = batch_of(NET, size, seed=size)
         for executor in (used, fresh):
             executor.zero_grads()
@@ -138,19 +138,18 @@ def test_prediction_of_more_images_than_a_plan_holds():
 # --- bf16 on tiles ---------------------------------------------------------------------------------------------------
 
 
-@needs_amx
+@every_unit
 @pytest.mark.parametrize("case", TILES.values(), ids=TILES)
-def test_bf16_equals_float64_of_the_same_operands(case):
-    equals_float64(case)
+def test_bf16_equals_float64_of_the_same_operands(case, unit):
+    equals_float64(case, unit)
 
 
-@needs_amx
 def test_comparison_in_float64_notices_one_tap_in_a_thousand():
     case = TILES["few channels, wide filter, stride 2"]
     want = oracle_step(case).outputs
     params = case.params()
     params["1.weight"][0, 0, 0, 0] = 0
-    executor = executor_of(JIT(threads=2), "bf16", case.model, params)
+    executor = executor_of(JIT(threads=2, unit=UNITS[0]), "bf16", case.model, params)
     got = step_on(executor, case.deltas, case.slopes(), case.rng).outputs
     executor.close()
     assert relative_error(got, want) > 100 * (2**-22 * math.sqrt(case.terms) + 1e-6)
@@ -173,31 +172,31 @@ def tiled(draw: st.DrawFn) -> Rounded:
     return replace(case, name=f"{case.name} {behind}", layers=(*case.layers, *behind))
 
 
-@needs_amx
+@every_unit
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(case=tiled())
-def test_bf16_equals_float64_in_any_geometry(case):
-    equals_float64(case)
+def test_bf16_equals_float64_in_any_geometry(case, unit):
+    equals_float64(case, unit)
 
 
-@needs_amx
+@every_unit
 @pytest.mark.slow
 @settings(max_examples=15)
 @given(case=tiled())
-def test_bf16_survives_other_batch_sizes(case):
-    reuses_buffers(JIT(threads=2), "bf16", case)
-    adds_gradients(JIT(threads=2), "bf16", case)
+def test_bf16_survives_other_batch_sizes(case, unit):
+    reuses_buffers(JIT(threads=2, unit=unit), "bf16", case)
+    adds_gradients(JIT(threads=2, unit=unit), "bf16", case)
 
 
-@needs_amx
+@every_unit
 @pytest.mark.slow
 @settings(max_examples=30)
 @given(case=tiled())
-def test_bf16_backward_is_the_adjoint_of_forward(case):
+def test_bf16_backward_is_the_adjoint_of_forward(case, unit):
     """<conv(x), dy> = <x, dx> and = <w, dw>, up to the rounding of dx."""
     linear = replace(case, name=f"linear {case.name}", layers=(replace(case.layers[0], bias=False),))
-    executor = executor_of(JIT(threads=2), "bf16", linear.model, linear.params())
+    executor = executor_of(JIT(threads=2, unit=unit), "bf16", linear.model, linear.params())
     step, params = step_on(executor, linear.deltas, linear.slopes(), linear.rng), linear.params()
     executor.close()
     size = np.linalg.norm(step.outputs) * np.linalg.norm(linear.slopes())
@@ -210,14 +209,13 @@ def test_bf16_backward_is_the_adjoint_of_forward(case):
 TOLERANCE_BF16 = 0.02
 
 
-@needs_amx
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if case.name in ("residual projection", "flatten-dense-relu-dense", "conv-bn-relu")],
     ids=lambda case: case.name,
 )
 def test_bf16_is_near_float64(case):
-    executor = executor_of(JIT(threads=2), "bf16", case.model, case.params())
+    executor = executor_of(JIT(threads=2, unit=UNITS[0]), "bf16", case.model, case.params())
     got, want = step_on(executor, case.deltas, case.slopes(), case.rng), oracle_step(case)
     executor.close()
     assert_near(got.prediction, want.prediction, TOLERANCE_BF16, "prediction")
@@ -227,9 +225,8 @@ def test_bf16_is_near_float64(case):
         assert_near(got.statistics[name], array, TOLERANCE_BF16, name)
 
 
-@needs_amx
 def test_bf16_first_layer_has_the_same_gradients():
-    needs_no_input_gradient(JIT(threads=2), "bf16", TILES["whole tiles"])
+    needs_no_input_gradient(JIT(threads=2, unit=UNITS[0]), "bf16", TILES["whole tiles"])
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -241,11 +238,11 @@ def test_nothing_is_read_before_it_is_written(case):
         equals_pytorch(JIT(threads=2), "fp32", case)
 
 
-@needs_amx
+@every_unit
 @pytest.mark.parametrize("case", TILES.values(), ids=TILES)
-def test_no_tile_is_read_before_it_is_written(case):
+def test_no_tile_is_read_before_it_is_written(case, unit):
     with poisoned():
-        equals_float64(case)
+        equals_float64(case, unit)
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -277,7 +274,7 @@ def test_winner_among_many_taps(behind, winner):
     ("engine", "precision", "message"),
     [
         (JIT(), "fp64", "engine jit: precision must be one of fp32, bf16; got 'fp64'"),
-        (JIT(isa="plain"), "bf16", "engine jit: precision bf16 needs AMX tiles, which .* isa='plain' .* fp32"),
+        (JIT(isa="plain", unit="dot"), "bf16", "engine jit: unit='dot' multiplies by .*, which .* isa='plain' .* fma"),
     ],
 )
 def test_precision_is_refused_in_one_line(engine, precision, message):

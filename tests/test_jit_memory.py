@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from engine_cases import AMX
+from engine_cases import UNITS
 from hypothesis import given
 from hypothesis import strategies as st
 from jit_cases import poisoned
@@ -20,9 +20,7 @@ from convolt.optimizers import Adam
 from convolt.recipe import Recipe
 from convolt.rng import SampleRng
 
-every_precision = pytest.mark.parametrize(
-    "precision", ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not AMX, reason="no AMX tiles"))]
-)
+every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
 def block(channels: int) -> Residual:
@@ -68,7 +66,9 @@ def steps(executor, size: int = 37) -> tuple:
 def test_activations_that_are_made_twice_leave_the_bits_and_need_less_memory(precision):
     results, memory = set(), []
     for segments in (0, 2, 3, 5, 50):
-        executor = JIT(threads=2, checkpoint_segments=segments).executor(DEEP, None, Recipe(precision=precision))
+        executor = JIT(threads=2, unit=UNITS[0], checkpoint_segments=segments).executor(
+            DEEP, None, Recipe(precision=precision)
+        )
         results.add(steps(executor))
         memory.append(sum(executor.memory().values()))
         executor.close()
@@ -82,7 +82,9 @@ def test_no_memory_of_another_is_read_where_activations_are_made_twice(precision
     for segments in (0, 3):
         # Kernels on tiles multiply what is left in their scratch memory by zero: it has to be finite.
         with poisoned() if precision == "fp32" else poisoned(names=()):
-            executor = JIT(threads=2, checkpoint_segments=segments).executor(DEEP, None, Recipe(precision=precision))
+            executor = JIT(threads=2, unit=UNITS[0], checkpoint_segments=segments).executor(
+                DEEP, None, Recipe(precision=precision)
+            )
             results.add(steps(executor))
             executor.close()
     assert len(results) == 1
@@ -103,7 +105,7 @@ def test_memory_is_what_the_allocator_gave(segments):
     x, y = np.zeros((400, 1, 9, 7), np.uint8), np.zeros(400, np.int64)
 
     def trained():
-        executor = JIT(threads=2, checkpoint_segments=segments).executor(model, None, Recipe())
+        executor = JIT(threads=2, unit=UNITS[0], checkpoint_segments=segments).executor(model, None, Recipe())
         executor.train_step(x, y, CrossEntropy(), 1 / 400, Adam())
         executor.close()
         return executor
@@ -142,7 +144,9 @@ def test_memory_that_is_shared_leaves_the_bits(precision, segments, monkeypatch)
     results = set()
     for share_of in (plan.share, apart):
         monkeypatch.setattr(plan, "share", share_of)
-        executor = JIT(threads=2, checkpoint_segments=segments).executor(DEEP, None, Recipe(precision=precision))
+        executor = JIT(threads=2, unit=UNITS[0], checkpoint_segments=segments).executor(
+            DEEP, None, Recipe(precision=precision)
+        )
         results.add(steps(executor))
         executor.close()
     assert len(results) == 1

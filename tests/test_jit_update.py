@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import AMX
+from engine_cases import UNITS
 from jit_cases import OPTIMIZERS
 
 from convolt.engines import JIT, Loops
@@ -15,7 +15,6 @@ from convolt.optimizers import SGD, Adam
 from convolt.params import Params
 from convolt.recipe import Recipe
 
-pytestmark = pytest.mark.skipif(not AMX, reason="this CPU, or its operating system, has no AMX tiles")
 # More inputs than one stripe and outputs that fill no block; a second matrix without gradient of its input's border.
 NET = Model(
     (3, 20, 18),
@@ -30,7 +29,7 @@ def batch(size: int, seed: int = 0):
 
 def trained(optimizer, scales=(1.0, 1.0, 1.0), sizes=(40, 40, 29)):
     """Losses, weights, state and predictions after steps of which the last has fewer samples."""
-    executor = JIT(threads=2).executor(NET, None, Recipe(precision="bf16"))
+    executor = JIT(threads=2, unit=UNITS[0]).executor(NET, None, Recipe(precision="bf16"))
     losses = []
     for step, (scale, size) in enumerate(zip(scales, sizes, strict=True)):
         x, y = batch(size, step)
@@ -83,7 +82,7 @@ def test_large_slopes_are_looked_at_first_and_give_the_same_bits(apart):
 
 @pytest.mark.parametrize("scale", [1e30, np.inf, np.nan])
 def test_a_gradient_that_is_not_finite_leaves_the_weights(scale):
-    executor = JIT(threads=2).executor(NET, None, Recipe(precision="bf16"))
+    executor = JIT(threads=2, unit=UNITS[0]).executor(NET, None, Recipe(precision="bf16"))
     x, y = batch(33)
     before = executor.params.flat.copy()
     assert np.isnan(executor.train_step(x, y, CrossEntropy(), scale, SGD(lr=1.0)).loss)
@@ -92,7 +91,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(scale):
 
 def test_predictions_follow_the_weights():
     """bf16 copies of matrices are made again after a step, another optimizer's step, and a change from outside."""
-    executor = JIT(threads=2).executor(NET, None, Recipe(precision="bf16"))
+    executor = JIT(threads=2, unit=UNITS[0]).executor(NET, None, Recipe(precision="bf16"))
     x, y = batch(24)
 
     def agrees():

@@ -10,6 +10,7 @@ from parallel_runs import SUITES, curves
 
 from convolt import launch
 from convolt.comms import Serial
+from convolt.parallel import Parallel
 
 pytest.importorskip("mpi4py", reason="ranks need mpi4py")
 PROGRAM = Path(__file__).with_name("parallel_runs.py")
@@ -50,6 +51,14 @@ def serial(tmp_path_factory):
         return made[suite]
 
     return of
+
+
+def test_the_optimizer_is_sharded_where_that_sends_no_more():
+    assert Parallel().shards
+    assert not Parallel(wire="bf16").shards
+    assert not Parallel(local_steps=4).shards
+    assert Parallel(wire="bf16", shard_optimizer=True).shards
+    assert not Parallel(shard_optimizer=False).shards
 
 
 @pytest.mark.parametrize("ranks", [2, 3, SLOWLY_4])

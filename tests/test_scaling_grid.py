@@ -44,7 +44,8 @@ class Machine:
         if job.kind == "network":
             sizes = (64, 1024, 4 * SIZE)
             return Samples(2, True, tuple(Sample(size, rabenseifner(size, 2, MEMORY)) for size in sizes))
-        compute = slow * (SERIAL + IMAGE * job.batch_size / (job.ranks * job.threads))
+        sharers = job.threads * (1 if job.kind == "trace" else job.ranks)  # in a trace each rank has so many images
+        compute = slow * (SERIAL + IMAGE * job.batch_size / sharers)
         if job.kind == "trace":
             step = StepTrace((0.5 * compute, 0.7 * compute), 0.8 * compute, 0.2 * compute)
             return Trace(job.batch_size, job.threads, ((100, SIZE), (0, 100)), (step,))
@@ -106,7 +107,7 @@ def test_rounds_that_are_slow_change_no_ratio():
 def test_every_round_asks_everything_once_in_an_order_of_its_own():
     machine = Machine()
     report = scale(PLAN, machine.run, 4)
-    assert {tuple(sorted(order)) for order in report.rounds} == {tuple(sorted(str(job) for job in PLAN.jobs()))}
+    assert {tuple(sorted(order)) for order in report.rounds} == {tuple(sorted(str(job) for job in PLAN.jobs(cores=4)))}
     assert len(set(report.rounds)) > 1
     assert [str(job) for job in machine.asked] == [name for order in report.rounds for name in order]
 
@@ -121,9 +122,17 @@ def test_oversubscribed_points_have_times_and_no_speedup():
     assert not at(report, 2, 1).oversubscribed
     assert all(max(fit.workers) <= 2 for fit in report.fits)
     assert "2x2, 4x1, 4x2: more workers than the 2 cores" in report.warnings()[0]
-    unmeasured = [p for p in report.predictions if p.workers > 2]
-    assert unmeasured
-    assert all(p.error is None for p in unmeasured)
+    assert {(p.ranks, p.threads) for p in report.predictions} == {(2, 1)}  # more is no test of a prediction
+
+
+def test_ranks_are_traced_side_by_side_where_they_have_room():
+    machine = Machine()
+    scale(replace(PLAN, predict_ranks=(8,), networks=(NETWORKS["10gbe"], None)), machine.run, 4)
+    traces = {(job.sharers, job.threads, job.ranks, job.early) for job in machine.asked if job.kind == "trace"}
+    measured_here = {(2, 1, 2, False), (4, 1, 4, False), (2, 2, 2, False)}
+    beyond_the_cores = {(8, 1, 1, False), (8, 2, 1, False)}
+    between_machines = {(8, 1, 1, True), (8, 2, 1, True)}
+    assert traces == measured_here | beyond_the_cores | between_machines
 
 
 def test_fits_find_the_serial_fraction():
@@ -138,7 +147,7 @@ def test_fits_find_the_serial_fraction():
 
 
 def test_a_point_that_fails_takes_nothing_with_it():
-    report = measured(failing={("step", 2, 1), ("trace", 1, 2)})
+    report = measured(failing={("step", 2, 1), ("trace", 2, 2)})
     point = at(report, 2, 1)
     assert (point.status, point.speedup) == ("failed", None)
     assert "step im2col-fp32 2x1, 64 images fell over" in point.reason

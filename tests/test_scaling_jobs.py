@@ -81,6 +81,16 @@ def test_two_ranks_compute_what_one_does(impatient, model):
     assert min(two.timeline.compute, two.timeline.communication) > 0
 
 
+def test_ranks_are_traced_side_by_side(impatient):
+    pytest.importorskip("mpi4py")
+    job = replace(STEP, kind="trace", ranks=2, sharers=2, early=False)
+    answer = worker.run(job)
+    assert isinstance(answer, Trace)
+    assert len(answer.steps) == 2  # one of each
+    assert answer.slices == ((0, MODEL.parameter_count),)
+    assert all(0 < step.ready[0] <= step.computed < step.seconds for step in answer.steps)
+
+
 def test_two_ranks_measure_their_network(impatient):
     pytest.importorskip("mpi4py")
     answer = worker.run(Job("network", MODEL, "im2col-fp32", 2))

@@ -14,6 +14,7 @@ from convolt.scaling.network import (
     allreduce,
     fit,
     measure,
+    measure_work,
     parse,
     rabenseifner,
     recursive_doubling,
@@ -228,6 +229,43 @@ def test_allreduce_is_checked():
         allreduce(8, 0, ROUND)
     with pytest.raises(ConfigError, match="did you mean 'ring'"):
         allreduce(8, 2, ROUND, "rings")
+
+
+class Busy:
+    """Two ranks whose sums take five ticks of a clock from whoever computes meanwhile."""
+
+    rank, size = 0, 2
+
+    def __init__(self):
+        self.now = 0.0
+
+    def clock(self):
+        self.now += 1e-3
+        return self.now
+
+    def summation(self, vector):
+        return self
+
+    def add(self, part):
+        self.now += 5e-3
+
+    def finish(self):
+        pass
+
+    def barrier(self):
+        pass
+
+    def broadcast(self, array):
+        pass
+
+    def allreduce(self, array):
+        array[:, 1] = array[:, 0]  # the other rank is as busy
+
+
+def test_what_a_sum_takes_from_a_core_that_computes(monkeypatch):
+    comm = Busy()
+    monkeypatch.setattr("convolt.scaling.network.time.perf_counter", comm.clock)
+    assert measure_work(comm, 4000, repeats=5) == pytest.approx(5e-3 / 2000)
 
 
 def test_one_rank_has_no_network():

@@ -211,3 +211,27 @@ def test_tracer_tells_every_slice_in_the_order_of_backward():
         assert list(step.ready) == sorted(step.ready)
         assert 0 < step.ready[0] <= step.ready[-1] <= step.computed < step.seconds
     assert not np.array_equal(before, executor.params.flat)
+
+
+def test_a_rank_is_traced_as_it_works():
+    """It moves its own part of the weights alone, and tells nothing early where nothing leaves early."""
+    model, batch = zoo.build("lenet5", (1, 28, 28), 10), 4
+    executor = Im2col(threads=1).executor(model, None, Recipe())
+    images = np.random.default_rng(0).integers(0, 256, (batch, 1, 28, 28), np.uint8)
+    before, own = executor.params.flat.copy(), slice(100, 5000)
+    tracer = Tracer(executor, CrossEntropy(), Adam(), threads=1, part=own, early=False)
+    found = tracer.trace(images, np.arange(batch), SampleRng(0, 0, np.arange(batch)), 2)
+    moved = np.flatnonzero(before != executor.params.flat)
+    executor.close()
+    assert (moved.min() >= own.start, moved.max() < own.stop) == (True, True)
+    assert found.slices == ((0, model.parameter_count),)
+
+
+def test_what_a_network_takes_from_the_cores_is_time_of_backward():
+    one = StepTrace(ready=(2.0, 8.0), computed=10.0, update=1.0)
+    hidden = simulate([one], Exchange((Message((0,), 4.0, work=1.0),), 0.0))  # 2-6, and backward ends at 11
+    assert (hidden.compute, hidden.communication, hidden.waiting) == (12.0, 0.0, 0.0)
+    half = simulate([one], Exchange((Message((1,), 4.0, work=1.0),), 0.0))  # 8-12: half of it before the end at 10
+    assert (half.compute, half.communication, half.waiting) == (11.5, 1.5, 0.0)
+    both = simulate([one], Exchange((Message((0,), 4.0, 1.0), Message((1,), 4.0, 1.0)), 2.0))  # 2-6, 9-13; ends at 11
+    assert (both.compute, both.communication, both.waiting) == (12.5, 1.5 + 2.0, 0.0)

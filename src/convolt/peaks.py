@@ -1,9 +1,9 @@
 """What this machine can do at most: the ceiling that every measured speed is held against.
 
 Data sheets do not tell (clocks vary, hypervisors hide), so the figures are measured, on one core and on all threads,
-by loops that do nothing else: fused multiply-adds and tile products on registers, and reads of memory that no cache
-holds. ``convolt.engines.measured_peaks`` runs them. They are kept for one run of a benchmark and never on disk: the
-next run may have other neighbors.
+by loops that do nothing else: fused multiply-adds, dot products or tile products on registers, and reads of memory that
+no cache holds. ``convolt.engines.measured_peaks`` runs them. They are kept for one run of a benchmark and never on
+disk: the next run may have other neighbors.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peaks of float32 and bf16 products (None without matrix tiles) and of reading memory, on ``threads`` threads."""
+    """Peaks of products in float32 and bf16 (None: no instruction) and of reading memory, on ``threads`` threads."""
 
     threads: int
     fp32: Peak

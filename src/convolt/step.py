@@ -25,6 +25,8 @@ from convolt.parallel import Parallel
 from convolt.recipe import Recipe
 from convolt.signals import SIGNALS, StopRequest
 
+BLOCK = 1 << 14  # elements whose squares are added in their own format
+
 
 class Outcome(NamedTuple):
     """What a step on the global batch gave: the summed loss (NaN: nothing was changed) and how many were right."""
@@ -64,7 +66,7 @@ class Stepper:
         self._drifted = False
         self._serial = comm.size == 1
         self._local = parallel.local_steps > 1 and not self._serial
-        self._sum = comm.summation(grads, parallel.shard_optimizer, parallel.wire)
+        self._sum = comm.summation(grads, parallel.shards, parallel.wire)
         self._own = None if self._sum.own == slice(0, grads.size) else self._sum.own
         self._synced = parallel.sync_batch_norm and not self._serial and bool(self.executor.params.buffers)
 
@@ -138,6 +140,7 @@ class Stepper:
         if not pieces:
             executor.zero_grads()
         count = len(batch.labels) if self._local else batch.size
+        early = self.parallel.overlap and self._sum.early and not self._local
         told: list[slice] = []
 
         def on_ready(part: slice) -> None:
@@ -147,7 +150,7 @@ class Stepper:
 
         results = []
         for number, piece in enumerate(pieces, 1):
-            leaves = on_ready if number == len(pieces) and self.parallel.overlap and not self._local else None
+            leaves = on_ready if early and number == len(pieces) else None
             images, targets, scale, first = piece.images, piece.targets, 1 / max(1, count), number == 1
             results.append(executor.loss_and_grads(images, targets, recipe.loss, scale, piece.rng, leaves, fresh=first))
         if not self._local:
@@ -178,7 +181,7 @@ class Stepper:
         if self._own is None and not self._local:
             return self.executor.grad_norm()
         part = self.executor.grads.flat[self._own or slice(None)]
-        squares = np.array([float(np.einsum("i,i", part, part, dtype=np.float64, casting="same_kind"))])
+        squares = np.array([square_sum(part)])
         own = float(squares[0])
         self.comm.allreduce(squares)  # in a local step it tells whether anybody's is not finite
         return math.sqrt(own) if self._local and math.isfinite(squares[0]) else math.sqrt(squares[0])
@@ -251,6 +254,12 @@ class Stepper:
         table[self.comm.rank] = astuple(self.seconds)
         self.comm.allreduce(table)
         return {name: table[:, column].tolist() for column, name in enumerate(vars(self.seconds))}
+
+
+def square_sum(values: Array) -> float:
+    """The sum of squares, of blocks in the array's own format: no copy in a wider one is made."""
+    blocks = (values[start : start + BLOCK] for start in range(0, values.size, BLOCK))
+    return math.fsum(float(np.einsum("i,i", block, block)) for block in blocks)
 
 
 def right_of(results: list[StepResult], pieces: list[Batch]) -> int:

@@ -275,11 +275,11 @@ def show_peaks(peaks: Peaks, console: Console) -> None:
     def rates(peak: Peak, unit: str) -> str:
         return f"{peak.one_core:,.0f} {unit} on one core, {peak.all_threads:,.0f} on {peaks.threads} threads"
 
-    tiles = "no matrix tiles" if peaks.bf16 is None else rates(peaks.bf16, "GFLOP/s")
+    half = "no instruction for it" if peaks.bf16 is None else rates(peaks.bf16, "GFLOP/s")
     console.print(Text("measured peaks of this machine", style="bold"))
     for label, text in (
         ("fp32", rates(peaks.fp32, "GFLOP/s")),
-        ("bf16", tiles),
+        ("bf16", half),
         ("memory", rates(peaks.memory, "GB/s, read")),
     ):
         console.print(Text(f"  {label:<8}{text}"))

@@ -22,9 +22,11 @@ class Summation(Protocol):
     """The sum over ranks of one array that is filled anew in each step.
 
     own: the part that this rank holds the sum of after `finish`; the whole array, unless it was asked to be scattered.
+    early: whether parts really leave when they are added; if not, a computation need not be cut to add them early.
     """
 
     own: slice
+    early: bool
 
     def add(self, part: slice) -> None:
         """Tell that this part of the array is final and may leave; every element is told once a step."""
@@ -85,6 +87,8 @@ class Communicator(Protocol):
 
 class BlockingSum:
     """A summation that is one allreduce at the end: for one process, and for communicators that know nothing else."""
+
+    early = False
 
     def __init__(self, comm: Communicator, array: Array) -> None:
         self.own = slice(0, array.size)

@@ -26,6 +26,8 @@ class BucketSum:
     ``wait`` waits for; ``progress`` lets those under way go on.
     """
 
+    early = True
+
     def __init__(
         self,
         array: Array,

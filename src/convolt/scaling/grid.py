@@ -109,9 +109,12 @@ class Plan:
         ]
         return tuple(sorted(found, key=lambda point: (MODES.index(point.mode), point.workers, point.ranks)))
 
-    def predictions(self) -> tuple[tuple[Point, Network | None], ...]:
-        """The measured points of several ranks, on the measured network; then what was asked for, on every network."""
-        held = [(point, None) for point in self.points() if point.ranks > 1]
+    def predictions(self, cores: int) -> tuple[tuple[Point, Network | None], ...]:
+        """The measured points of several ranks, on the measured network; then what was asked for, on every network.
+
+        Points with more workers than cores are no test of a prediction.
+        """
+        held = [(point, None) for point in self.points() if point.ranks > 1 and point.workers <= cores]
         asked = [
             (self._point(mode, ranks, threads), network)
             for network in self.networks
@@ -121,12 +124,12 @@ class Plan:
         ]
         return tuple(dict.fromkeys([*held, *asked]))
 
-    def jobs(self) -> tuple[Job, ...]:
+    def jobs(self, cores: int) -> tuple[Job, ...]:
         """Everything that a round does, each thing once."""
-        predictions = self.predictions()
+        predictions = self.predictions(cores)
         found = [self.serial(program) for program in self.programs]
         found += [self.step(point) for point in self.points()]
-        found += [self.trace(point) for point, _ in predictions]
+        found += [self.trace(point, network, cores) for point, network in predictions]
         if any(network is None for _, network in predictions):
             found.append(self.network)
         return tuple(dict.fromkeys(found))
@@ -145,10 +148,26 @@ class Plan:
         ranks, threads = point.ranks, point.threads
         return Job("step", self.model, self.program, ranks, threads, point.batch_size, self.seconds, self.seed)
 
-    def trace(self, point: Point) -> Job:
-        """One process alone on the largest shard of a point."""
+    def trace(self, point: Point, network: Network | None, cores: int) -> Job:
+        """The largest shard of a point: here by all its ranks side by side, on a machine of its own by one alone.
+
+        More workers than cores cannot be side by side and are traced alone as well.
+        """
         shard = largest_shard(point.batch_size, point.ranks)
-        return Job("trace", self.model, self.program, 1, point.threads, shard, self.seconds, self.seed)
+        here = point.ranks if network is None and point.workers <= cores else 1
+        early = network is not None and not network.shared
+        return Job(
+            "trace",
+            self.model,
+            self.program,
+            here,
+            point.threads,
+            shard,
+            self.seconds,
+            self.seed,
+            sharers=point.ranks,
+            early=early,
+        )
 
     @property
     def network(self) -> Job:
@@ -167,7 +186,7 @@ def scale(plan: Plan, run: Runner, cores: int, progress: Progress | None = None)
     """
     tell = progress or (lambda name, done, total: None)
     meter = LoadMeter(children=True)
-    measured = Rounds()
+    measured = Rounds(plan.jobs(cores))
     for number in range(plan.rounds):
         measured.add(plan, number, run, tell)
     measured.compare(plan)
@@ -178,6 +197,7 @@ def scale(plan: Plan, run: Runner, cores: int, progress: Progress | None = None)
 class Rounds:
     """What jobs answered, round by round, and why some did not."""
 
+    jobs: tuple[Job, ...]
     answers: dict[Job, list[Answer]] = field(default_factory=lambda: defaultdict(list))
     failures: dict[Job, str] = field(default_factory=dict)
     wrong: dict[Job, str] = field(default_factory=dict)
@@ -185,7 +205,7 @@ class Rounds:
 
     def add(self, plan: Plan, number: int, run: Runner, tell: Progress) -> None:
         """One slice for each job that has not failed, in a new order."""
-        jobs = [job for job in plan.jobs() if job not in self.failures]
+        jobs = [job for job in self.jobs if job not in self.failures]
         order = [jobs[i] for i in permutation(plan.seed, number, len(jobs))]
         for done, job in enumerate(order):
             tell(f"round {number + 1} of {plan.rounds}: {job}", number * len(jobs) + done, plan.rounds * len(jobs))
@@ -198,7 +218,7 @@ class Rounds:
     def compare(self, plan: Plan) -> None:
         """Find the jobs whose losses are not those of the first one with the same global batch."""
         first: dict[int, tuple[float, ...]] = {}
-        for job in plan.jobs():
+        for job in self.jobs:
             if job.kind == "step" and self.complete(job, plan):
                 losses = self.slices(job)[0].losses
                 truth = first.setdefault(job.batch_size, losses)
@@ -339,19 +359,20 @@ class _Evaluation:
         if not answers:
             return None
         samples = [sample for answer in answers for sample in answer.samples]
-        return fit(samples, answers[0].ranks, THIS_MACHINE, answers[0].shared)
+        work = median(answer.work for answer in answers)
+        return fit(samples, answers[0].ranks, THIS_MACHINE, answers[0].shared, work)
 
     def _predictions(self) -> tuple[Predicted, ...]:
         found = []
-        for point, given in self._plan.predictions():
+        for point, given in self._plan.predictions(self._cores):
             network = given or self._network
-            if network is not None and self._measured.complete(self._plan.trace(point), self._plan):
-                found.append(self._predicted(point, network, held=given is None))
+            trace = self._plan.trace(point, given, self._cores)
+            if network is not None and self._measured.complete(trace, self._plan):
+                found.append(self._predicted(point, network, self._measured.traces(trace), held=given is None))
         return tuple(found)
 
-    def _predicted(self, point: Point, network: Network, held: bool) -> Predicted:
+    def _predicted(self, point: Point, network: Network, traces: Sequence[Trace], held: bool) -> Predicted:
         """held: against the measured point, if there is one and it may be compared with."""
-        traces = self._measured.traces(self._plan.trace(point))
         lines = [predict(trace, point.ranks, network, seed=self._plan.seed + n) for n, trace in enumerate(traces)]
         seconds = [line.seconds for line in lines]
         speedups, job = self._speedups(seconds, point.batch_size), self._plan.step(point)

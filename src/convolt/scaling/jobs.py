@@ -6,8 +6,8 @@ a point that fails takes nothing with it. A job is sent as JSON and answered as 
 between. There are three kinds:
 
     step     training steps, timed; the losses of the first ones tell whether all points compute the same
-    trace    steps of one process alone on one shard: when each slice of the gradient is ready (prediction.py); on
-             several ranks all of them do so at the same time, without a word between them, and the first one answers
+    trace    steps on one shard: when each slice of the gradient is ready (prediction.py); on several ranks all of them
+             do so at the same time, without a word between them, and the steps of all are the answer
     network  sums of vectors of many sizes (network.py)
 
 Random images stand for real ones, which no engine can tell apart; loading and augmentation are not part of a step here
@@ -17,14 +17,14 @@ them was compute, waiting and communication. BatchNorm is synchronized over rank
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Literal
 
 import numpy as np
 
 from convolt.bench import BATCHES, LOSS, OPTIMIZER, Workload
-from convolt.comms import Communicator, shard
+from convolt.comms import Communicator, part_of, shard
 from convolt.config import Plain, build
 from convolt.contenders import contender
 from convolt.engine import Executor
@@ -33,8 +33,8 @@ from convolt.loader import Batch
 from convolt.model import FLOAT_BYTES, Model
 from convolt.parallel import Parallel
 from convolt.recipe import Recipe, model_from_plain, plain
-from convolt.scaling.network import Sample, measure, sizes_around
-from convolt.scaling.prediction import Timeline, Trace, Tracer
+from convolt.scaling.network import Sample, measure, measure_work, sizes_around
+from convolt.scaling.prediction import StepTrace, Timeline, Trace, Tracer
 from convolt.signals import StopRequest
 from convolt.step import Seconds, Stepper
 
@@ -47,8 +47,9 @@ Kind = Literal["step", "trace", "network"]
 class Job:
     """One slice of a measurement.
 
-    program: an engine and a precision, as ``convolt bench`` names its contenders. batch_size: of all ranks together.
-    seconds: how long to measure, one step at least.
+    program: an engine and a precision, as ``convolt bench`` names its contenders. batch_size: of all ranks together; in
+    a trace, the shard of each. seconds: how long to measure, one step at least. sharers, early: of a trace; the ranks
+    that the optimizer's work is shared among, and whether slices of the gradient are to leave during backward.
     """
 
     kind: Kind
@@ -59,6 +60,8 @@ class Job:
     batch_size: int = 1
     seconds: float = 1.0
     seed: int = 0
+    sharers: int = 1
+    early: bool = True
 
     def __str__(self) -> str:
         return f"{self.kind} {self.program} {self.ranks}x{self.threads}, {self.batch_size} images"
@@ -85,11 +88,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Samples:
-    """Sums that were timed, how many ranks made them, and whether those are on one machine."""
+    """Sums that were timed, how many ranks made them, and whether those are on one machine; work: see Network."""
 
     ranks: int
     shared: bool
     samples: tuple[Sample, ...]
+    work: float = 0.0
 
 
 Answer = Slice | Trace | Samples
@@ -106,27 +110,37 @@ def perform(job: Job, comm: Communicator) -> Answer:
     if comm.size != job.ranks:
         raise ConfigError(f"a job for {job.ranks} ranks was started on {comm.size}")
     if job.kind == "network":
-        shared = comm.node_size == comm.size
-        return Samples(comm.size, shared, measure(comm, sizes_around(FLOAT_BYTES * job.model.parameter_count)))
+        shared, size = comm.node_size == comm.size, FLOAT_BYTES * job.model.parameter_count
+        work = 0.0 if shared else measure_work(comm, size)
+        return Samples(comm.size, shared, measure(comm, sizes_around(size)), work)
     workload = Workload(job.model, job.batch_size, seed=job.seed)
     program = contender(job.program, job.threads)
     recipe = Recipe(precision=program.precision, seed=job.seed, batch_size=job.batch_size)
     executor = program.engine.executor(workload.model, workload.weights, recipe)
     try:
         if job.kind == "trace":
-            comm.barrier()
-            return _trace(job, executor, workload)
+            return _trace(job, executor, workload, comm)
         return _steps(job, executor, workload, comm, recipe)
     finally:
         executor.close()
 
 
-def _trace(job: Job, executor: Executor, workload: Workload) -> Trace:
-    """As many steps as fit into the job's seconds, on the first batch."""
+def _trace(job: Job, executor: Executor, workload: Workload, comm: Communicator) -> Trace:
+    """As many steps as fit into the job's seconds, on the first batch; those of all ranks, on every rank."""
     x, y = workload.batches[0]
-    tracer = Tracer(executor, LOSS, OPTIMIZER, job.threads)
+    part = part_of(executor.grads.flat.size, 0, job.sharers) if job.sharers > 1 else None
+    tracer = Tracer(executor, LOSS, OPTIMIZER, job.threads, part, job.early)
+    comm.barrier()
     once = tracer.trace(x, y, workload.samples, 1).steps[0].seconds
-    return tracer.trace(x, y, workload.samples, _count(job.seconds, once))
+    count = np.array([_count(job.seconds, once)])
+    comm.broadcast(count)
+    traced = tracer.trace(x, y, workload.samples, int(count[0]))
+    times = np.zeros((comm.size, len(traced.steps), len(traced.slices) + 2))
+    times[comm.rank] = [(*step.ready, step.computed, step.update) for step in traced.steps]
+    comm.allreduce(times)
+    rows = times.reshape(-1, times.shape[2]).tolist()
+    steps = tuple(StepTrace(tuple(ready), computed, update) for *ready, computed, update in rows)
+    return replace(traced, steps=steps)
 
 
 def _steps(job: Job, executor: Executor, workload: Workload, comm: Communicator, recipe: Recipe) -> Slice:

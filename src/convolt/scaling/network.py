@@ -34,19 +34,21 @@ class Network:
     """A network between ranks.
 
     alpha: seconds of the shortest message. beta: seconds a byte. gamma: seconds to add a byte to another; it is part of
-    beta where a network was measured, because a sum shows only both. shared: whether the ranks are on one machine and
-    add through its memory. source: where the figures come from. Raises ConfigError.
+    beta where a network was measured, because a sum shows only both. work: seconds that a byte takes from a core that
+    computes meanwhile, for the kernel's side of it. shared: whether the ranks are on one machine and add through its
+    memory. source: where the figures come from. Raises ConfigError.
     """
 
     name: str
     alpha: float
     beta: float
     gamma: float = 0.0
+    work: float = 0.0
     shared: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
-        for what in ("alpha", "beta", "gamma"):
+        for what in ("alpha", "beta", "gamma", "work"):
             value = getattr(self, what)
             if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise ConfigError(f"network {self.name}: {what} must be a number of seconds >= 0; got {value!r}")
@@ -204,7 +206,43 @@ def measure(comm: Communicator, sizes: Sequence[int], repeats: int = REPEATS) ->
     return tuple(samples)
 
 
-def fit(samples: Sequence[Sample], ranks: int, name: str = "measured", shared: bool = True) -> Network:
+def measure_work(comm: Communicator, size: int, repeats: int = REPEATS) -> float:
+    """Seconds a byte that a reduce-scatter of ``size`` bytes takes from a core that computes meanwhile; on every rank.
+
+    A loop that needs nothing but its core is timed alone and while the sum is under way, about as long as the sum
+    takes. What it loses is the core's work for the network: starting messages, the kernel's copies and its packets.
+    """
+    vector = np.zeros(max(comm.size, size // 4), np.float32)
+    summation, numbers = comm.summation(vector), np.ones(4096, np.float32)
+
+    def timed(turns: int, sends: bool) -> float:
+        comm.barrier()
+        start = time.perf_counter()
+        if sends:
+            summation.add(slice(0, vector.size))
+        for _ in range(turns):
+            np.einsum("i,i", numbers, numbers)
+        seconds = time.perf_counter() - start
+        if sends:
+            summation.finish()
+        return seconds
+
+    start = time.perf_counter()
+    timed(0, sends=True)
+    span = time.perf_counter() - start
+    turns = np.array([max(1, round(1000 * span / timed(1000, sends=False)))])
+    comm.broadcast(turns)
+    lost = np.zeros((repeats, comm.size))
+    for repeat in range(repeats):
+        alone = timed(int(turns[0]), sends=False)
+        lost[repeat, comm.rank] = timed(int(turns[0]), sends=True) - alone
+    comm.allreduce(lost)
+    return max(0.0, float(np.median(lost.mean(axis=1)))) / ((comm.size - 1) / comm.size * vector.nbytes)
+
+
+def fit(
+    samples: Sequence[Sample], ranks: int, name: str = "measured", shared: bool = True, work: float = 0.0
+) -> Network:
     """The alpha and beta that explain measured sums best.
 
     Minimizes the sum of squares of *relative* errors of Rabenseifner's cost, ``a alpha + b n beta`` (so that short
@@ -223,4 +261,4 @@ def fit(samples: Sequence[Sample], ranks: int, name: str = "measured", shared: b
         both = np.array([alone[0], 0.0]) if errors[0] <= errors[1] else np.array([0.0, alone[1]])
     error = median(abs(1 - predicted) for predicted in matrix @ both)
     source = f"measured: {len(samples)} sizes on {ranks} ranks, median error {error:.0%}"
-    return Network(name, float(both[0]), float(both[1]), shared=shared, source=source)
+    return Network(name, float(both[0]), float(both[1]), work=work, shared=shared, source=source)

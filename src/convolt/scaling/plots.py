@@ -69,7 +69,7 @@ def breakdown_figure(report: ScalingReport) -> "Figure":
     modes = list(dict.fromkeys(point.mode for point in report.points))
     shown = {mode: _bars(report, mode) for mode in modes}
     longest = max(len(bars) for bars in shown.values())
-    figure = Figure(figsize=(8.5, (0.42 * longest + 1.5) * len(modes)), layout="constrained")
+    figure = Figure(figsize=(8.5, (0.32 * longest + 1.4) * len(modes)), layout="constrained")
     for number, mode in enumerate(modes):
         axes = figure.add_subplot(len(modes), 1, number + 1)
         _stack(axes, shown[mode])
@@ -102,7 +102,8 @@ def _against_workers(
         axes.plot(workers, [ideal(w) for w in workers], color=GREY, linestyle=":", linewidth=1.2, label="ideal")
         for fit in report.fits:
             if fit.mode == mode and fit.over == "ranks":
-                label = f"{fit.law}'s law, serial part {fit.serial_fraction.median:.1%}"
+                fitted = ", ".join(map(str, sorted({*fit.workers} - {1})))
+                label = f"{fit.law}'s law, serial part {fit.serial_fraction.median:.1%}\n(fitted to {fitted} ranks)"
                 shown = [(w, law(fit, w)) for w in workers if law(fit, w) > 0]  # beyond 1, it ends
                 axes.plot(*zip(*shown, strict=True), color=GREY, linewidth=1, label=label)
         _dress(axes, workers, quantity, mode)

@@ -1,8 +1,9 @@
 """What a step would take on more ranks or another network: measured compute, modeled communication, simulated overlap.
 
-Compute is measured, not modeled: one process alone computes the shard that a rank of p would have (the global batch
-over p), and notes when backward finishes each slice of the gradient, as the ranks themselves are told (``on_ready``).
-So nothing is assumed about how a smaller batch scales, and any engine can be traced. Communication is the alpha-beta
+Compute is measured, not modeled: a process computes the shard that a rank of p would have (the global batch over p),
+moves the part of the weights that such a rank moves, and notes when backward finishes each slice of the gradient, as
+the ranks themselves are told (``on_ready``). So nothing is assumed about how a smaller batch scales, and any engine can
+be traced. Communication is the alpha-beta
 cost of network.py. Between them stands the exchange: which messages leave during backward, and what is left for its
 end. The rest is a simulation of events:
 
@@ -11,8 +12,9 @@ end. The rest is a simulation of events:
     the weights are updated.
 
 Ranks differ because steps do: each simulated rank draws one of the traced steps, so that waiting for the slowest of p
-is in the result. What is *not* in it: ranks on one machine take memory bandwidth and cores from one another, and a
-network's work costs CPU time. How much that matters is told by the error at the points that were measured too.
+is in the result. What ranks on one machine take from one another (memory bandwidth, cache, clock) is in a trace of
+processes that compute side by side without a word between them. What is *not* in it: a network's work costs CPU time.
+How much that matters is told by the error at the points that were measured too.
 
 Reference: Zhang et al. 2017, Poseidon (USENIX ATC), 3.1: communication that hides behind backward.
 """
@@ -31,9 +33,10 @@ from convolt.losses import Loss
 from convolt.optimizers import Optimizer
 from convolt.rng import SampleRng
 from convolt.scaling.network import Network, all_gather, allreduce, reduce_scatter
+from convolt.step import square_sum
 
 STEPS = 400  # simulated; their mean moves by less than a percent from seed to seed
-SMALL_SUMS, SMALL_BYTES = 1, 32  # besides the gradient, a step sums its loss, what was right, and signals
+SMALL_SUMS, SMALL_BYTES = 2, 32  # besides the gradient: loss, what was right, signals; and the gradient's norm
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Message:
-    """A part of the gradient that leaves during backward: which slices must be final, and how long it takes."""
+    """A part of the gradient that leaves during backward: which slices must be final, and how long it takes.
+
+    work: seconds that it takes from a core that computes all the while.
+    """
 
     slices: tuple[int, ...]
     seconds: float
+    work: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,23 @@ class Timeline:
 
 
 class Tracer:
-    """Traces steps of an executor on a batch; the weights move as in training."""
+    """Traces steps of an executor on a batch; the weights move as in training.
 
-    def __init__(self, executor: Executor, loss: Loss, optimizer: Optimizer, threads: int) -> None:
+    part: of the gradient, which a rank moves; all of it where the optimizer is not sharded. early: whether slices of
+    the gradient are told during backward; otherwise all of it is one slice, as where nothing leaves before the end.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        loss: Loss,
+        optimizer: Optimizer,
+        threads: int,
+        part: slice | None = None,
+        early: bool = True,
+    ) -> None:
         self._executor, self._loss, self._optimizer, self._threads = executor, loss, optimizer, threads
+        self._part, self._early = part, early
 
     def trace(self, x: Array, y: Array, rng: SampleRng, steps: int) -> Trace:
         """``steps`` steps on one batch, after one that does not count."""
@@ -133,12 +153,16 @@ class Tracer:
             slices.append((part.start, part.stop))
             ready.append(time.perf_counter() - start)
 
-        executor.zero_grads()
-        executor.loss_and_grads(x, y, self._loss, 1 / len(x), rng, on_ready)
+        executor.loss_and_grads(x, y, self._loss, 1 / len(x), rng, on_ready if self._early else None, fresh=True)
+        if not self._early:
+            on_ready(slice(0, executor.grads.flat.size))
         computed = time.perf_counter() - start
-        executor.grad_norm()
+        if self._part is None:
+            executor.grad_norm()
+        else:
+            square_sum(executor.grads.flat[self._part])
         executor.statistics_are_finite()
-        executor.update(self._optimizer)
+        executor.update(self._optimizer, self._part)
         return tuple(slices), StepTrace(tuple(ready), computed, time.perf_counter() - start - computed)
 
 
@@ -161,18 +185,28 @@ def exchange(trace: Trace, ranks: int, network: Network, algorithm: str = "ours"
     for stop in range(length, 0, -BUCKET):
         start = max(0, stop - BUCKET)
         within = tuple(n for n, (begin, end) in enumerate(trace.slices) if begin < stop and end > start)
-        messages.append(Message(within, reduce_scatter(trace.itemsize * (stop - start), ranks, network)))
+        size = trace.itemsize * (stop - start)
+        work = (ranks - 1) / ranks * size * network.work
+        messages.append(Message(within, reduce_scatter(size, ranks, network), work))
     return Exchange(tuple(messages), all_gather(trace.size, ranks, network))
 
 
 def simulate(ranks: Sequence[StepTrace], plan: Exchange) -> Timeline:
-    """One step of so many ranks, each with a trace of its own."""
-    end = 0.0
-    for message in plan.messages:
-        leaves = max(rank.ready[number] for rank in ranks for number in message.slices)
-        end = max(end, leaves) + message.seconds
+    """One step of so many ranks, each with a trace of its own.
+
+    A message that is under way while ranks compute slows them down: by all of its work, or by as much of it as the
+    part of its time that lies before the end of the slowest rank's backward.
+    """
+    end = stolen = 0.0
     slowest, update = max(rank.computed for rank in ranks), max(rank.update for rank in ranks)
-    compute = fmean(rank.seconds for rank in ranks)
+    for message in plan.messages:
+        leaves = stolen + max(rank.ready[number] for rank in ranks for number in message.slices)
+        begins = max(end, leaves)
+        end = begins + message.seconds
+        hidden = min(message.seconds, max(0.0, slowest + stolen - begins))
+        stolen += message.work * hidden / message.seconds if hidden else 0.0
+    compute = fmean(rank.seconds for rank in ranks) + stolen
+    slowest += stolen
     return Timeline(compute, max(0.0, end - slowest) + plan.tail, max(0.0, slowest + update - compute))
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from convolt.scaling.classic import Comparison
-from convolt.scaling.report import PREDICTED, PointResult, Predicted, ScalingReport
+from convolt.scaling.report import PREDICTED, Parts, PointResult, Predicted, ScalingReport
 from convolt.stats import Estimate
 
 CROWDED = "oversubscribed"
@@ -29,10 +29,12 @@ def of_report(report: ScalingReport) -> Iterator[RenderableType]:
         law = "the serial part of the time" if fit.mode == "strong" else "the serial part of the parallel time"
         fraction = _interval(fit.serial_fraction, percent=True)
         yield Text(f"{fit.law}'s law over {fit.over}, {fit.mode} scaling: {law} is {fraction}")
-    if report.predictions:
-        yield _predictions(report.predictions)
-        for network in report.networks:
-            yield Text(f"  {network}: {network.source}")
+    for mode in dict.fromkeys(point.mode for point in report.predictions):
+        yield _predictions([point for point in report.predictions if point.mode == mode], mode)
+    for mode in dict.fromkeys(point.mode for point in report.points):
+        yield _parts(report, mode)
+    for network in report.networks:
+        yield Text(f"  {network}: {network.source}")
 
 
 def of_comparison(comparison: Comparison, model: str) -> Table:
@@ -54,7 +56,7 @@ def of_comparison(comparison: Comparison, model: str) -> Table:
             f"{each.losses[-1]:.5f}" if each.losses else "",
             curve,
             speedup,
-            _interval(each.efficiency, percent=True),
+            _percent(each.efficiency),
             style="dim" if each.oversubscribed else None,
         )
     return table
@@ -62,10 +64,8 @@ def of_comparison(comparison: Comparison, model: str) -> Table:
 
 def _measured(points: list[PointResult], mode: str) -> Table:
     table = _table(f"{mode} scaling, measured", "ranks x threads")
-    for column in ("batch", "ms/step", "images/s", "speedup", "efficiency", "Karp-Flatt"):
-        table.add_column(column, justify="right")
-    for column in ("compute", "communication", "waiting"):
-        table.add_column(column, justify="right")
+    for column in ("batch", "ms/step", "images/s", "speedup", "efficiency", *(["Karp-Flatt"] * (mode == "strong"))):
+        table.add_column(column, justify="right", min_width=len(CROWDED) if column == "speedup" else None)
     for point in points:
         name, batch = f"{point.ranks} x {point.threads}", f"{point.batch_size:,}"
         if point.milliseconds is None:
@@ -77,43 +77,56 @@ def _measured(points: list[PointResult], mode: str) -> Table:
             _interval(point.milliseconds),
             "" if point.images_per_second is None else f"{point.images_per_second.median:,.0f}",
             CROWDED if point.oversubscribed else _interval(point.speedup),
-            _interval(point.efficiency, percent=True),
-            _interval(point.karp_flatt, percent=True),
-            *_parts(point),
+            _percent(point.efficiency),
+            *([_interval(point.karp_flatt, percent=True)] if mode == "strong" else []),
             style="dim" if point.oversubscribed else None,
         )
     return table
 
 
-def _predictions(predictions: tuple[Predicted, ...]) -> Table:
-    table = _table(f"{PREDICTED}, not measured", "ranks x threads", "scaling", "network")
-    for column in ("batch", "ms/step", "images/s", "speedup", "efficiency"):
-        table.add_column(f"{column} ({PREDICTED})" if column == "speedup" else column, justify="right")
-    for column in ("compute", "communication", "waiting", "error where measured"):
+def _predictions(predictions: list[Predicted], mode: str) -> Table:
+    table = _table(f"{mode} scaling, {PREDICTED}, not measured", "ranks x threads", "network")
+    for column in ("batch", "ms/step", "images/s", f"speedup, {PREDICTED}", "efficiency"):
         table.add_column(column, justify="right")
+    table.add_column("error where measured", justify="right", no_wrap=True)
     for point in predictions:
         table.add_row(
             f"{point.ranks} x {point.threads}",
-            point.mode,
             point.network,
             f"{point.batch_size:,}",
-            _interval(point.milliseconds),
+            f"{point.milliseconds.median:.3g}",
             f"{point.images_per_second.median:,.0f}",
-            _interval(point.speedup),
-            _interval(point.efficiency, percent=True),
-            *_parts(point),
-            "" if point.error is None else f"{point.error.median:+.1%}",
+            f"{point.speedup.median:.3g}",
+            _percent(point.efficiency),
+            "" if point.error is None else _interval(point.error, percent=True),
         )
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
-    return Table(*columns, box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+def _parts(report: ScalingReport, mode: str) -> Table:
+    """What the milliseconds of a step are, of everything that was measured or predicted."""
+    table = _table(f"{mode} scaling, milliseconds of the mean rank's step", "ranks x threads", "")
+    for column in Parts._fields:
+        table.add_column(column, justify="right", no_wrap=True)
+    points: tuple[PointResult | Predicted, ...] = (*report.points, *report.predictions)
+    for point in points:
+        if point.mode == mode and point.parts is not None:
+            how = f"{PREDICTED}, {point.network}" if isinstance(point, Predicted) else "measured"
+            name, parts = f"{point.ranks} x {point.threads}", (f"{value:.3g}" for value in point.parts)
+            table.add_row(name, how, *parts)
+    return table
 
 
-def _parts(point: PointResult | Predicted) -> Iterator[str]:
-    for value in point.parts or ():
-        yield f"{value:.3g}"
+def _table(title: str, *names: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _percent(value: Estimate | None) -> str:
+    """The median alone, where the interval is that of another column divided by a number."""
+    return "" if value is None else f"{value.median:.1%}"
 
 
 def _interval(value: Estimate | None, percent: bool = False) -> str:

@@ -3,7 +3,8 @@
     graph.py      the model as fused operations         plan.py     buffers, tasks and phases
     serve.py      which kernels serve an operation      executor.py the programs of a step
     kernels/      the kernels, one file a kind of layer
-    gemm.py dot.py amx.py  micro-kernels, written as LLVM IR; memory.py vectors.py bf16.py help them
+    gemm.py dot.py         micro-kernels, written as LLVM IR; memory.py vectors.py help them
+    blocks.py units.py     products in bf16, and what multiplies them: amx.py pair_products.py; bf16.py
     compiler.py codegen.py the kernels' cache on disk   runtime.py driver.py  the team of threads   isa.py
 
 Numba compiles the loops, LLVM IR the innermost tiles. A warm start loads object code without importing Numba.
@@ -16,9 +17,9 @@ from convolt.checks import check_integer
 from convolt.engine import Engine, EngineRecipe, Executor, resolve_threads
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.executor import JitExecutor
-from convolt.engines.jit.isa import Isa, detect, request_amx
+from convolt.engines.jit.isa import Isa, Unit, detect
 from convolt.engines.jit.programs import Programs
-from convolt.errors import EngineError
+from convolt.engines.jit.units import bf16_unit, check_unit
 from convolt.explanation import Explanation
 from convolt.model import Model
 from convolt.params import Params
@@ -28,7 +29,9 @@ from convolt.params import Params
 class JIT(Engine):
     """Compiled kernels. ``threads``: 0 means every core that is allowed. ``isa``: force an instruction set, for tests.
 
-    isa is one of "avx512", "avx2", "neon", "plain"; None takes the widest of this CPU. checkpoint_segments: cut the
+    isa is one of "avx512", "avx2", "neon", "plain"; None takes the widest of this CPU. unit: what multiplies in bf16,
+    one of "amx", "dot" (AVX512-BF16), "fma" (float32, everywhere); None takes the fastest, or float32 where that is
+    faster, and says so. checkpoint_segments: cut the
     model into so many parts whose inner activations are not kept but computed again in backward: less memory, a
     forward pass more, the same bits; 0 keeps everything. Raises EngineError.
     """
@@ -36,35 +39,32 @@ class JIT(Engine):
     threads: int = 0
     isa: str | None = None
     checkpoint_segments: int = 0
+    unit: str | None = None
     NAME: ClassVar[str] = "jit"
     PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threads", resolve_threads(self.threads))
         check_integer(self, "checkpoint_segments", at_least=0)
+        check_unit(self.unit)
 
     def executor(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Executor:
         """Plans and kernels are made when the first batch shows its size."""
         own = self.initial_params(model, params, recipe)
         isa = detect(self.isa)
-        tiles = self._uses_tiles(recipe.precision, isa)
-        return JitExecutor(model, own, isa, self.threads, tiles, self.checkpoint_segments)
+        unit = self._unit(recipe.precision, isa)
+        return JitExecutor(model, own, isa, self.threads, unit, self.checkpoint_segments)
 
     def explain(self, model: Model, precision: str = "fp32", batch_size: int = 128) -> Explanation:
         """Which kernel serves each stage, forward and backward, and why: the plan's own reasons. Raises EngineError."""
         self.check_precision(precision)
         isa = detect(self.isa)
-        tiles = self._uses_tiles(precision, isa)
+        unit = self._unit(precision, isa)
         params, grads = Params(model), Params(model)
         own = self.threads, Compiler(isa), None, self.checkpoint_segments
-        programs = Programs(model, params, grads, batch_size, True, tiles, isa, *own)
+        programs = Programs(model, params, grads, batch_size, True, unit, isa, *own)
         return Explanation(self.NAME, precision, batch_size, tuple(programs.stages()))
 
-    def _uses_tiles(self, precision: str, isa: Isa) -> bool:
-        """Whether products run on AMX tiles. Raises EngineError."""
-        if precision == "bf16" and not (isa.amx and request_amx()):
-            raise EngineError(
-                f"engine jit: precision bf16 needs AMX tiles, which this CPU, kernel or isa={isa.name!r} does not offer"
-                "; without them float32 is faster: use precision fp32"
-            )
-        return precision == "bf16"
+    def _unit(self, precision: str, isa: Isa) -> Unit | None:
+        """What multiplies in bf16; None for float32. Raises EngineError."""
+        return bf16_unit(isa, self.unit) if precision == "bf16" else None

@@ -1,83 +1,28 @@
-"""The bf16 matrix product on AMX tiles, fp32 accumulation.
+"""Blocks of bf16 products on AMX tiles.
 
-    C[m, j] = start + sum over s < segments, t < steps, k < step of
-              A[m*a_row + t*a_step + s*a_segment + k] * B[t*step + k, j] of segment s
-
-One call computes at most 32 x 32 elements of C in four tiles (16 x 16 fp32 each). A lies as it is, rows of bf16: a
-pixel of an NHWC image with 32 channels is one tile row, and a tap of the filter is an address. B is packed by
-`pack_pairs` (the layout Intel calls VNNI): for each step and each 16 columns a tile [step/2][16][2], two neighbors in k
-side by side.
-
-Rows, columns and steps that are not full are cut off by the tile configuration (nothing is read or written beyond
-them), so each specification has a `configure`, which a thread calls before its first product with that
-specification and after another one's; it costs about 50 ns. `release` gives the tile registers back.
-Align A, B and C to 64 bytes, rows included: a tile row across two cache lines costs up to a factor of 4.
+Eight tiles: 0 to 3 are C (16 x 16 fp32 each), 4 and 5 rows of A, 6 and 7 packed pairs of B. Rows, columns and steps
+that are not full are cut off by the tile configuration (nothing is read or written beyond them), so each specification
+has one of its own, which a thread loads before its first product with that specification and after another one's; it
+costs about 50 ns. Releasing the tiles saves the kernel from keeping 8 KB of them for each thread it interrupts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from convolt.engines.jit.vectors import BYTES, I8, I64, carried_loop, declare
+
+if TYPE_CHECKING:  # blocks.py chooses among the units, and this is one
+    from convolt.engines.jit.blocks import BlockGemm
 
 TILE = 16  # rows of a tile; a row has 64 bytes: 16 fp32 or 32 bf16
 BF16, FLOAT = 2, 4  # bytes
 
 
-@dataclass(frozen=True)
-class AmxGemm:
-    """Sizes and strides, all constants: those of A and B count bf16 elements, `c_row` fp32 elements.
-
-    rows, columns: 1 to 32. step: the depth of one tile product, even, at most 32. steps: products in a segment.
-    b_tile: from one 16 columns to the next, within a step. start: zero, C as it is (load), or bias[columns].
-    The rows lie in one tile or two; the second begins `a_tile` and `c_tile` behind the first, by default where its
-    `tile` rows end. An image 8 pixels wide: rows=16, tile=8, a_tile=c_tile=one image row.
-    """
-
-    rows: int
-    columns: int
-    step: int
-    steps: int
-    a_row: int
-    a_step: int
-    a_segment: int
-    b_step: int
-    b_tile: int
-    b_segment: int
-    c_row: int
-    start: Literal["zero", "load", "bias"] = "zero"
-    tile: int = TILE
-    a_tile: int | None = None
-    c_tile: int | None = None
-
-    @property
-    def row_tiles(self) -> tuple[int, ...]:
-        """Rows of each tile: 20 -> (16, 4)."""
-        return _parts(self.rows, self.tile)
-
-    @property
-    def column_tiles(self) -> tuple[int, ...]:
-        return _parts(self.columns, TILE)
-
-    @property
-    def a_tile_stride(self) -> int:
-        return self.tile * self.a_row if self.a_tile is None else self.a_tile
-
-    @property
-    def c_tile_stride(self) -> int:
-        return self.tile * self.c_row if self.c_tile is None else self.c_tile
-
-
-def _parts(size: int, most: int) -> tuple[int, ...]:
-    return (size,) if size <= most else (most, size - most)
-
-
-def configuration(spec: AmxGemm) -> bytes:
+def configuration(spec: "BlockGemm") -> bytes:
     """The 64 bytes of LDTILECFG: tiles 0-3 are C, 4 and 5 A, 6 and 7 B (Intel SDM, volume 1, 18.2)."""
     rows, bytes_per_row = [0] * TILE, [0] * TILE
     for m, tile_rows in enumerate(spec.row_tiles):
@@ -89,46 +34,17 @@ def configuration(spec: AmxGemm) -> bytes:
     return bytes([1]) + bytes(15) + widths + bytes(rows)
 
 
-def configure(spec: AmxGemm) -> Any:
-    """A function for kernels, without arguments: shapes this thread's tiles for `spec`."""
-
-    @intrinsic
-    def kernel(typingctx: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            content = cgutils.make_bytearray(configuration(spec))
-            data = cgutils.global_constant(builder, "tile_configuration", content)
-            function = declare(builder, "llvm.x86.ldtilecfg", ir.VoidType(), [BYTES])
-            builder.call(function, [builder.bitcast(data, BYTES)])
-            return context.get_dummy_value()
-
-        return types.void(), generate
-
-    return kernel
+def configure(spec: "BlockGemm", builder: Any) -> None:
+    """Shape this thread's tiles for `spec`."""
+    content = cgutils.make_bytearray(configuration(spec))
+    data = cgutils.global_constant(builder, "tile_configuration", content)
+    function = declare(builder, "llvm.x86.ldtilecfg", ir.VoidType(), [BYTES])
+    builder.call(function, [builder.bitcast(data, BYTES)])
 
 
-@intrinsic
-def release(typingctx: Any) -> Any:
-    """Give this thread's tile registers back: the kernel need not save 8 KB of them."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.call(declare(builder, "llvm.x86.tilerelease", ir.VoidType(), []), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-def amx(spec: AmxGemm) -> Any:
-    """A function for kernels: ``kernel(a, b, c, bias, segments)``, addresses and a count as int64."""
-
-    @intrinsic
-    def kernel(typingctx: Any, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _emit(spec, Tiles(builder), *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 5), generate
-
-    return kernel
+def release(builder: Any) -> None:
+    """Give this thread's tile registers back."""
+    builder.call(declare(builder, "llvm.x86.tilerelease", ir.VoidType(), []), [])
 
 
 @dataclass(frozen=True)
@@ -156,8 +72,9 @@ class Tiles:
         self.builder.call(declare(self.builder, f"llvm.x86.{name}", ir.VoidType(), kinds), arguments)
 
 
-def _emit(spec: AmxGemm, tiles: Tiles, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> None:
-    builder = tiles.builder
+def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> None:
+    """C of one block; addresses and a count as int64."""
+    tiles = Tiles(builder)
     rows, columns = range(len(spec.row_tiles)), range(len(spec.column_tiles))
     places = {
         2 * m + j: builder.add(c, I64(FLOAT * (m * spec.c_tile_stride + TILE * j))) for m in rows for j in columns

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop
 
-LANES = 16  # of pairs of pixels, which are for AMX and so for AVX-512
+LANES = 16  # of pairs of pixels, the right operands of blocks
 PAIR = 64  # bytes of 16 channels of two pixels
 
 
@@ -128,6 +128,7 @@ class PairUnpool:
     plane: int
     dead: int
     bias: bool
+    native: bool
 
 
 def pair_unpool(spec: PairUnpool) -> Any:
@@ -140,7 +141,7 @@ def pair_unpool(spec: PairUnpool) -> Any:
     def kernel(typingctx: Any, dy: Any, codes: Any, target: Any, pixel: Any, db: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, LANES)
-            numbers = Bf16Lanes(floats, native=True)
+            numbers = Bf16Lanes(floats, spec.native)
             source, total = floats.pointer(args[0]), floats.pointer(args[4])
             code = builder.inttoptr(args[1], I8.as_pointer())
             kind = ir.VectorType(I8, LANES)
@@ -205,6 +206,7 @@ class PairThrough:
     slope: float
     plane: int
     bias: bool
+    native: bool
     both: bool
 
 
@@ -215,7 +217,7 @@ def pair_through(spec: PairThrough) -> Any:
     def kernel(typingctx: Any, dy: Any, y: Any, target: Any, db: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, LANES)
-            numbers = Bf16Lanes(floats, native=True)
+            numbers = Bf16Lanes(floats, spec.native)
             source, output, total = (floats.pointer(args[i]) for i in (0, 1, 3))
             slope = ir.Constant(floats.type, [F32(spec.slope)] * LANES)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from convolt.engine import Executor, OnReady, StageTime, StepResult
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.isa import Isa
+from convolt.engines.jit.isa import Isa, Unit
 from convolt.engines.jit.plan import Segments
 from convolt.engines.jit.programs import Programs
 from convolt.engines.jit.runtime import Program, Team
@@ -35,7 +35,7 @@ SAFE = 1e15  # a gradient up to here is finite and so is the sum of its squares;
 
 
 class JitExecutor(Executor):
-    """One model on compiled kernels. tiles: whether products run in bf16 on AMX tiles."""
+    """One model on compiled kernels. unit: what multiplies in bf16, None for float32."""
 
     def __init__(
         self,
@@ -43,13 +43,13 @@ class JitExecutor(Executor):
         params: Params,
         isa: Isa,
         threads: int,
-        tiles: bool = False,
+        unit: Unit | None = None,
         segments: int = 0,
     ) -> None:
         self.model, self.params = model, params
         self.grads = Params(model, params.dtype)
         self._isa, self._threads = isa, threads
-        self._tiles, self._segments = tiles, segments
+        self._unit, self._segments = unit, segments
         self._compiler = Compiler(isa, processes=threads)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
@@ -227,7 +227,7 @@ class JitExecutor(Executor):
                 grads,
                 count,
                 byte_input,
-                self._tiles,
+                self._unit,
                 self._isa,
                 self._threads,
                 self._compiler,

@@ -5,6 +5,10 @@ registers), never by its model name, which lies under hypervisors. Forcing a nar
 path is tested on one machine: `target` then switches the wider features off in LLVM itself, so that neither a loop
 that it vectorizes nor an instruction that it selects can use them.
 
+A *unit* is what multiplies bf16 numbers: AMX tiles, the dot products of AVX512-BF16, or, on every CPU, float32
+multiply-adds of the numbers' halves of a float32. Which is worth using is measured (`units.py`), for the same
+instruction has half of float32's rate on one CPU and twice that on another.
+
 AMX tiles need two permissions: one of the process, from Linux (`request_amx`), and a tile configuration in each thread,
 which a kernel loads before its first tile.
 """
@@ -21,6 +25,7 @@ import llvmlite.binding as llvm
 from convolt.errors import EngineError, nearest
 
 Name = Literal["avx512", "avx2", "neon", "plain"]
+Unit = Literal["amx", "dot", "fma"]
 
 #: The features (LLVM's names) that an instruction set stands for; the widest that a CPU has comes first.
 REQUIRED: Mapping[Name, frozenset[str]] = {
@@ -105,6 +110,19 @@ def target(isa: Isa) -> tuple[str, str]:
         features = {name: there and not name.startswith(_BEYOND_AVX2) for name, there in features.items()}
     listed = (f"{'+' if there else '-'}{name}" for name, there in sorted(features.items()))
     return llvm.get_host_cpu_name(), ",".join(listed)
+
+
+def units(isa: Isa) -> tuple[Unit, ...]:
+    """What can multiply bf16 numbers with this instruction set, in this process; the widest comes first."""
+    found: list[Unit] = ["amx"] if isa.amx and request_amx() else []
+    if isa.bf16_convert and isa.name == "avx512":  # AVX512-BF16 has both instructions
+        found.append("dot")
+    return (*found, "fma")
+
+
+def converts(unit: Unit) -> bool:
+    """Whether a CPU with this unit rounds float32 to bf16 by an instruction."""
+    return unit != "fma"
 
 
 def request_amx() -> bool:

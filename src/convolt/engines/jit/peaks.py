@@ -5,13 +5,14 @@ short runs: whatever else the machine does can only lower a run, never raise it.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.isa import Isa, detect, request_amx
+from convolt.engines.jit.isa import Isa, Unit, detect, units
 from convolt.engines.jit.plan import address_of
 from convolt.engines.jit.runtime import Phase, Program, Team
 from convolt.params import aligned_zeros
@@ -20,6 +21,7 @@ from convolt.peaks import Peak, Peaks
 SUMS = 12  # independent chains: 2 multiply-adds a cycle, 4 cycles each, need 8; AVX2 has 16 registers
 UNROLLED = 4
 TILE_FLOPS = 2 * 16 * 16 * 32
+BLOCK = 32  # rows and columns of a block of products
 READ_FLOATS = 1 << 18  # of a chunk: 1 MiB
 READ_CHUNKS = 256  # 256 MiB: beyond the caches
 REPEATS, READ_REPEATS = 40, 8
@@ -28,15 +30,16 @@ CHUNKS = 4  # for each thread, so that one that wakes up late takes fewer
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """``turns`` times UNROLLED multiply-adds into each of SUMS vectors."""
+    """``turns`` times UNROLLED multiply-adds, or dot products, into each of SUMS vectors."""
 
     lanes: int
     turns: int = 60_000
+    dots: bool = False  # of pairs of bf16 numbers
 
     @property
     def flops(self) -> int:
         """FLOPs of a chunk."""
-        return 2 * self.lanes * SUMS * UNROLLED * self.turns
+        return (4 if self.dots else 2) * self.lanes * SUMS * UNROLLED * self.turns
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,20 @@ class TileProducts:
     def flops(self) -> int:
         """FLOPs of a chunk."""
         return TILE_FLOPS * 4 * UNROLLED * self.turns
+
+
+@dataclass(frozen=True)
+class BlockProducts:
+    """``turns`` products of 32 x ``depth`` by ``depth`` x 32 bf16 numbers by a unit, with operands in the L1 cache."""
+
+    unit: Unit
+    turns: int = 300
+    depth: int = 128
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a chunk."""
+        return 2 * BLOCK * BLOCK * self.depth * self.turns
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ def measure(threads: int) -> Peaks:
         return Peaks(
             threads,
             fp32=Peak(*(_gflops(t, compiler, "multiply_adds", MultiplyAdds(isa.lanes)) for t in (single, team))),
-            bf16=_tile_peak(isa, compiler, single, team),
+            bf16=_bf16_peak(isa, compiler, single, team),
             memory=Peak(*(_gigabytes(t, compiler, Reads(isa.lanes), memory) for t in (single, team))),
         )
     finally:
@@ -78,16 +95,50 @@ def measure(threads: int) -> Peaks:
         team.close()
 
 
-def _tile_peak(isa: Isa, compiler: Compiler, single: Team, team: Team) -> Peak | None:
-    if not (isa.amx and request_amx()):
-        return None
-    return Peak(*(_gflops(t, compiler, "tile_products", TileProducts()) for t in (single, team)))
+def _bf16_peak(isa: Isa, compiler: Compiler, single: Team, team: Team) -> Peak | None:
+    """Of the widest unit that is made for bf16; None without one."""
+    match units(isa)[0]:
+        case "amx":
+            return Peak(*(_gflops(t, compiler, "tile_products", TileProducts()) for t in (single, team)))
+        case "dot":
+            spec = MultiplyAdds(isa.lanes, dots=True)
+            return Peak(*(_gflops(t, compiler, "multiply_adds", spec) for t in (single, team)))
+        case "fma":
+            return None
 
 
-def _gflops(team: Team, compiler: Compiler, kernel: str, spec: MultiplyAdds | TileProducts) -> float:
+def rates(isa: Isa, candidates: Sequence[Unit], repeats: int = 10) -> tuple[dict[Unit, float], float]:
+    """GFLOP/s on one core: products of bf16 in the L1 cache by each unit, and the peak in float32.
+
+    They take turns, ``repeats`` of under a millisecond, and the best of each counts.
+    """
+    compiler = Compiler(isa)
+    team = Team(1, compiler)
+    try:
+        found, fp32 = dict.fromkeys(candidates, 0.0), 0.0
+        operand = np.zeros(1, np.float32)
+        for _ in range(repeats):
+            for unit in candidates:
+                one = BlockProducts(unit)
+                operands = aligned_zeros(one.depth * BLOCK + BLOCK * BLOCK, np.float32)
+                found[unit] = max(found[unit], _gflops(team, compiler, "block_products", one, operands, repeats=1))
+            fp32 = max(fp32, _gflops(team, compiler, "multiply_adds", MultiplyAdds(isa.lanes, 10_000), operand, 1))
+        return found, fp32
+    finally:
+        team.close()
+
+
+def _gflops(
+    team: Team,
+    compiler: Compiler,
+    kernel: str,
+    spec: MultiplyAdds | TileProducts | BlockProducts,
+    operand: Any = None,
+    repeats: int = REPEATS,
+) -> float:
     chunks = CHUNKS * team.threads
-    program = _program(compiler, kernel, spec, chunks, np.ones(1, np.float32))
-    return chunks * spec.flops / _shortest(team, program, REPEATS) / 1e9
+    program = _program(compiler, kernel, spec, chunks, np.ones(1, np.float32) if operand is None else operand)
+    return chunks * spec.flops / _shortest(team, program, repeats) / 1e9
 
 
 def _gigabytes(team: Team, compiler: Compiler, spec: Reads, memory: Any) -> float:

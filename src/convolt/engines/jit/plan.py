@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from convolt.engines.jit.buffers import SCRATCH, SHORT_LIVED, Address, Buffer, lifetimes, share
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
-from convolt.engines.jit.isa import Isa
+from convolt.engines.jit.isa import Isa, Unit
 from convolt.engines.jit.kernels.specs import ONE, STATE, UpdateSpec
 from convolt.engines.jit.phases import Argument, Call, Task, Tasks, between_calls, grouped
 from convolt.engines.jit.runtime import Phase, Program
@@ -70,7 +70,7 @@ class Plan:
     """Buffers of one model for batches of up to ``capacity`` samples, and what the kernels need to know of it.
 
     params: arrays the kernels read. grads: arrays they add to, None for prediction. learning: tensors that need a
-    gradient. tiles: whether products run in bf16 on AMX tiles. add_ranks: replaces an array by its sum over ranks,
+    gradient. unit: what multiplies in bf16, None for float32. add_ranks: replaces an array by its sum over ranks,
     where BatchNorm's statistics are those of all ranks. fuses_update: whether gradients may be left to the pass that
     moves the weights; they are then ``deferred``.
     """
@@ -83,12 +83,12 @@ class Plan:
         isa: Isa,
         threads: int,
         learning: set[Tensor],
-        tiles: bool = False,
+        unit: Unit | None = None,
         add_ranks: Callable[[Array], None] | None = None,
     ) -> None:
         self.add_ranks = add_ranks
         self.params, self.grads, self.isa, self.capacity = params, grads, isa, capacity
-        self.tiles = tiles
+        self.unit = unit
         self.learning = learning
         self.images = -(-capacity // CHUNKS)
         self.chunks = -(-capacity // self.images)

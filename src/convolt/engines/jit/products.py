@@ -1,4 +1,4 @@
-"""Which kernels serve the layers with weight matrices: convolution and dense, in float32 and on AMX tiles.
+"""Which kernels serve the layers with weight matrices: convolution and dense, in float32 and in bf16.
 
 The contract is that of ``serve``, whose table leads here.
 """
@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 
 from convolt.engines.jit.graph import Operation, Tensor
+from convolt.engines.jit.isa import Unit
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
@@ -42,6 +43,7 @@ from convolt.engines.jit.kernels.tile_specs import (
 )
 from convolt.engines.jit.phases import Argument, Served, Task, Tasks
 from convolt.engines.jit.plan import Deferred, Plan, address_of
+from convolt.engines.jit.units import UNITS
 from convolt.layers import Conv2d, Dense
 
 DENSE_CHUNKS = 8
@@ -103,10 +105,11 @@ def filters(plan: Plan, operation: Operation) -> tuple[Argument, Argument, Tasks
 def conv(plan: Plan, operation: Operation) -> Served:
     """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
     groups = cast(Conv2d, operation.layer).groups
-    if plan.tiles and groups == 1:
-        operation.because("AMX tiles: bf16, groups 1")
-        return conv_on_tiles(plan, operation)
-    operation.because(f"{plan.isa.name} vectors: " + (f"groups {groups}, tiles take 1" if plan.tiles else "fp32"))
+    if plan.unit is not None and groups == 1:
+        operation.because(f"{UNITS[plan.unit]}: bf16, groups 1")
+        return conv_on_tiles(plan, operation, plan.unit)
+    why = "fp32" if plan.unit is None else f"groups {groups}, bf16 takes 1"
+    operation.because(f"{plan.isa.name} vectors: {why}")
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
@@ -177,9 +180,9 @@ def _weights(operation: Operation) -> int:
     return layer.in_features * layer.out_features
 
 
-def conv_on_tiles(plan: Plan, operation: Operation) -> Served:
-    """The same on AMX tiles, bf16 products."""
-    spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
+def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
+    """The same with bf16 products."""
+    spec, name, label = replace(conv_spec(plan, operation), unit=unit), operation.names[0], operation.label
     tiles, source, target = TileSpec(spec), operation.inputs[0], operation.output
     weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
@@ -237,15 +240,15 @@ def _adding(plan: Plan, spec: ConvSpec, source: Tensor) -> ConvSpec:
     return replace(spec, add=plan.begin_slope(source)) if spec.wants_dx else spec
 
 
-def dense_on_tiles(plan: Plan, operation: Operation) -> Served:
-    """Dense layer with activation on AMX tiles, bf16 products."""
+def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
+    """Dense layer with activation, bf16 products."""
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
     label, name, N = operation.label, operation.names[0], plan.capacity
     run = round_up(-(-layer.in_features // DENSE_CHUNKS), BLOCK)
     wide_run = round_up(run, WIDE)
     chunks = -(-layer.in_features // run)
     columns, samples = round_up(layer.out_features, BLOCK), round_up(N, BLOCK)
-    spec = _dense_spec(plan, operation, run)
+    spec = replace(_dense_spec(plan, operation, run), unit=unit)
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(target)
@@ -318,11 +321,11 @@ def dense(plan: Plan, operation: Operation) -> Served:
     """Dense layer with activation."""
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
     weights, N = _weights(operation), plan.capacity
-    if plan.tiles and weights >= TILES_PAY:
-        operation.because(f"AMX tiles: bf16, {weights:,} weights")
-        return dense_on_tiles(plan, operation)
-    few = f"{weights:,} weights, tiles pay from {TILES_PAY:,}"
-    operation.because(f"{plan.isa.name} vectors: " + (few if plan.tiles else "fp32"))
+    if plan.unit is not None and weights >= TILES_PAY:
+        operation.because(f"{UNITS[plan.unit]}: bf16, {weights:,} weights")
+        return dense_on_tiles(plan, operation, plan.unit)
+    why = "fp32" if plan.unit is None else f"{weights:,} weights, bf16 pays from {TILES_PAY:,}"
+    operation.because(f"{plan.isa.name} vectors: {why}")
     label = operation.label
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0

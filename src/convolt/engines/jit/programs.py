@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, learning, operations
-from convolt.engines.jit.isa import Isa
+from convolt.engines.jit.isa import Isa, Unit
 from convolt.engines.jit.kernels.specs import LossSpec
 from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
@@ -71,7 +71,7 @@ class Programs:
         grads: Params | None,
         capacity: int,
         byte_input: bool,
-        tiles: bool,
+        unit: Unit | None,
         isa: Isa,
         threads: int,
         compiler: Compiler,
@@ -79,7 +79,7 @@ class Programs:
         checkpoints: int = 0,
     ) -> None:
         first, found = operations(model, training=grads is not None)
-        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), tiles, add_ranks)
+        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), unit, add_ranks)
         self._grads, self._compiler = grads, compiler
         self._model = model
         normalize = found[0].layer if found and isinstance(found[0].layer, Normalize) else None
@@ -87,10 +87,10 @@ class Programs:
         self._operations = found[1:] if normalize is not None else found
         start = found[0].output if normalize is not None else first
         self._output = self._operations[-1].output if self._operations else start
-        if tiles and reads_planes(start):
+        if unit is not None and reads_planes(start):
             start.lay_in_planes()
         for operation in self._operations:
-            operation.output.half = tiles and operation.kind == "Flatten" and reads_half(operation.output)
+            operation.output.half = unit is not None and operation.kind == "Flatten" and reads_half(operation.output)
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
         self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]

@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 
 from convolt.engines.jit.graph import Operation, Tensor
+from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import (
     AddSpec,
     Frame,
@@ -201,7 +202,8 @@ def shaping(plan: Plan, operation: Operation) -> Served:
     source, target = operation.inputs[0], operation.output
     factory = "images:flatten" if operation.kind == "Flatten" else "images:global_average"
     frames = Frame.of(source), Frame.of(target)
-    spec = MapSpec(operation.kind, *frames, plan.images, plan.isa.lanes, half=target.half)
+    native = plan.unit is not None and converts(plan.unit)
+    spec = MapSpec(operation.kind, *frames, plan.images, plan.isa.lanes, half=target.half, native=native)
     own = plan.scratch(math.prod(source.shape)) if target.half else 0
     forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target), own)]
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import Pairs, float32_of_bf16, pack_pairs, to_bf16
+from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
+from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import (
     BF16,
     BLOCK,
@@ -42,17 +43,17 @@ from convolt.engines.jit.kernels.weights import optimizer_step
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
 
-LANES = 16  # AMX comes with AVX-512
+LANES = 16  # of a block; LLVM cuts vectors into what the registers hold
 TILE_ELEMENTS = 16 * DEPTH
 PAIRED_STEP = WIDE // 16 * TILE_ELEMENTS  # elements of 32 paired rows of a wide block
 
 
-def blocks_of(spec: AmxGemm, rows: int) -> Callable[[int, int, int], None]:
+def blocks_of(spec: BlockGemm, rows: int) -> Callable[[int, int, int], None]:
     """A product with any number of rows: ``run(a, b, c)``. The tiles of a last, smaller block get their own shape."""
     whole, rest = divmod(rows, BLOCK)
     main, tail = replace(spec, rows=BLOCK), replace(spec, rows=rest or BLOCK)
-    main_shape, main_kernel = configure(main), amx(main)
-    tail_shape, tail_kernel = configure(tail), amx(tail)
+    main_shape, main_kernel = configure(main), block_gemm(main)
+    tail_shape, tail_kernel = configure(tail), block_gemm(tail)
     a_step, c_step = BF16 * BLOCK * spec.a_row, FLOAT * BLOCK * spec.c_row
 
     @njit
@@ -91,13 +92,13 @@ def forward(spec: DenseSpec) -> Callable[..., None]:
 def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     N, outputs, columns, scratch = spec.N, spec.outputs, round_up(spec.outputs, BLOCK), dense_forward_scratch(spec)
     depth, row, half = round_up(inputs, DEPTH), spec.panel_row, spec.half
-    narrow = to_bf16(inputs, LANES, True)
+    narrow = to_bf16(inputs, LANES, converts(spec.unit))
     turn = transpose(Transpose(16, depth // 2, depth // 2, 16, LANES))  # pairs of bf16 move as one float32
     tile = depth // 2 * 32
-    shape = AmxGemm(BLOCK, BLOCK, DEPTH, depth // DEPTH, row, DEPTH, 0, TILE_ELEMENTS, tile, 0, columns)
+    shape = BlockGemm(spec.unit, BLOCK, BLOCK, DEPTH, depth // DEPTH, row, DEPTH, 0, TILE_ELEMENTS, tile, 0, columns)
     product = blocks_of(shape, N)
     panel_bytes, weights_bytes = BF16 * round_up(N, BLOCK) * row, BF16 * columns * depth
-    all_inputs, run = spec.inputs, spec.run
+    all_inputs, run, done = spec.inputs, spec.run, release(spec.unit)
 
     @njit
     def panel(arguments: Any, chunk: int, thread: int) -> None:
@@ -118,7 +119,7 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
             turn(rows + BF16 * o * depth, packed + BF16 * o // 16 * tile)
         for o in range(0, columns, BLOCK):
             product(x, packed + BF16 * o // 16 * tile, arguments[3] + FLOAT * (chunk * N * columns + o))
-        release()
+        done()
 
     return panel
 
@@ -134,7 +135,7 @@ def _move(source: int, target: int, count: int) -> None:
 def round_weights(spec: DenseSpec) -> Callable[..., None]:
     """W in bf16, where the state says that W has changed since; arguments: state, W, its copy. A chunk is an eighth."""
     outputs, inputs = spec.outputs, spec.inputs
-    rows, narrow = -(-outputs // 8), to_bf16(inputs, LANES, True)
+    rows, narrow = -(-outputs // 8), to_bf16(inputs, LANES, converts(spec.unit))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         if view(arguments[0], (3,), np.int64)[2]:
@@ -180,8 +181,8 @@ def turn(spec: DenseSpec) -> Callable[..., None]:
     """Dy as bf16 rows (N, columns) and turned (columns, N); arguments: state, dy, rows, turned, peak. One chunk."""
     N, outputs = spec.N, spec.outputs
     columns, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
-    narrow = to_bf16(outputs, LANES, True)
-    across = transpose(Transpose(samples, columns, columns, samples, LANES, "bf16", "bf16", True))
+    narrow = to_bf16(outputs, LANES, converts(spec.unit))
+    across = transpose(Transpose(samples, columns, columns, samples, LANES, "bf16", "bf16", converts(spec.unit)))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         for n in range(N):
@@ -201,6 +202,7 @@ def backward(spec: DenseSpec) -> Callable[..., None]:
     rest = inputs % WIDE
     full, tail = _columns(spec, WIDE), _columns(spec, rest or WIDE)
     partial = spec.N % DEPTH > 0 or spec.outputs % DEPTH > 0  # a last step that is not full
+    done = release(spec.unit)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         own = arguments[7] + thread * scratch
@@ -211,7 +213,7 @@ def backward(spec: DenseSpec) -> Callable[..., None]:
                 full(arguments, column, own)
             elif rest:
                 tail(arguments, column, own)
-        release()
+        done()
 
     return kernel
 
@@ -220,7 +222,8 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     """Some columns of dw and of dx: ``both(arguments, first column, scratch)``."""
     N, inputs, outputs, wants_dx, wants_dw = spec.N, spec.inputs, spec.outputs, spec.wants_dx, spec.wants_dw
     wide, samples = round_up(outputs, BLOCK), round_up(N, BLOCK)
-    shape = AmxGemm(
+    shape = BlockGemm(
+        spec.unit,
         BLOCK,
         BLOCK,
         DEPTH,
@@ -236,7 +239,7 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     )
     weights = _product(shape, outputs, columns)
     slopes = _product(replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N, columns)
-    pair_x, pair_w = _paired(N, columns, inputs, WIDE, spec.half), _paired(outputs, columns, inputs, WIDE, True)
+    pair_x, pair_w = _paired(spec, N, columns, WIDE, spec.half), _paired(spec, outputs, columns, WIDE, True)
     x_width = BF16 if spec.half else FLOAT
     x_bytes = BF16 * WIDE * samples
 
@@ -264,6 +267,7 @@ def update(spec: DenseUpdateSpec) -> Callable[..., None]:
     rest = inputs % STRIPE
     full, tail = _stepped_columns(spec, STRIPE), _stepped_columns(spec, rest or STRIPE)
     outputs, partial = round_up(-(-dense.outputs // QUARTERS), BLOCK), dense.N % DEPTH > 0
+    done = release(dense.unit)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         own = arguments[8] + thread * scratch
@@ -275,7 +279,7 @@ def update(spec: DenseUpdateSpec) -> Callable[..., None]:
                 full(arguments, column, first, first + outputs, own)
             elif rest:
                 tail(arguments, column, first, first + outputs, own)
-        release()
+        done()
 
     return kernel
 
@@ -286,11 +290,10 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
     N, inputs = dense.N, dense.inputs
     samples = round_up(N, BLOCK)
     whole, rest = divmod(dense.outputs, BLOCK)
-    shape = AmxGemm(
-        BLOCK, BLOCK, DEPTH, samples // DEPTH, samples, DEPTH, 0, STRIPE // 16 * TILE_ELEMENTS, TILE_ELEMENTS, 0, STRIPE
-    )
+    steps, b_step = samples // DEPTH, STRIPE // 16 * TILE_ELEMENTS
+    shape = BlockGemm(dense.unit, BLOCK, BLOCK, DEPTH, steps, samples, DEPTH, 0, b_step, TILE_ELEMENTS, 0, STRIPE)
     block, last = _product(shape, BLOCK, columns), _product(shape, rest or BLOCK, columns)
-    pair, narrow = _paired(N, columns, inputs, STRIPE, dense.half), to_bf16(columns, LANES, True)
+    pair, narrow = _paired(dense, N, columns, STRIPE, dense.half), to_bf16(columns, LANES, converts(dense.unit))
     x_width = BF16 if dense.half else FLOAT
     x_bytes, rows_bytes, outputs = BF16 * STRIPE * samples, BF16 * BLOCK * samples, dense.outputs
 
@@ -322,7 +325,7 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
     return stepped
 
 
-def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int], None]:
+def _product(spec: BlockGemm, rows: int, columns: int) -> Callable[[int, int, int], None]:
     """A product with any number of rows and up to 128 columns: ``run(a, b, c)``, row blocks outermost."""
     whole, rest = divmod(rows, BLOCK)
     across, edge = divmod(columns, BLOCK)
@@ -333,7 +336,7 @@ def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int]
         for width in (BLOCK, edge)
     ]
     shape, shape_edge, shape_rest, shape_corner = (configure(each) for each in specs)
-    kernel, kernel_edge, kernel_rest, kernel_corner = (amx(each) for each in specs)
+    kernel, kernel_edge, kernel_rest, kernel_corner = (block_gemm(each) for each in specs)
     a_step, b_step, c_step = BF16 * BLOCK * main.a_row, BF16 * 2 * TILE_ELEMENTS, FLOAT * BLOCK * main.c_row
 
     @njit
@@ -358,15 +361,15 @@ def _product(spec: AmxGemm, rows: int, columns: int) -> Callable[[int, int, int]
     return run
 
 
-def _paired(rows: int, columns: int, row: int, wide: int, half: bool) -> Callable[[int, int], None]:
+def _paired(dense: DenseSpec, rows: int, columns: int, wide: int, half: bool) -> Callable[[int, int], None]:
     """Rows as paired bf16 tiles, 32 at a time: ``pair(source, target)``; the rest of ``wide`` stays zero.
 
     half: whether they are bf16 already.
     """
-    number = BF16 if half else FLOAT
+    number, row = BF16 if half else FLOAT, dense.inputs
     step_bytes = BF16 * wide // 16 * TILE_ELEMENTS
     whole, rest = divmod(rows, DEPTH)
-    spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "bf16" if half else "fp32", True)
+    spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "bf16" if half else "fp32", converts(dense.unit))
     main, tail = pack_pairs(spec), pack_pairs(replace(spec, depth=rest or DEPTH))
 
     @njit

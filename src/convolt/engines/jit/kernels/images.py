@@ -255,7 +255,7 @@ def flatten(spec: MapSpec) -> Callable[..., None]:
     rows, at_once = (1, H * W) if x.columns == W else (H, W)
     turn = transpose(Transpose(at_once, C, C, H * W, spec.lanes))
     features = C * H * W
-    narrow = to_bf16(features, spec.lanes, half)
+    narrow = to_bf16(features, spec.lanes, spec.native)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]

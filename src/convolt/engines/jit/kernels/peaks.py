@@ -9,16 +9,18 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from convolt.engines.jit.amx import AmxGemm, Tiles, configure, release
-from convolt.engines.jit.peaks import SUMS, UNROLLED, MultiplyAdds, Reads, TileProducts
+from convolt.engines.jit.amx import Tiles
+from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
+from convolt.engines.jit.pair_products import dot_product
+from convolt.engines.jit.peaks import BLOCK, SUMS, UNROLLED, BlockProducts, MultiplyAdds, Reads, TileProducts
 from convolt.engines.jit.vectors import I64, Floats, carried_loop
 
 LINE = 64  # bytes of the sums of a chunk
-FULL_TILES = AmxGemm(32, 32, 32, 1, 32, 0, 0, 0, 0, 0, 32)
+FULL_TILES = BlockGemm("amx", 32, 32, 32, 1, 32, 0, 0, 0, 0, 0, 32)
 
 
 def multiply_adds(spec: MultiplyAdds) -> Callable[..., None]:
-    """``sum_i = x x + sum_i`` for SUMS vectors, x = the operand."""
+    """``sum_i = x x + sum_i`` for SUMS vectors; x is the operand, a float32 number or a pair of bf16 ones."""
 
     @intrinsic
     def chains(typingctx: Any, operand: Any, result: Any) -> Any:
@@ -28,7 +30,10 @@ def multiply_adds(spec: MultiplyAdds) -> Callable[..., None]:
 
             def turn(i: Any, sums: list[Any]) -> list[Any]:
                 for _ in range(UNROLLED):
-                    sums = [floats.multiply_add(x, x, c) for c in sums]
+                    if spec.dots:
+                        sums = [dot_product(floats, x, x, c) for c in sums]
+                    else:
+                        sums = [floats.multiply_add(x, x, c) for c in sums]
                 return sums
 
             _store_sum(floats, carried_loop(builder, I64(spec.turns), [floats.zero] * SUMS, turn), args[1])
@@ -44,7 +49,7 @@ def multiply_adds(spec: MultiplyAdds) -> Callable[..., None]:
 
 def tile_products(spec: TileProducts) -> Callable[..., None]:
     """``C_ij += A_i B_j`` for two by two tiles, all of them zero; tiles 0-3 are C, 4 and 5 A, 6 and 7 B."""
-    shape_tiles = configure(FULL_TILES)
+    shape_tiles, done = configure(FULL_TILES), release("amx")
 
     @intrinsic
     def products(typingctx: Any) -> Any:
@@ -67,7 +72,25 @@ def tile_products(spec: TileProducts) -> Callable[..., None]:
     def kernel(arguments: Any, chunk: Any, thread: Any) -> None:
         shape_tiles()
         products()
-        release()
+        done()
+
+    return kernel
+
+
+def block_products(spec: BlockProducts) -> Callable[..., None]:
+    """C = A B again and again, all of them in the L1 cache; arguments: A, B packed and C behind it; nothing read."""
+    depth, turns = spec.depth, spec.turns
+    packed = depth * BLOCK
+    shape = BlockGemm(
+        spec.unit, BLOCK, BLOCK, BLOCK, depth // BLOCK, depth, BLOCK, 0, BLOCK * BLOCK, BLOCK * BLOCK // 2, 0, BLOCK
+    )
+    begin, product, done = configure(shape), block_gemm(shape), release(spec.unit)
+
+    def kernel(arguments: Any, chunk: Any, thread: Any) -> None:
+        begin()
+        for _ in range(turns):
+            product(arguments[0], arguments[0] + 2 * packed, arguments[0] + 4 * packed, 0, 1)
+        done()
 
     return kernel
 

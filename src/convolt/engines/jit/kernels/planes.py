@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import bf16_of_float32
+from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import PairThrough, PairUnpool, pair_through, pair_unpool
+from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec, InputSpec
 from convolt.engines.jit.kernels.tile_specs import PlaneBackSpec, TileSpec
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.runs import Columns, Runs, columns, runs
 
-LANES = 16  # AMX comes with AVX-512
+LANES = 16  # pixels that are transposed together
 PAIR_BYTES = 64  # of 16 channels of two pixels
 
 
@@ -104,7 +105,7 @@ def conv_backward(spec: PlaneBackSpec) -> Callable[..., None]:
         spec.scratch,
         spec.part,
     )
-    shifted_bytes, x_size, pitch = spec.shifted_bytes, conv.x.size, conv.x.columns
+    shifted_bytes, x_size, pitch, done = spec.shifted_bytes, conv.x.size, conv.x.columns, release(conv.unit)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -123,7 +124,7 @@ def conv_backward(spec: PlaneBackSpec) -> Callable[..., None]:
                     weights(planes + BF16 * p * pitch, shifted, pairs, dw)
                 elif rest:
                     last_weights(planes + BF16 * p * pitch, shifted, pairs, dw)
-        release()
+        done()
 
     return kernel
 
@@ -133,12 +134,12 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
     conv, y, pitch = spec.conv, spec.conv.y, spec.conv.x.columns
     pool_h, pool_w = conv.pool
     K, P, Q, rows, together = conv.K, conv.P, conv.Q, spec.rows, spec.group_rows
-    PP, QQ = P // pool_h, Q // pool_w
+    PP, QQ, native = P // pool_h, Q // pool_w, converts(conv.unit)
     plane = spec.pixels // 2 * PAIR_BYTES
     row_bytes, y_size, y_origin, y_pitch = pitch // 2 * PAIR_BYTES, y.size, y.origin, y.pitch
-    spread = pair_unpool(PairUnpool(K, pool_h, pool_w, row_bytes, plane, DEAD, conv.bias))
-    both = pair_through(PairThrough(K, conv.slope, plane, conv.bias, both=True))
-    single = pair_through(PairThrough(K, conv.slope, plane, conv.bias, both=False))
+    spread = pair_unpool(PairUnpool(K, pool_h, pool_w, row_bytes, plane, DEAD, conv.bias, native))
+    both = pair_through(PairThrough(K, conv.slope, plane, conv.bias, native, both=True))
+    single = pair_through(PairThrough(K, conv.slope, plane, conv.bias, native, both=False))
 
     @njit
     def pooled_slopes(arguments: Any, image: int, p: int, pairs: int, db: int) -> None:
@@ -168,7 +169,8 @@ def _weight_gradient(spec: PlaneBackSpec, rows: int) -> Callable[[int, int, int,
     conv, depth, wide, pixels, pitch = spec.conv, spec.depth, spec.wide, spec.pixels, spec.conv.x.columns
     tile = pixels // 2 * BLOCK  # elements of 16 filters
     steps = -(-rows * pitch // DEPTH)
-    shape = AmxGemm(
+    shape = BlockGemm(
+        unit=conv.unit,
         rows=BLOCK,
         columns=BLOCK,
         step=DEPTH,
@@ -182,7 +184,7 @@ def _weight_gradient(spec: PlaneBackSpec, rows: int) -> Callable[[int, int, int,
         c_row=wide,
         start="load",
     )
-    product, begin = amx(shape), configure(shape)
+    product, begin = block_gemm(shape), configure(shape)
     # Behind the last pixel of the group the runs are zero, whatever the slopes of the group before left there.
     shift = runs(Runs(taps(conv), (rows - 1) * pitch + conv.Q, steps * DEPTH, pixels))
 

@@ -6,6 +6,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from convolt.engines.jit.isa import Unit
 from convolt.layers import AvgPool2d, Conv2d, MaxPool2d
 
 if TYPE_CHECKING:  # kernels do not depend on how the graph is made
@@ -97,6 +98,7 @@ class ConvSpec:
 
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
     pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added.
+    unit: what multiplies where products are bf16.
     """
 
     x: Frame
@@ -114,6 +116,7 @@ class ConvSpec:
     registers: int
     wants_dx: bool = True
     add: bool = False
+    unit: Unit = "fma"
 
     @property
     def merged(self) -> bool:
@@ -177,7 +180,7 @@ class DenseSpec:
     """Everything a dense kernel is compiled for. N: capacity in samples. run: outputs or inputs of a chunk.
 
     accumulate: whether dw is added to what is there; add: whether dx is. wants_dw: whether the backward pass makes dw;
-    without, it is made in one pass with the optimizer's step. half: whether x is bf16.
+    without, it is made in one pass with the optimizer's step. half: whether x is bf16. unit: what multiplies bf16.
     """
 
     N: int
@@ -193,6 +196,7 @@ class DenseSpec:
     add: bool = False
     wants_dw: bool = True
     half: bool = False
+    unit: Unit = "fma"
 
     @property
     def panel_row(self) -> int:
@@ -205,7 +209,8 @@ class DenseSpec:
 class MapSpec:
     """An elementwise operation or a sum over some images: frames of what it reads and writes.
 
-    kind: which operation, such as "relu" or "add"; number: its constant. half: whether y is bf16.
+    kind: which operation, such as "relu" or "add"; number: its constant. half: whether y is bf16; native: whether the
+    CPU rounds to it.
     """
 
     kind: str
@@ -216,6 +221,7 @@ class MapSpec:
     number: float = 0.0
     add: bool = False
     half: bool = False
+    native: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,25 +18,27 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import bf16_of_float32, to_bf16
+from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import MaxOf, max_of
+from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.planes import columns_of_planes
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, Frame, PackSpec
 from convolt.engines.jit.kernels.tile_specs import TileSpec, input_gradient
 from convolt.engines.jit.memory import copy, view
 
-LANES = 16  # AMX comes with AVX-512
+LANES = 16  # of a block; LLVM cuts vectors into what the registers hold
 TILE_ELEMENTS = 16 * DEPTH
 
 
-def product(spec: TileSpec) -> AmxGemm:
+def product(spec: TileSpec) -> BlockGemm:
     """32 pixels by 32 filters over the whole depth; ``segments`` is 1 for gathered columns and R for direct ones."""
     conv, window = spec.conv, spec.conv.window
     whole = spec.depth // DEPTH
     steps = whole // window.R if spec.direct else whole
     narrow = spec.direct and conv.Q <= DEPTH // 2
-    return AmxGemm(
+    return BlockGemm(
+        unit=conv.unit,
         rows=BLOCK,
         columns=BLOCK,
         step=DEPTH,
@@ -88,7 +90,8 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
     """``y = pool(act(w * x + b))``; arguments: state, x, packed filters, bias, y, codes, scratch."""
     conv = spec.conv
     planar = conv.x.planar
-    load, multiply, shape = load_image(conv.x, spec), multiply_group(spec), configure(product(spec))
+    load, multiply = load_image(conv.x, spec), multiply_group(spec)
+    shape, done = configure(product(spec)), release(conv.unit)
     gather = columns_of_planes(spec) if planar else gather_rows(spec)
     whole, rest = divmod(conv.K, BLOCK)
     full, tail = finish_group(spec, BLOCK), finish_group(spec, rest or BLOCK)
@@ -123,7 +126,7 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
                             full(arguments, result, image, image - first, p, block * BLOCK)
                         elif rest:
                             tail(arguments, result, image, image - first, p, block * BLOCK)
-        release()
+        done()
 
     return kernel
 
@@ -131,8 +134,8 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
 def load_image(x: Frame, spec: TileSpec) -> Callable[[int, int], None]:
     """One float32 frame as bf16 with the channels the tiles want: ``load(source, target)``."""
     pixels, C, channels = x.rows * x.columns, x.C, spec.channels
-    together = to_bf16(pixels * C, LANES, True)
-    apart = to_bf16(C, LANES, True)
+    together = to_bf16(pixels * C, LANES, converts(spec.conv.unit))
+    apart = to_bf16(C, LANES, converts(spec.conv.unit))
     same = channels == C
 
     @njit
@@ -179,7 +182,7 @@ def gather_rows(spec: TileSpec) -> Callable[[int, int, int, int], None]:
 def multiply_group(spec: TileSpec) -> Callable[[int, int, int, int, int, int], None]:
     """Products of a group with a block of filters: ``multiply(image, columns, filters, result, p, images)``."""
     conv, window, channels = spec.conv, spec.conv.window, spec.channels
-    kernel = amx(product(spec))
+    kernel = block_gemm(product(spec))
     direct, R, Q, rows, row_pixels = spec.direct, window.R, conv.Q, spec.group_rows, spec.row_pixels
     pitch, depth = conv.x.columns, spec.depth
     corner = conv.x.origin // conv.x.C - window.top * pitch - window.left

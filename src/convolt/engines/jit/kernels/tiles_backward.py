@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import Pairs, pack_pairs
+from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
+from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec
 from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec, TileBackSpec
 from convolt.engines.jit.kernels.tiles import (
@@ -96,13 +97,13 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
 
 def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int, int], None]:
     """The gradient of the output as bf16 rows of ``wide`` channels, ``pitch`` pixels a row, and db."""
-    y = conv.y
+    y, native = conv.y, converts(conv.unit)
     pool_h, pool_w = conv.pool
     K, P, Q = conv.K, conv.P, conv.Q
     PP, QQ = P // pool_h, Q // pool_w
     taps = tuple((i * pitch + j) * wide for i in range(pool_h) for j in range(pool_w))
-    spread = unpool(Unpool(K, taps, DEAD, LANES, True, conv.bias))
-    let_through = through(Through(K, conv.slope, LANES, True, conv.bias))
+    spread = unpool(Unpool(K, taps, DEAD, LANES, native, conv.bias))
+    let_through = through(Through(K, conv.slope, LANES, native, conv.bias))
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
 
     @njit
@@ -130,7 +131,8 @@ def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]
     gather = spec.gather
     depth, pixels, wide = gather.depth, gather.pixels, spec.slopes_columns
     step = 2 * TILE_ELEMENTS
-    shape = AmxGemm(
+    shape = BlockGemm(
+        unit=spec.conv.unit,
         rows=BLOCK,
         columns=BLOCK,
         step=DEPTH,
@@ -144,9 +146,10 @@ def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]
         c_row=depth,
         start="load",
     )
-    kernel, begin = amx(shape), configure(shape)
+    kernel, begin = block_gemm(shape), configure(shape)
+    native, done = converts(spec.conv.unit), release(spec.conv.unit)
     pair = pack_pairs(Pairs(DEPTH, depth, depth, DEPTH, TILE_ELEMENTS))
-    turn = transpose(Transpose(DEPTH, wide, wide, pixels, LANES, "bf16", "bf16", True))
+    turn = transpose(Transpose(DEPTH, wide, wide, pixels, LANES, "bf16", "bf16", native))
     gathered_bytes = gather.gathered_bytes
 
     @njit
@@ -165,7 +168,7 @@ def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]
             for k in range(0, wide, BLOCK):
                 place = dw + FLOAT * (k * depth + j * BLOCK)
                 kernel(turned + BF16 * k * pixels, pairs + BF16 * j * step, place, 0, steps)
-        release()
+        done()
 
     return weights
 
@@ -183,7 +186,7 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int], N
     rows_together, together, H, direct = tiles.group_rows, tiles.group_images, conv.P, tiles.direct
     image_bytes, gathered_bytes, filters_bytes = tiles.image_bytes, tiles.gathered_bytes, BF16 * tiles.depth * BLOCK
 
-    move = copy(BF16 * channels)
+    move, done = copy(BF16 * channels), release(conv.unit)
 
     @njit
     def spread(dy: int, frame: int) -> None:
@@ -212,7 +215,7 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int], N
                         full(arguments, result, image, image, h, block * BLOCK)
                     elif rest:
                         tail(arguments, result, image, image, h, block * BLOCK)
-        release()
+        done()
 
     return inputs
 

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from convolt.engines.jit.amx import AmxGemm, amx, configure, release
 from convolt.engines.jit.bf16 import Pairs, pack_pairs
+from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
+from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, ONE, STATE
 from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec
 from convolt.engines.jit.kernels.tiles import LANES, finish_group, gather_rows, multiply_group, product
@@ -97,9 +98,9 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
 def _pairs(spec: ShiftedBackSpec) -> Callable[[int, int], None]:
     """An image's frame in pairs of pixels, from the first pixel on and from the second: ``pair(x, pairs)``."""
     x, plane, copy_bytes, copies = spec.conv.x, spec.pairs * PAIR, spec.pairs_bytes, spec.copies
-    pixels, C = x.rows * x.columns, x.C
-    even = pack_pairs(Pairs(pixels, C, C, PAIR, plane, "fp32", True))
-    odd = pack_pairs(Pairs(pixels - 1, C, C, PAIR, plane, "fp32", True))
+    pixels, C, native = x.rows * x.columns, x.C, converts(spec.conv.unit)
+    even = pack_pairs(Pairs(pixels, C, C, PAIR, plane, "fp32", native))
+    odd = pack_pairs(Pairs(pixels - 1, C, C, PAIR, plane, "fp32", native))
 
     @njit
     def pair(image: int, pairs: int) -> None:
@@ -115,10 +116,10 @@ def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
     depth, channels, wide, plane = spec.depth, spec.channels, spec.wide, spec.pairs * PAIR
     filters = -(-spec.conv.K // TILE) * TILE
     # For each 32 pixels, rows of 64 bytes one behind another: to the memory a block's tiles are two runs.
-    turn = transpose(Transpose(DEPTH, wide, wide, DEPTH, LANES, "bf16", "bf16", True))
+    turn = transpose(Transpose(DEPTH, wide, wide, DEPTH, LANES, "bf16", "bf16", converts(spec.conv.unit)))
     main, right = _tap_products(spec, BLOCK, BLOCK), _tap_products(spec, BLOCK, TILE)
     lower, corner = _tap_products(spec, TILE, BLOCK), _tap_products(spec, TILE, TILE)
-    edge, bottom = channels % BLOCK, filters % BLOCK
+    edge, bottom, done = channels % BLOCK, filters % BLOCK, release(spec.conv.unit)
 
     @njit
     def weights(dy: int, turned: int, pairs: int, dw: int, pixels: int, first: bool, one: int) -> None:
@@ -142,7 +143,7 @@ def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
                         right(slopes, x, place, steps, one)
                     elif bottom:
                         corner(slopes, x, place, steps, one)
-        release()
+        done()
 
     return weights
 
@@ -150,7 +151,8 @@ def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
 def _tap_products(spec: ShiftedBackSpec, rows: int, columns: int) -> Callable[[int, int, int, int, int], None]:
     """The products of so many filters with so many channels of every tap: ``run(dy, x, dw, steps, one)``."""
     conv, window, depth, channels = spec.conv, spec.conv.window, spec.depth, spec.channels
-    shape = AmxGemm(
+    shape = BlockGemm(
+        unit=conv.unit,
         rows=rows,
         columns=columns,
         step=DEPTH,
@@ -164,7 +166,7 @@ def _tap_products(spec: ShiftedBackSpec, rows: int, columns: int) -> Callable[[i
         c_row=depth,
         start="load",
     )
-    begin, block = configure(shape), amx(shape)
+    begin, block = configure(shape), block_gemm(shape)
     R, S, pitch, corner, copy_bytes = window.R, window.S, conv.x.columns, spec.corner, spec.pairs_bytes
     dilation_h, dilation_w = window.dilation_h, window.dilation_w
 
@@ -188,7 +190,7 @@ def _input_gradient(spec: ShiftedBackSpec) -> Callable[[int, int, int, int, int,
     full, tail = finish_group(tiles, BLOCK), finish_group(tiles, rest or BLOCK)
     rows_together, H, direct = tiles.group_rows, conv.P, tiles.direct
     image_bytes, filters_bytes = BF16 * spec.spacing * spec.wide, BF16 * tiles.depth * BLOCK
-    gathered_bytes = tiles.gathered_bytes
+    gathered_bytes, done = tiles.gathered_bytes, release(conv.unit)
 
     @njit
     def inputs(dy: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
@@ -206,6 +208,6 @@ def _input_gradient(spec: ShiftedBackSpec) -> Callable[[int, int, int, int, int,
                         full(arguments, result, image, image, h, block * BLOCK)
                     elif rest:
                         tail(arguments, result, image, image, h, block * BLOCK)
-        release()
+        done()
 
     return inputs
