@@ -1,9 +1,14 @@
-"""``convolt`` with a fault: ``python -m mpi4py failing_ranks.py WHAT@RANK:STEP ARGUMENTS``; rank -1 is every rank."""
+"""``convolt`` with a fault: ``failing_ranks.py WHAT@RANK:STEP[@FILE] ARGUMENTS`` under mpiexec; rank -1 is every rank.
+
+The moment of the fault, on the clock that all processes of a machine share, is written to FILE.
+"""
 
 import math
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from convolt.cli import main
@@ -11,7 +16,7 @@ from convolt.errors import TrainingError
 from convolt.launch import placement
 from convolt.step import Stepper
 
-what, _, place = sys.argv[1].partition("@")
+what, place, *told = sys.argv[1].split("@")
 rank, step = (int(number) for number in place.split(":"))
 where = placement()
 correct_step, correct_gradient = Stepper.step, Stepper._gradient
@@ -22,6 +27,8 @@ def failing(self: Stepper, *arguments: Any) -> Any:
     """The fault comes before the step of that number."""
     taken.append(1)
     if len(taken) == step:
+        for name in told:
+            Path(name).write_text(str(time.monotonic()))
         if what == "error":
             raise TrainingError("on purpose")
         if what == "defect":
