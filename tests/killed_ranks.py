@@ -7,7 +7,7 @@ calls of functions; ``RANK:CALLS:steps`` counts from the first step; several are
 KEY=VALUE are fields of `Parallel`; ``through_memory=false`` is for ranks that add by messages.
 
 Every rank appends to FOLDER/books what it did: the samples that it took for each step, by a number in their first
-pixel, before anything is computed of them, and the loss of each step that was done; and when it died.
+pixel, before anything is computed of them, and the loss of each step that was done, and when; and when it died.
 """
 
 import json
@@ -69,7 +69,7 @@ class Books(Callback):
         os.write(self._file, json.dumps(record).encode() + b"\n")
 
     def on_step(self, step: StepEvent) -> None:
-        self.write(done=step.step - 1, loss=step.loss)
+        self.write(done=step.step - 1, loss=step.loss, at=time.monotonic())
 
 
 @dataclass

@@ -18,6 +18,7 @@ class Ledger:
         takes: dict[int, dict[tuple[int, int], dict[int, list[int]]]] = defaultdict(lambda: defaultdict(dict))
         losses: dict[int, dict[int, float]] = defaultdict(dict)
         self.deaths: dict[int, list[float]] = defaultdict(list)
+        steps_at: list[float] = []
         for path in sorted((folder / "books").iterdir()):
             attempt = int(path.stem.split("-")[0])
             for line in path.read_text().splitlines():
@@ -28,9 +29,12 @@ class Ledger:
                     takes[record["takes"]][group][record["rank"]] = record["samples"]
                 elif "done" in record:
                     losses[record["done"]][attempt] = record["loss"]
+                    steps_at.append(record["at"])
                 else:
                     self.deaths[attempt].append(record["died"])
         self._takes = takes
+        later = [(death, [at for at in steps_at if at > death]) for deaths in self.deaths.values() for death in deaths]
+        self.pauses = [min(moments) - death for death, moments in later if moments]  # until a step was done again
         self.losses = [losses[step][max(losses[step])] for step in sorted(losses)]
 
     def samples(self, step: int) -> list[int]:

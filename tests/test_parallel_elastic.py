@@ -22,6 +22,7 @@ from convolt.run import Run
 
 PROGRAM, FAILING = (Path(__file__).with_name(name) for name in ("killed_ranks.py", "failing_ranks.py"))
 HANGS = 60  # seconds for a whole run on a busy machine
+SOON = 5  # seconds from a death to the next step of the others
 TRAIN = (*("train", "--engine", "im2col", "--threads", "1", "--quiet", "--epochs", "3"), "--checkpoint-every", "5ba")
 
 
@@ -86,6 +87,7 @@ def test_the_others_go_on_from_the_same_step(fault, undisturbed, tmp_path):
     done = elastic(3, tmp_path, fault)
     assert done.returncode == 0, done.stderr
     assert len(Ledger(tmp_path).deaths[0]) == 1
+    assert max(Ledger(tmp_path).pauses) < SOON
     assert_same_run(tmp_path, undisturbed, 2)
 
 
