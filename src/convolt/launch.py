@@ -72,14 +72,11 @@ class Ended:
     """How ranks ended. code: 0 done, 75 interrupted and saved, 128 + n killed by signal n, else an error.
 
     output: what was written to standard output, if it was caught. signal: SIGINT or SIGTERM if one was passed on.
-    answered: whether anything came on standard output: with fault tolerance, mpiexec has the code 0 although all ranks
-    were killed.
     """
 
     code: int
     output: str = ""
     signal: int | None = None
-    answered: bool = False
 
 
 def placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
@@ -159,7 +156,14 @@ def run(
     Raises ConfigError, MissingDependency, EngineError; subprocess.TimeoutExpired.
     """
     words = command(ranks, arguments, elastic)
-    return run_command(words, catch_output=catch_output, quiet=quiet, timeout=timeout, environment=environment)
+    return run_command(
+        words,
+        catch_output=catch_output,
+        quiet=quiet,
+        timeout=timeout,
+        environment=environment,
+        must_answer=elastic,
+    )
 
 
 def run_command(
@@ -169,8 +173,13 @@ def run_command(
     quiet: bool = False,
     timeout: float | None = None,
     environment: Mapping[str, str] | None = None,
+    must_answer: bool = False,
 ) -> Ended:
-    """Run a command line that `command` or `launcher` made, as `run` does."""
+    """Run a command line that `command` or `launcher` made, as `run` does.
+
+    must_answer: the code 0 without a word on standard output is no success. With fault tolerance, Open MPI has it when
+    all ranks were killed, and when the survivors of one ended with an error.
+    """
     output, errors = _Lines(None if catch_output else sys.stdout), _Lines(None if quiet else sys.stderr)
     process = subprocess.Popen(
         words,
@@ -199,9 +208,10 @@ def run_command(
             relay.join()
     if code < 0:
         code = KILLED - code
-    elif code == signal.SIGKILL:  # MPICH's code when a rank was killed, and when one that has said why took its leave
+    elif code == signal.SIGKILL or (must_answer and code == 0 and not output.came):
+        # SIGKILL is MPICH's code when a rank was killed, and when one that has said why took its leave
         code = 1 if errors.failed else KILLED + signal.SIGKILL
-    return Ended(code, "".join(output.kept), passed_on[0] if passed_on else None, answered=output.came)
+    return Ended(code, "".join(output.kept), passed_on[0] if passed_on else None)
 
 
 class _Lines:

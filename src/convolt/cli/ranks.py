@@ -5,7 +5,6 @@ The first rank that fails says why, in one line, and ends all others; rank 0 alo
 came.
 """
 
-import signal
 import sys
 import traceback
 import warnings
@@ -96,18 +95,15 @@ class OfFirst(Callback):
 def start(ranks: int, arguments: Sequence[str], resume: str | None, elastic: bool = False) -> int:
     """Start ``convolt ARGUMENTS`` on so many ranks and wait; returns the exit code. Raises what `launch.run` does."""
     ended = launch.run(ranks, arguments, elastic=elastic)
-    code = ended.code
-    if elastic and code == 0 and not ended.answered:
-        code = launch.KILLED + signal.SIGKILL  # the last one too: nobody was left to say how it went
-    if code > launch.KILLED and code not in (launch.KILLED + signal.SIGINT, launch.KILLED + signal.SIGTERM):
+    if ended.code > launch.KILLED and ended.code not in (launch.KILLED + 2, launch.KILLED + 15):
         way_on = f"convolt train --resume {resume}" if resume else "convolt train --resume RUN"
         who = "every rank" if elastic else "a rank"
         click.echo(
-            f"convolt: error: {who} was killed (signal {code - launch.KILLED}), so all have ended; go on from"
+            f"convolt: error: {who} was killed (signal {ended.code - launch.KILLED}), so all have ended; go on from"
             f" the last checkpoint with: {way_on} --ranks {ranks}",
             err=True,
         )
-    return code
+    return ended.code
 
 
 def wanted(ranks: int | None) -> int:
