@@ -21,7 +21,7 @@ from convolt.parallel import Parallel
 from convolt.run import Run
 
 PROGRAM, FAILING = (Path(__file__).with_name(name) for name in ("killed_ranks.py", "failing_ranks.py"))
-HANGS = 60  # seconds for a whole run on a busy machine
+HANGS = 100  # seconds for a whole run on a busy machine
 SOON = 5  # seconds from a death to the next step of the others
 TRAIN = (*("train", "--engine", "im2col", "--threads", "1", "--quiet", "--epochs", "3"), "--checkpoint-every", "5ba")
 
@@ -163,6 +163,32 @@ def test_an_error_still_ends_all(rank, tmp_path):
     assert done.returncode == 1
     said = [line for line in launch.spoken(done.stderr.splitlines()) if line.strip() and "warning" not in line]
     assert said == [f"convolt: error: rank {rank}: on purpose"]
+
+
+@needs_ulfm
+def test_an_error_after_a_death_ends_all(tmp_path):
+    """Rank 0 dies, and then the next rank 0 fails. mpiexec itself would say that all is well."""
+    words = [*launch.launcher(3, elastic=True), sys.executable, "-m", "mpi4py", str(FAILING), "kill@0:5,error@1:16"]
+    ended = launch.run_command(
+        [*words, *TRAIN, "--elastic", "--out", str(tmp_path / "run")], timeout=HANGS, must_answer=True
+    )
+    assert ended.code == 1
+    assert Run.load(tmp_path / "run").checkpoints.load_latest() is not None
+
+
+@needs_ulfm
+def test_a_signal_after_a_death_saves_once(tmp_path):
+    """Rank 0 dies, and then one of the others is asked to stop."""
+    folder = tmp_path / "run"
+    words = [*launch.launcher(3, elastic=True), sys.executable, "-m", "mpi4py", str(FAILING), "kill@0:5,term@2:16"]
+    done = subprocess.run(
+        [*words, *TRAIN, "--elastic", "--out", str(folder)], capture_output=True, text=True, timeout=HANGS, check=False
+    )
+    assert done.returncode == 75, done.stderr
+    told = [line for line in done.stderr.splitlines() if "saved" in line]
+    assert len(told) == 1
+    assert told[0].endswith(f"saved; go on with: convolt train --resume {folder} --ranks 2")
+    assert not Run.load(folder).finished
 
 
 @needs_ulfm

@@ -36,7 +36,8 @@ class Ranks:
     def __init__(self, debug: bool, tell: Callable[[BaseException, str], int]) -> None:
         self.comm: Communicator = world()
         self._debug, self._tell = debug, tell
-        warnings.showwarning = self._of_first(warnings.showwarning)
+        if self.comm.size > 1:
+            warnings.showwarning = self._of_first(warnings.showwarning)
 
     def __enter__(self) -> Communicator:
         return self.comm
