@@ -85,10 +85,14 @@ def assert_same_step(got: Step, want: Step, tolerance: float) -> None:
 @cache
 def oracle_step(case: Case) -> Step:
     """The same step by PyTorch's functions and autograd in float64."""
-    model, params, x, slopes = case.model, case.params(), case.deltas, case.slopes()
+    return oracle_of(case.model, case.params(), case.deltas, case.slopes(), case.rng)
+
+
+def oracle_of(model: Model, params: Params, x: Array, slopes: Array, rng: SampleRng) -> Step:
+    """One step of any model on any images, in float64."""
     with torch.no_grad():
         prediction = Oracle(model, params, training=False)(x)
-    oracle = Oracle(model, params, case.rng)
+    oracle = Oracle(model, params, rng)
     outputs = oracle(x)
     loss = (outputs * torch.from_numpy(slopes)).sum()
     loss.backward()

@@ -1,9 +1,10 @@
-"""Cases and checks of the jit engine alone: bf16 on matrix tiles, and the optimizers' kernels.
+"""Cases and checks of the jit engine alone: bf16 in blocks, the optimizers' kernels, the choice of a unit.
 
 They are functions for the reason that ``engine_checks`` gives: the mutants of the jit engine are judged by them too.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,13 +12,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from engine_cases import Case
-from engine_checks import assert_near, executor_of, oracle_step, step_on
+from engine_cases import UNITS, Case
+from engine_checks import Step, assert_near, executor_of, oracle_of, step_on
 
 from convolt.engines import JIT
-from convolt.engines.jit import buffers, plan
+from convolt.engines.jit import buffers, plan, units
 from convolt.engines.jit.buffers import Buffer
-from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Shape
+from convolt.engines.jit.isa import detect
+from convolt.engines.jit.update import Updater
+from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape
+from convolt.losses import CrossEntropy
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, step_flat
 from convolt.params import Params
@@ -48,11 +52,18 @@ class Rounded(Case):
     @property
     def terms(self) -> int:
         """Of the longest sum, forward or backward."""
-        layer = self.layers[0]
+        layer = next(_products(self.layers))
         if isinstance(layer, Dense):
             return max(layer.in_features, layer.out_features, self.batch)
         _, P, Q = layer.output_shape(self.shape)
         return max(math.prod(layer.kernel_size) * max(self.shape[0], layer.out_channels), self.batch * P * Q)
+
+
+def _products(layers: tuple[Layer, ...]) -> Iterator[Conv2d | Dense]:
+    for layer in layers:
+        if isinstance(layer, Conv2d | Dense):
+            yield layer
+        yield from _products(getattr(layer, "body", ()))
 
 
 def on_tiles(
@@ -63,28 +74,129 @@ def on_tiles(
     return Rounded(name, shape, (layer, *behind), batch)
 
 
+# Each way through the kernels: direct and gathered, groups of images of which the last has fewer, frames with an odd
+# number of pixels, blocks that are not full on any side, gradients that are added to others.
 TILES = {
     "whole tiles": on_tiles((32, 5, 16), 32, 3, ReLU(), MaxPool2d((1, 2)), padding=1),
-    "an odd width, channels that fill no tile": on_tiles((24, 4, 11), 20, 3, padding=1),
+    "an odd width, channels that fill no tile": on_tiles((24, 4, 11), 20, 3, padding=(2, 1), dilation=(2, 1)),
     "few channels, wide filter, stride 2": on_tiles((3, 9, 13), 33, 5, LeakyReLU(0.25), padding=2, stride=2),
     "dilation": on_tiles((17, 8, 9), 5, 2, dilation=3, batch=1, bias=False),
     "100 channels of a pixel": on_tiles((100, 1, 1), 40, 1, batch=5),
-    "dense": Rounded("dense on tiles", (70,), (Dense(70, 37),), 9),
+    "padding beyond the filter": on_tiles((2, 4, 5), 3, 3, padding=(4, 3), stride=(2, 3), batch=2),
+    "direct rows of two blocks, stride 2": on_tiles((24, 4, 38), 17, 3, ReLU(), padding=1, stride=2, batch=2),
+    "direct rows in pairs, stride 2": on_tiles((16, 5, 21), 9, 3, ReLU(), MaxPool2d(3), padding=1, stride=2, batch=2),
+    "some images at a time": on_tiles((5, 3, 3), 7, 3, ReLU(), padding=1, batch=37),
+    "some images at a time, stride 2": on_tiles((5, 5, 5), 20, 3, ReLU(), MaxPool2d(3), padding=1, stride=2, batch=37),
+    "a residual branch": Rounded("conv in residual", (20, 4, 6), (Residual((Conv2d(20, 20, 3, padding=1),)),)),
+    "dense": Rounded("dense on tiles", (150,), (Dense(150, 130), LeakyReLU(0.25)), 9),
+    "dense of rounded features": Rounded("dense behind images", (4, 8, 8), (Flatten(), Dense(256, 70, bias=False)), 33),
+    "dense in a residual branch": Rounded("dense in residual", (128,), (Residual((Dense(128, 128),)),), 5),
 }
+# First layers, of which nobody wants the gradient of the images. With few channels and stride 1 they read planes: pools
+# of an even and an odd window, rows that are cut into groups of which the last has fewer.
+FIRST = {
+    "wide filter on planes": on_tiles((2, 8, 9), 33, 5, ReLU(), MaxPool2d(2), padding=2),
+    "planes in groups of rows, odd pool": on_tiles((3, 21, 19), 20, 3, ReLU(), MaxPool2d(3), padding=1, batch=2),
+    "dilation on planes, odd width": on_tiles(
+        (2, 7, 9), 3, (2, 3), LeakyReLU(0.25), dilation=(3, 1), batch=37, bias=False
+    ),
+    "8 planes": on_tiles((8, 3, 4), 40, 1, batch=1),
+    "groups of rows, stride 2": on_tiles((3, 25, 27), 20, 3, ReLU(), padding=1, stride=2, batch=2),
+    "two groups of images, the last with fewer": on_tiles((9, 22, 21), 4, 3, padding=1, batch=37),
+}
+
+# What every run of the tests meets, every kernel on every way; the rest is slow: a case takes seconds of compiling.
+EVERY_RUN = frozenset(
+    {
+        "whole tiles",
+        "an odd width, channels that fill no tile",
+        "few channels, wide filter, stride 2",
+        "some images at a time",
+        "some images at a time, stride 2",
+        "dense",
+        "dense of rounded features",
+        "dense in a residual branch",
+        "wide filter on planes",
+        "planes in groups of rows, odd pool",
+    }
+)
 
 
 def equals_float64(case: Rounded, unit: str) -> None:
-    """Outputs and gradients of the parameters to float32's sums; the gradient of the images to one bf16 rounding."""
+    """Outputs and gradients of the parameters to float32's sums; the gradient of the images to one bf16 rounding.
+
+    So it is with all samples, then with one less in the buffers that are still full.
+    """
     executor = executor_of(JIT(threads=2, unit=unit), "bf16", case.model, case.params())
-    got, want = step_on(executor, case.deltas, case.slopes(), case.rng), oracle_step(case)
+    images = executor.params.slices["0.weight"]
+    for count in dict.fromkeys((case.batch, max(1, case.batch - 1))):
+        data = case.deltas[:count], case.slopes()[:count], case.rng[:count]
+        got, want = step_on(executor, *data), oracle_of(case.model, case.params(), *data)
+        _sums_are_near(case, got, want, images.stop)
+        assert_near(got.gradient[images], want.gradient[images], 2**-8, "gradient of the images")
     executor.close()
+
+
+def equals_float64_as_first_layer(case: Rounded, unit: str) -> None:
+    """The same of a first layer."""
+    params, full = Params(case.bare, np.float64), case.params().state_dict()
+    params.load_state_dict({name: array for name, array in full.items() if name != "0.weight"})
+    executor = executor_of(JIT(threads=2, unit=unit), "bf16", case.bare, params)
+    for count in dict.fromkeys((case.batch, max(1, case.batch - 1))):
+        x = rounded(case.images()[:count])
+        data = x, case.slopes()[:count], case.rng[:count]
+        _sums_are_near(case, step_on(executor, *data), oracle_of(case.bare, params, *data), 0)
+    executor.close()
+
+
+def _sums_are_near(case: Rounded, got: Step, want: Step, first: int) -> None:
+    """Outputs, and gradients from the ``first`` parameter on, as near as float32's sums come."""
     tolerance = 2**-22 * math.sqrt(case.terms) + 1e-6
     assert_near(got.prediction, want.prediction, tolerance, "prediction")
     assert_near(got.outputs, want.outputs, tolerance, "outputs")
-    images = executor.params.slices["0.weight"]
-    assert_near(got.gradient[images.stop :], want.gradient[images.stop :], tolerance, "gradient of the parameters")
-    assert_near(got.gradient[images], want.gradient[images], 2**-8, "gradient of the images")
+    assert_near(got.gradient[first:], want.gradient[first:], tolerance, "gradient of the parameters")
 
+
+# --- Winograd's algorithm ---------------------------------------------------------------------------------------------
+
+WINOGRAD = {
+    case.name: case
+    for case in (
+        Case(
+            "winograd, some channels of a vector, max-pool",
+            (17, 6, 10),
+            (Conv2d(17, 20, 3, padding=1), ReLU(), MaxPool2d(2)),
+            5,
+        ),
+        Case(
+            "winograd, blocks of whole images",
+            (16, 4, 4),
+            (Conv2d(16, 20, 3, padding=1, bias=False), LeakyReLU(0.1)),
+            37,
+        ),
+        Case(
+            "winograd, two panels, padding 2 and none",
+            (16, 8, 6),
+            (Conv2d(16, 70, 3, padding=2), ReLU(), Conv2d(70, 16, 3)),
+            2,
+        ),
+        Case(
+            "winograd, dx added",
+            (16, 24, 24),
+            (Residual((Conv2d(16, 16, 3, padding=1), ReLU(), Conv2d(16, 16, 3, padding=1))), ReLU()),
+            2,
+        ),
+    )
+}
+
+# Alone, they are models whose images need no gradient: dw from the pixels that won the pool.
+POOLED_FIRST = {
+    case.name: case
+    for case in (
+        Case("winners, one channel 5x5", (1, 10, 12), (Conv2d(1, 32, 5, padding=2), ReLU(), MaxPool2d(2)), 5),
+        Case("winners, an odd size", (3, 9, 8), (Conv2d(3, 17, 5, padding=1, bias=False), MaxPool2d(2)), 3),
+    )
+}
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -145,6 +257,7 @@ def updated(executor, optimizer: Optimizer, steps: int = 4):
     w, state = params.flat.copy(), init_state(optimizer, params.flat.size, params.dtype)
     for step in range(1, steps + 1):
         executor.grads.flat[...] = generator.normal(size=w.size)
+        executor.grads.flat[::5] = 0  # as of a weight behind a dead ReLU: its second moment stays zero
         scheduled = replace(optimizer, lr=optimizer.lr / step)
         step_flat(scheduled, w, executor.grads.flat, state, step, params.decays())
         executor.update(scheduled)
@@ -154,9 +267,94 @@ def updated(executor, optimizer: Optimizer, steps: int = 4):
 def update_is_that_of_the_optimizer(optimizer: Optimizer) -> None:
     """Weights and state after some steps of the kernel are those of ``convolt.optimizers``."""
     executor = JIT(threads=2).executor(TINY, None, Recipe())
+    before = executor.params.flat.copy()
     got, want, state, wanted = updated(executor, optimizer)
     executor.close()
     assert_near(got, want, 1e-6, "weights")
+    assert_near(got - before, want - before, 5e-6, "how far they moved")
     assert set(state) == {"step", *wanted}
     for name, array in wanted.items():
         assert_near(state[name], array, 1e-6, name)
+
+
+# --- gradient and optimizer in one pass ------------------------------------------------------------------------------
+
+# More inputs than one stripe and outputs that fill no block; a second matrix without gradient of its input's border.
+DEFERRED = Model(
+    (3, 20, 18),
+    (Conv2d(3, 12, 3, padding=1), ReLU(), MaxPool2d(2), Flatten(), Dense(1080, 70), ReLU(), Dense(70, 256)),
+)
+MATRIX = Model((1, 4, 8), (Flatten(), Dense(32, 512, bias=False)))  # whose gradient is all that is learned from
+
+
+def batch_for(model: Model, size: int, seed: int = 0):
+    """Images of noise, and labels."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (size, *model.input_shape), np.uint8), generator.integers(0, 256, size)
+
+
+def trained(optimizer: Optimizer, precision: str, scales=(1.0, 1.0, 1.0), sizes=(40, 40, 29)):
+    """Losses, weights, state and predictions after steps of which the last has fewer samples."""
+    executor = JIT(threads=2, unit=UNITS[0]).executor(DEFERRED, None, Recipe(precision=precision))
+    losses = []
+    for step, (scale, size) in enumerate(zip(scales, sizes, strict=True)):
+        x, y = batch_for(DEFERRED, size, step)
+        losses.append(executor.train_step(x, y, CrossEntropy(), scale / size, optimizer).loss)
+    state = [array.tobytes() for _, array in sorted(executor.optimizer_state().items())]
+    predicted = executor.predict(batch_for(DEFERRED, 5)[0]).tobytes()
+    executor.close()
+    return losses, executor.params.flat.tobytes(), state, predicted
+
+
+def one_pass_gives_the_bits_of_two(optimizer: Optimizer, precision: str, scales=(1.0, 1.0, 1.0)) -> None:
+    """The same as where gradients are written to memory before the optimizer reads them."""
+    together = trained(optimizer, precision, scales)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Updater, "fuses", lambda self, optimizer: False)
+        assert trained(optimizer, precision, scales) == together
+
+
+def overflow_leaves_the_weights(precision: str) -> None:
+    """The operands of the one gradient there is are finite, and their products are not."""
+    executor = JIT(threads=2, unit=UNITS[0]).executor(MATRIX, None, Recipe(precision=precision))
+    before = executor.params.flat.copy()
+    x, y = batch_for(MATRIX, 33)
+    assert np.isnan(executor.train_step(x, np.zeros_like(y), CrossEntropy(), 2e38, SGD(lr=1.0)).loss)
+    executor.close()
+    np.testing.assert_array_equal(executor.params.flat, before)
+
+
+# --- units -----------------------------------------------------------------------------------------------------------
+
+#: Measured GFLOP/s of each unit, and of float32; what computes then.
+MEASURED = (
+    ({"dot": 200.0, "fma": 90.0}, 110.0, "dot"),
+    ({"dot": 80.0, "fma": 120.0}, 110.0, "fma"),
+    ({"dot": 80.0, "fma": 90.0}, 110.0, None),
+    ({"fma": 110.0}, 110.0, None),
+)
+
+
+@contextmanager
+def measured(found: dict[str, float], fp32: float) -> Iterator[None]:
+    """A CPU that has these units, with these rates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "units", lambda isa: tuple(found))
+        patch.setattr(units, "rates", lambda isa, candidates: (found, fp32))
+        yield
+
+
+def unit_is_the_fastest() -> None:
+    """The fastest unit where it is faster than float32, else float32 with a warning of both figures."""
+    for found, fp32, want in MEASURED:
+        with measured(found, fp32), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert units.bf16_unit(detect(), None) == want
+        figures = f"{fp32:.0f} GFLOP/s on one core, {units.UNITS[max(found, key=found.get)]} {max(found.values()):.0f}"
+        assert [figures in str(one.message) for one in told] == ([] if want else [True])
+
+
+def forced_unit_is_taken() -> None:
+    """Whatever was measured."""
+    with measured({"dot": 80.0, "fma": 90.0}, 110.0):
+        assert [units.bf16_unit(detect(), unit) for unit in ("dot", "fma")] == ["dot", "fma"]

@@ -279,12 +279,12 @@ def test_ratios_are_to_the_fastest_and_to_the_fastest_alike(monkeypatch):
 
 @pytest.mark.parametrize(("peak", "impossible"), [(1.01, False), (0.99, True)])
 def test_figure_above_the_peak_is_flagged(clock, peak, impossible):
-    ceiling = Peak(peak * WORKLOAD.flops / 1e9, 0.0)
+    ceiling = Peak(peak * WORKLOAD.needed_part * WORKLOAD.flops / 1e9, 0.0)
     peaks = Peaks(1, ceiling, None, Peak(1, 1))
     report = bench(WORKLOAD, [contender("im2col", 1), contender("torch-bf16", 1)], 1, 0, peaks)
     fp32, bf16 = report.results
     assert fp32.impossible is impossible
-    assert fp32.peak_part == pytest.approx(1 / peak)
+    assert fp32.peak_part == pytest.approx(1 / peak / WORKLOAD.needed_part)
     assert (bf16.peak_part, bf16.impossible) == (None, False)
     assert any("im2col is above the measured peak" in line for line in report.warnings()) is impossible
 

@@ -178,7 +178,7 @@ def test_any_loss_that_keeps_the_protocol_will_do(entry):
 
 
 @every_precision
-@pytest.mark.parametrize("model", [NET, NORMS, zoo.lenet5((1, 12, 12), CLASSES)], ids=["residual", "norms", "lenet5"])
+@pytest.mark.parametrize("model", [NET, NORMS, DROPS], ids=["residual", "norms", "dense"])
 def test_each_slice_is_announced_once_and_then_final(entry, precision_name, model):
     executor, batch = executor_of(entry, model, precision_name), Batch(model)
     announced: list[tuple[slice, np.ndarray]] = []

@@ -3,11 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from jit_kernels import SENTINEL, available, integers, run, started
+from jit_kernels import (
+    SENTINEL,
+    any_numbers,
+    as_bf16,
+    available,
+    bf16,
+    check_conversion,
+    check_product,
+    integers,
+    pack_kernel,
+    product_kernel,
+    run,
+    same_bf16,
+)
 
 from convolt.engines.jit import isa as instruction_sets
-from convolt.engines.jit.bf16 import Pairs, bf16_of_float32, float32_of_bf16, pack_pairs, to_bf16
-from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
+from convolt.engines.jit.bf16 import Pairs, bf16_of_float32, float32_of_bf16
+from convolt.engines.jit.blocks import BlockGemm
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
@@ -29,38 +42,7 @@ def machine(request, tmp_path_factory):
     return Compiler(isa, tmp_path_factory.mktemp(unit)), unit
 
 
-def bf16(x):
-    return torch.from_numpy(np.array(x)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-
-
-def as_bf16(x):
-    """The bf16 form of an array, aligned."""
-    y = aligned_zeros(x.size, np.uint16).reshape(x.shape)
-    y[...] = bf16(x)
-    return y
-
-
 # -- products ---------------------------------------------------------------------------------------------------------
-
-
-def product_kernel(spec):
-    shape, multiply, done = configure(spec), block_gemm(spec), release(spec.unit)
-
-    def kernel(arguments, chunk, thread):
-        shape()
-        multiply(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])
-        done()
-
-    return kernel
-
-
-def pack_kernel(spec):
-    pack = pack_pairs(spec)
-
-    def kernel(arguments, chunk, thread):
-        pack(arguments[0], arguments[1])
-
-    return kernel
 
 
 @pytest.mark.parametrize(
@@ -72,27 +54,13 @@ def pack_kernel(spec):
         (7, 21, 16, 1, 2, "bias"),
         (32, 5, 2, 5, 1, "load"),
         (1, 1, 32, 1, 1, "zero"),
+        (32, 32, 32, 3, 7, "bias"),
+        (20, 21, 32, 19, 1, "zero"),
+        (9, 32, 16, 1, 17, "load"),
     ],
 )
 def test_product(machine, rows, columns, step, steps, segments, start):
-    compiler, unit = machine
-    column_tiles = -(-columns // 16)
-    depth, b_step, c_row = step * steps, column_tiles * step * 16, columns + 16
-    a, b = integers(rows * segments * depth, 1).reshape(rows, -1), integers(segments * depth * columns, 2)
-    b = b.reshape(-1, columns)
-    packed = aligned_zeros(segments * steps * b_step, np.uint16).reshape(-1, b_step)
-    for t in range(segments * steps):
-        pairs = Pairs(step, columns, columns, 32, step * 16, "fp32", instruction_sets.converts(unit))
-        run(compiler, pack_kernel, pairs, b[t * step :], packed[t])
-    c, bias = np.full((rows, c_row), SENTINEL, np.float32), integers(columns, 3)
-    spec = BlockGemm(
-        *(unit, rows, columns, step, steps, segments * depth, step, depth),
-        *(b_step, step * 16, steps * b_step, c_row, start),
-    )
-    expected = started(spec, c[:, :columns], bias) + a.astype(np.float64) @ b
-    run(compiler, product_kernel, spec, as_bf16(a), packed, c, bias, segments)
-    np.testing.assert_array_equal(c[:, :columns], expected)
-    assert (c[:, columns:] == SENTINEL).all()
+    check_product(*machine, rows, columns, step, steps, segments, start)
 
 
 def test_rows_in_two_tiles_apart(machine):
@@ -113,16 +81,6 @@ def test_rows_in_two_tiles_apart(machine):
 # -- bf16 and layouts -------------------------------------------------------------------------------------------------
 
 
-def to_bf16_kernel(spec):
-    count, lanes, native = spec
-    convert = to_bf16(count, lanes, native)
-
-    def kernel(arguments, chunk, thread):
-        convert(arguments[0], arguments[1])
-
-    return kernel
-
-
 def plain_loop_kernel(count):
     def kernel(arguments, chunk, thread):
         x = view(arguments[0], (count,), np.float32)
@@ -135,34 +93,11 @@ def plain_loop_kernel(count):
     return kernel
 
 
-def any_numbers(count):
-    """Random bits: numbers of every size, NaN, infinities, and exact ties; no denormal ones."""
-    rng = np.random.default_rng(5)
-    bits = rng.integers(0, 2**32, count, np.uint64).astype(np.uint32)
-    bits[: count // 2] = bits[: count // 2] & 0xFFFF0000 | 0x8000
-    bits[:4] = [0x7F800000, 0xFF800000, 0x7F800001, 0x80000000]
-    x = bits.view(np.float32)
-    x[(np.abs(x) < np.finfo(np.float32).tiny)] = 0
-    return x
-
-
-def same_bf16(actual, expected):
-    """Equal bits, but any NaN is as good as another."""
-    values = [(bits.astype(np.uint32) << 16).view(np.float32) for bits in (actual, expected)]
-    np.testing.assert_array_equal(*values)
-    finite = ~np.isnan(values[1])
-    np.testing.assert_array_equal(actual[finite], expected[finite])
-
-
 @pytest.mark.parametrize("native", [False, True])
 def test_conversion_to_bf16(compiler, native):
     if native and not compiler.isa.bf16_convert:
         pytest.skip("this instruction set has no conversion to bf16")
-    x = any_numbers(4099)
-    y = np.full(4100, 7, np.uint16)
-    run(compiler, to_bf16_kernel, (4099, compiler.isa.lanes, native), x, y)
-    same_bf16(y[:-1], bf16(x))
-    assert y[-1] == 7
+    check_conversion(compiler, native)
 
 
 def test_conversion_in_plain_loops(compiler):

@@ -26,11 +26,14 @@ from engine_checks import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jit_cases import (
+    EVERY_RUN,
+    FIRST,
     OPTIMIZERS,
     TILES,
     TINY,
     Rounded,
     equals_float64,
+    equals_float64_as_first_layer,
     on_tiles,
     poisoned,
     update_is_that_of_the_optimizer,
@@ -59,13 +62,30 @@ from convolt.rng import SampleRng
 
 every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 every_unit = pytest.mark.parametrize("unit", UNITS)
+# The widest unit meets every case. The others share all kernels but the product itself: in every run they meet two.
+OF_ALL_UNITS = ("some images at a time, stride 2", "dense")
+
+
+def cases(names, units=UNITS[:1]):
+    """(name, unit) of cases; slow ones are those that a run can do without."""
+    return [
+        pytest.param(name, unit, marks=() if name in among else (pytest.mark.slow,))
+        for unit in units
+        for among in [EVERY_RUN if unit == UNITS[0] else OF_ALL_UNITS]
+        for name in names
+    ]
+
+
+on_tiles_by_unit = pytest.mark.parametrize(("name", "unit"), cases(TILES, UNITS))
+as_first_layer = pytest.mark.parametrize(("name", "unit"), cases(FIRST))
 LARGE = Model((1, 1, 1), (Flatten(), Dense(1, 300), Dense(300, 300)))  # more parameters than one chunk updates
+# In bf16: planes, stride 1, stride 2, a large dense matrix behind rounded features, a small one in float32.
 NET = Model(
     (3, 9, 7),
     (
         *(Conv2d(3, 6, 3, padding=1), ReLU(), MaxPool2d(2)),
         Residual((Conv2d(6, 6, 3, padding=1, bias=False), BatchNorm2d(6), ReLU())),
-        *(Flatten(), Dropout(0.3), Dense(72, 5)),
+        *(Conv2d(6, 8, 3, stride=2, padding=1), ReLU(), Flatten(), Dense(32, 512), ReLU(), Dropout(0.3), Dense(512, 5)),
     ),
 )
 
@@ -138,10 +158,32 @@ def test_prediction_of_more_images_than_a_plan_holds():
 # --- bf16 on tiles ---------------------------------------------------------------------------------------------------
 
 
-@every_unit
-@pytest.mark.parametrize("case", TILES.values(), ids=TILES)
-def test_bf16_equals_float64_of_the_same_operands(case, unit):
-    equals_float64(case, unit)
+@on_tiles_by_unit
+def test_bf16_equals_float64_of_the_same_operands(name, unit):
+    equals_float64(TILES[name], unit)
+
+
+@as_first_layer
+def test_bf16_of_a_first_layer_equals_float64(name, unit):
+    equals_float64_as_first_layer(FIRST[name], unit)
+
+
+@pytest.mark.parametrize(("name", "unit"), cases(TILES))
+def test_bf16_adds_gradients(name, unit):
+    adds_gradients(JIT(threads=2, unit=unit), "bf16", TILES[name])
+
+
+def test_cases_of_bf16_come_to_every_kernel():
+    """A case that some threshold sends to float32 shows nothing."""
+    engine = JIT(threads=1, unit=UNITS[0])
+    models = [(case.model, case.batch) for case in TILES.values()] + [
+        (case.bare, case.batch) for case in FIRST.values()
+    ]
+    stages = [stage for model, batch in models for stage in engine.explain(model, "bf16", batch).stages]
+    kernels = {kernel for stage in stages for kernel in stage.kernels}
+    backward = {f"{module}:conv_backward" for module in ("planes", "tiles_shifted", "tiles_backward")}
+    dense = {f"dense_tiles:{name}" for name in ("round_weights", "forward", "total", "turn", "backward")}
+    assert kernels >= {"planes:unpack", "tiles:pack", "tiles:conv_forward"} | backward | dense
 
 
 def test_comparison_in_float64_notices_one_tap_in_a_thousand():
@@ -238,11 +280,16 @@ def test_nothing_is_read_before_it_is_written(case):
         equals_pytorch(JIT(threads=2), "fp32", case)
 
 
-@every_unit
-@pytest.mark.parametrize("case", TILES.values(), ids=TILES)
-def test_no_tile_is_read_before_it_is_written(case, unit):
+@on_tiles_by_unit
+def test_no_tile_is_read_before_it_is_written(name, unit):
     with poisoned():
-        equals_float64(case, unit)
+        equals_float64(TILES[name], unit)
+
+
+@as_first_layer
+def test_no_plane_is_read_before_it_is_written(name, unit):
+    with poisoned():
+        equals_float64_as_first_layer(FIRST[name], unit)
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from jit_kernels import SENTINEL, available, integers, run, started
 from numpy.lib.stride_tricks import as_strided
 
-from convolt.engines.jit import isa as instruction_sets
-from convolt.engines.jit.blocking import blocking, parts
 from convolt.engines.jit.codegen import assembly
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.dot import Dot, dot
@@ -228,32 +226,3 @@ def test_dot(compiler, rows, columns, depth, start, relu):
     run(compiler, dot_kernel, spec, a, b, c, bias)
     np.testing.assert_array_equal(c[:, :columns], np.maximum(expected, 0) if relu else expected)
     assert (c[:, columns:] == SENTINEL).all()
-
-
-# -- blocking ---------------------------------------------------------------------------------------------------------
-
-
-@given(total=st.integers(1, 500), most=st.integers(1, 40))
-def test_parts_are_equal_and_few(total, most):
-    sizes = parts(total, most)
-    assert sum(sizes) == total
-    assert max(sizes) <= most
-    assert max(sizes) - min(sizes) <= 1
-    assert (len(sizes) - 1) * most < total
-
-
-@given(rows=st.integers(1, 300), columns=st.integers(1, 600), isa=st.sampled_from(list(available())))
-def test_blocks_fit_the_registers_and_the_work(rows, columns, isa):
-    m, vectors = blocking(rows, columns, isa)
-    assert m * vectors + vectors + 1 <= isa.registers
-    assert m <= rows
-    assert (vectors - 1) * isa.lanes < columns
-
-
-def test_blocks_measured_to_be_good():
-    isa = instruction_sets.Isa("avx512", 16, 32)
-    assert {(rows, columns): blocking(rows, columns, isa) for rows, columns in ((28, 32), (16, 48), (16, 16))} == {
-        (28, 32): (10, 2),
-        (16, 48): (8, 3),
-        (16, 16): (16, 1),
-    }

@@ -10,8 +10,8 @@ and not timed. Building an engine and its first step, where kernels are compiled
 the first weights (a batch that is learned by heart computes other numbers than training does) and with one step that
 does not count: it brings this contender's threads and data back.
 
-Speed is also given in FLOPs of the model (see ``profile``) and as a part of the measured peak. A figure above the peak
-means that the measurement is wrong, and is flagged.
+Speed is also given in FLOPs of the model (see ``flops``) and as a part of the measured peak. A figure above the peak,
+even if every 3x3 convolution went by Winograd's algorithm, means that the measurement is wrong, and is flagged.
 """
 
 import math
@@ -28,7 +28,7 @@ from convolt import engines
 from convolt.contenders import TOLERANCES, Contender, Tolerance
 from convolt.engine import Array, Executor, StepResult
 from convolt.errors import ConfigError, ConvoltError, EngineError, MissingDependency
-from convolt.flops import training_flops
+from convolt.flops import needed_part, training_flops
 from convolt.load import Load, LoadMeter
 from convolt.losses import CrossEntropy
 from convolt.model import Model
@@ -63,6 +63,11 @@ class Workload:
     def flops(self) -> int:
         """FLOPs of a step."""
         return self.batch_size * (self.model.flops if self.inference else training_flops(self.model))
+
+    @property
+    def needed_part(self) -> float:
+        """Of these FLOPs, what no algorithm in use spares."""
+        return needed_part(self.model, not self.inference)
 
     @cached_property
     def batches(self) -> tuple[tuple[Array, Array], ...]:
@@ -115,7 +120,7 @@ class Result:
     status: ``timed``; ``unavailable`` here; ``failed`` in its first step; ``wrong``, and therefore not timed. ratio:
     how many times faster than the fastest peer (PyTorch, ONNX Runtime), in pairs of slices; ratio_alike: than the
     fastest one that multiplies in the same format, whose name is peer_alike. first_step: seconds from nothing to the
-    end of the first step. peak_part: of the measured peak. impossible: above it.
+    end of the first step. peak_part: of the measured peak. impossible: above it, Winograd's algorithm granted.
     memory: bytes held, by kind, where the engine tells.
     """
 
@@ -383,7 +388,7 @@ def _result(
         peer_alike=None if peers[1] is None else peers[1].contender.name,
         gflops=gflops,
         peak_part=None if peak is None else gflops / peak,
-        impossible=peak is not None and gflops > peak,
+        impossible=peak is not None and gflops * workload.needed_part > peak,
         stages=stages,
         memory=entrant.executor.memory(),
     )

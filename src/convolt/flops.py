@@ -8,20 +8,27 @@ A multiply and an add count as two; F is a layer's forward count (``Layer.flops`
 where dx is left out of what no gradient must pass through: every layer up to and including the first one with
 parameters. A training step of N images therefore counts ``N (sum F_forward + sum F_backward)``; the optimizer, a few
 FLOPs for each parameter, is not counted, nor is what an engine computes beyond this, such as padding or a recomputed
-activation. An algorithm with fewer multiplications (Winograd, FFT) counts as the same work done faster.
+activation. An algorithm with fewer multiplications (Winograd, FFT) counts as the same work done faster: ``needed`` is
+what is left of the work where every convolution that can go by the one that engines use here does so.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
-from convolt.layers import Layer, Residual, Shape, walk
+from convolt.layers import Conv2d, Layer, Residual, Shape, walk
 from convolt.model import Model
+
+WINOGRAD = Fraction(4, 9)  # of the products of a 3x3 convolution with stride 1: 16 instead of 36 for 2x2 outputs
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one layer must do: elements of input and output of one image, its parameters, and FLOPs of one image."""
+    """What one layer must do: elements of input and output of one image, its parameters, and FLOPs of one image.
+
+    needed: the part of these FLOPs that the fastest algorithm takes.
+    """
 
     name: str
     kind: str
@@ -31,6 +38,7 @@ class Work:
     forward_flops: int
     backward_flops: int
     has_dx: bool
+    needed: Fraction = Fraction(1)
 
     @property
     def label(self) -> str:
@@ -57,8 +65,25 @@ def _work(layers: tuple[Layer, ...], shape: Shape, prefix: str, needed: bool) ->
         else:
             flops, size = layer.flops(before), sum(spec.size for spec in layer.parameters().values())
             backward = flops * (needed + has_parameters)
-            yield Work(name, type(layer).__name__, inputs, outputs, size, flops, backward, needed)
+            yield Work(name, type(layer).__name__, inputs, outputs, size, flops, backward, needed, _needed(layer))
         needed = needed or has_parameters
+
+
+def _needed(layer: Layer) -> Fraction:
+    """Winograd's part where it may serve, in any engine; 1 elsewhere."""
+    if not isinstance(layer, Conv2d):
+        return Fraction(1)
+    window = layer.geometry
+    plain = (window.kernel, window.stride, window.dilation, layer.groups) == ((3, 3), (1, 1), (1, 1), 1)
+    return WINOGRAD if plain else Fraction(1)
+
+
+def needed_part(model: Model, training: bool) -> float:
+    """Which part of the FLOPs of a model must be computed by any algorithm that engines use: at most 1."""
+    works = layer_work(model)
+    counts = [work.forward_flops + training * work.backward_flops for work in works]
+    least = sum(work.needed * count for work, count in zip(works, counts, strict=True))
+    return float(least / sum(counts)) if sum(counts) else 1.0
 
 
 def training_flops(model: Model) -> int:

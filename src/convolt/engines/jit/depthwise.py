@@ -31,13 +31,14 @@ class DepthwiseRow:
     x_pixel: int
     x_row: int
     x_tap: int
+    y_pixel: int
     lanes: int
     start: Literal["zero", "load", "bias"] = "zero"
     relu: bool = False
 
 
 def depthwise_row(spec: DepthwiseRow) -> Any:
-    """A function for kernels: ``kernel(x, w, y, bias)``, addresses as int64; y is (pixels, channels)."""
+    """A function for kernels: ``kernel(x, w, y, bias)``, addresses as int64."""
 
     @intrinsic
     def kernel(typingctx: Any, x: Any, w: Any, y: Any, bias: Any) -> Any:
@@ -50,7 +51,7 @@ def depthwise_row(spec: DepthwiseRow) -> Any:
 
                 def pixels(first: Any, count: int) -> None:
                     block = floats.at(places[0], builder.mul(first, I64(spec.x_pixel)))
-                    target = floats.at(places[2], builder.mul(first, I64(spec.channels)))
+                    target = floats.at(places[2], builder.mul(first, I64(spec.y_pixel)))
                     _pixels(spec, floats, (block, places[1], target, places[3]), count, used)
 
                 _in_blocks(builder, spec.pixels, AT_ONCE, pixels)
@@ -66,7 +67,7 @@ def depthwise_row(spec: DepthwiseRow) -> Any:
 def _pixels(spec: DepthwiseRow, floats: Floats, places: tuple[Any, Any, Any, Any], count: int, used: int) -> None:
     """Some pixels, one vector of channels."""
     x, w, y, bias = places
-    targets = [floats.at(y, m * spec.channels) for m in range(count)]
+    targets = [floats.at(y, m * spec.y_pixel) for m in range(count)]
     if spec.start == "load":
         sums = [floats.load(target, used) for target in targets]
     else:

@@ -28,6 +28,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
+LINE = 64  # bytes of the cache that are fetched together
+
 
 @intrinsic
 def view(typingctx: Any, address: Any, shape: Any, dtype: Any) -> Any:
@@ -109,3 +111,31 @@ def copy(count: int) -> Any:
         return types.void(types.int64, types.int64), generate
 
     return move
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Fetch the cache line at an int64 address into the L2 cache; an address that is nobody's does no harm."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        kinds = [pointer.type, *[ir.IntType(32)] * 3]
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0"
+        )
+        read, second_level, data = (ir.Constant(ir.IntType(32), value) for value in (0, 2, 1))
+        builder.call(function, [pointer, read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def hidden(typingctx: Any, count: Any) -> Any:
+    """The same int64, which LLVM cannot see: a loop of so many rounds is not unrolled. It costs no instruction."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        return builder.asm(ir.FunctionType(word, [word]), "", "=r,0", [args[0]], side_effect=False)
+
+    return types.int64(types.int64), generate

@@ -5,13 +5,15 @@
 The operands are those of the tiles (blocks.py): two neighbors in k are 32 bits of a row of A, and lie side by side in
 B. ``dot`` is one instruction, VDPBF16PS of AVX512-BF16. ``fma`` works everywhere: a bf16 number is the upper half of a
 float32, so a shift and a mask make the two halves of a pair float32 numbers, which multiply exactly, for two fused
-multiply-adds. 8 rows of two vectors are summed in registers; B is read again for each 8 rows, from the L1 cache.
+multiply-adds. 8 rows of two vectors are summed in registers. B is read again for each 8 rows, so the sum goes over 256
+numbers of depth for all rows before it goes on: 16 KB of B stay in the L1 cache, and C is kept in memory in between.
 
 Vectors have 16 lanes, whatever the CPU: LLVM cuts them into what its registers hold.
 
 Cost: 2 rows columns depth FLOPs; for each pair of k and 8 rows, 2 loads of B, 8 broadcasts and 16 dot products.
 """
 
+from collections.abc import Callable
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # blocks.py chooses among the units, and these are two
 LANES = 16
 ROWS = {"dot": 8, "fma": 4}  # of sums in registers; fma needs some for halves
 UNROLLED = 4  # pairs
+STEPS = 8  # whose pairs of B stay in the L1 cache
 BF16, FLOAT = 2, 4  # bytes
 PAIRS = ir.VectorType(I32, LANES)
 
@@ -35,68 +38,95 @@ def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, bias: Any,
     floats = Floats(builder, LANES)
     a, b, c, bias = (floats.pointer(address) for address in (a, b, c, bias))
     most = ROWS[spec.unit]
-
-    def strip(tile: Any, first: Any, rows: int) -> None:
-        """Rows of a tile from the `first` on."""
-        left, target = (
-            floats.at(pointer, builder.add(builder.mul(tile, I64(stride)), builder.mul(first, I64(row))))
-            for pointer, stride, row in (
-                (a, spec.a_tile_stride // 2, spec.a_row // 2),
-                (c, spec.c_tile_stride, spec.c_row),
-            )
-        )
-        _strip(spec, floats, left, b, target, bias, segments, rows)
-
     whole = [rows // most for rows in spec.row_tiles]
+    total = builder.mul(segments, I64(spec.steps))
 
-    def whole_strip(i: Any, nothing: list[Any]) -> list[Any]:
-        second = builder.zext(builder.icmp_signed(">=", i, I64(whole[0])), I64)  # of the two tiles there may be
-        before = builder.mul(second, I64(whole[0]))
-        strip(second, builder.mul(builder.sub(i, before), I64(most)), most)
+    def some_steps(chunk: Any, nothing: list[Any]) -> list[Any]:
+        begin = builder.mul(chunk, I64(STEPS))
+        left_over = builder.sub(total, begin)
+        count = builder.select(builder.icmp_signed("<", left_over, I64(STEPS)), left_over, I64(STEPS))
+
+        def strip(tile: Any, first: Any, rows: int) -> None:
+            """Rows of a tile from the `first` on."""
+            left = floats.at(a, _offset(builder, tile, spec.a_tile_stride // 2, first, spec.a_row // 2))
+            target = floats.at(c, _offset(builder, tile, spec.c_tile_stride, first, spec.c_row))
+            _strip(spec, floats, left, b, target, bias, begin, count, rows)
+
+        def whole_strip(i: Any, nothing: list[Any]) -> list[Any]:
+            second = builder.zext(builder.icmp_signed(">=", i, I64(whole[0])), I64)  # of the two tiles there may be
+            before = builder.mul(second, I64(whole[0]))
+            strip(second, builder.mul(builder.sub(i, before), I64(most)), most)
+            return []
+
+        carried_loop(builder, I64(sum(whole)), [], whole_strip)
+        for tile, rows in enumerate(spec.row_tiles):
+            if rows % most:
+                strip(I64(tile), I64(rows // most * most), rows % most)
         return []
 
-    carried_loop(builder, I64(sum(whole)), [], whole_strip)
-    for tile, rows in enumerate(spec.row_tiles):
-        if rows % most:
-            strip(I64(tile), I64(rows // most * most), rows % most)
+    chunks = builder.sdiv(builder.add(total, I64(STEPS - 1)), I64(STEPS))
+    carried_loop(builder, chunks, [], some_steps)
 
 
-def _strip(spec: "BlockGemm", floats: Floats, a: Any, b: Any, c: Any, bias: Any, segments: Any, rows: int) -> None:
-    """Some rows of C, summed in registers over the whole depth; pointers to float32, which a pair is as wide as."""
+def _offset(builder: Any, x: Any, x_stride: int, y: Any, y_stride: int) -> Any:
+    return builder.add(builder.mul(x, I64(x_stride)), builder.mul(y, I64(y_stride)))
+
+
+def _strip(
+    spec: "BlockGemm", floats: Floats, a: Any, b: Any, c: Any, bias: Any, begin: Any, count: Any, rows: int
+) -> None:
+    """Some rows of C, summed in registers over some steps; pointers to float32, which a pair is as wide as."""
     builder = floats.builder
     used = spec.column_tiles
     block = [(m, j) for m in range(rows) for j in range(len(used))]
     places = {(m, j): floats.at(c, m * spec.c_row + j * LANES) for m, j in block}
-    if spec.start == "load":
-        start = [floats.load(places[m, j], used[j]) for m, j in block]
-    elif spec.start == "bias":
-        row = [floats.load(floats.at(bias, j * LANES), used[j]) for j in range(len(used))]
-        start = [row[j] for m, j in block]
-    else:
-        start = [floats.zero] * len(block)
     unrolled = gcd(spec.step // 2, UNROLLED)
 
-    def along(pointer: Any, i: Any, stride: int) -> Any:
-        return floats.at(pointer, builder.mul(i, I64(stride // 2)))
+    def begun() -> list[Any]:
+        """What the sums are before the first step."""
+        row = [floats.zero] * len(used)
+        if spec.start == "bias":
+            row = [floats.load(floats.at(bias, j * LANES), used[j]) for j in range(len(used))]
+        return [row[j] for m, j in block]
 
-    def segment(s: Any, sums: list[Any]) -> list[Any]:
-        a_s, b_s = along(a, s, spec.a_segment), along(b, s, spec.b_segment)
+    def loaded() -> list[Any]:
+        return [floats.load(places[m, j], used[j]) for m, j in block]
 
-        def step(t: Any, sums: list[Any]) -> list[Any]:
-            a_t, b_t = along(a_s, t, spec.a_step), along(b_s, t, spec.b_step)
+    def step(i: Any, sums: list[Any]) -> list[Any]:
+        number = builder.add(begin, i)
+        s, t = builder.udiv(number, I64(spec.steps)), builder.urem(number, I64(spec.steps))
+        a_t = floats.at(a, _offset(builder, s, spec.a_segment // 2, t, spec.a_step // 2))
+        b_t = floats.at(b, _offset(builder, s, spec.b_segment // 2, t, spec.b_step // 2))
 
-            def some_pairs(i: Any, sums: list[Any]) -> list[Any]:
-                left, right = along(a_t, i, 2 * unrolled), along(b_t, i, 2 * LANES * unrolled)
-                for k in range(unrolled):
-                    sums = _pair(spec, floats, floats.at(left, k), floats.at(right, k * LANES), sums)
-                return sums
+        def some_pairs(i: Any, sums: list[Any]) -> list[Any]:
+            left, right = (floats.at(x, builder.mul(i, I64(n * unrolled))) for x, n in ((a_t, 1), (b_t, LANES)))
+            for k in range(unrolled):
+                sums = _pair(spec, floats, floats.at(left, k), floats.at(right, k * LANES), sums)
+            return sums
 
-            return carried_loop(builder, I64(spec.step // 2 // unrolled), sums, some_pairs)
+        return carried_loop(builder, I64(spec.step // 2 // unrolled), sums, some_pairs)
 
-        return carried_loop(builder, I64(spec.steps), sums, step)
-
-    for (m, j), value in zip(block, carried_loop(builder, segments, start, segment), strict=True):
+    start = (
+        loaded() if spec.start == "load" else _either(builder, builder.icmp_signed("==", begin, I64(0)), begun, loaded)
+    )
+    for (m, j), value in zip(block, carried_loop(builder, count, start, step), strict=True):
         floats.store(value, places[m, j], used[j])
+
+
+def _either(builder: Any, condition: Any, first: Callable[[], list[Any]], second: Callable[[], list[Any]]) -> list[Any]:
+    """The values of `first` where the condition holds, else those of `second`, of which one alone is computed."""
+    found = []
+    with builder.if_else(condition) as branches:
+        for branch, values in zip(branches, (first, second), strict=True):
+            with branch:
+                found.append((values(), builder.block))
+    joined = []
+    for pair in zip(*(values for values, _ in found), strict=True):
+        phi = builder.phi(pair[0].type)
+        for value, (_, block) in zip(pair, found, strict=True):
+            phi.add_incoming(value, block)
+        joined.append(phi)
+    return joined
 
 
 def _pair(spec: "BlockGemm", floats: Floats, a: Any, b: Any, sums: list[Any]) -> list[Any]:

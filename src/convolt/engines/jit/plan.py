@@ -55,7 +55,7 @@ class Deferred:
     @property
     def bound(self) -> float:
         """What no element of the gradient can exceed; NaN if an operand was."""
-        return float(self.samples * self.peaks[:-1].max() * self.peaks[-1])
+        return self.samples * float(self.peaks[:-1].max()) * float(self.peaks[-1])  # beyond float32, no warning
 
 
 class DropoutMask(NamedTuple):

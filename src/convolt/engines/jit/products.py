@@ -9,8 +9,10 @@ from typing import cast
 
 import numpy as np
 
+from convolt.engines.jit.buffers import Address
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Unit
+from convolt.engines.jit.kernels.residues import columns_of, taps_of
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
@@ -28,10 +30,10 @@ from convolt.engines.jit.kernels.specs import (
     Windowing,
     dense_backward_scratch,
     dense_forward_scratch,
+    dense_moving_scratch,
     dense_panel,
     dense_update_scratch,
     round_up,
-    turned,
 )
 from convolt.engines.jit.kernels.tile_specs import (
     PlaneBackSpec,
@@ -40,6 +42,13 @@ from convolt.engines.jit.kernels.tile_specs import (
     TileSpec,
     backward_spec,
     input_gradient,
+)
+from convolt.engines.jit.kernels.winograd_specs import (
+    CHANNELS_AT_ONCE,
+    WinogradPack,
+    WinogradReduce,
+    WinogradSpec,
+    obstacle,
 )
 from convolt.engines.jit.phases import Argument, Served, Task, Tasks
 from convolt.engines.jit.plan import Deferred, Plan, address_of
@@ -50,8 +59,11 @@ DENSE_CHUNKS = 8
 RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
 FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
 SHORT_RUN = 64  # inputs of a chunk, at least
+BACKWARD_CHUNKS = 64  # of inputs, into which its backward pass is cut: fine enough to be even among threads
+UPDATE_PAYS = 1 << 16  # weights of a dense layer from which its gradient is made in the optimizer's pass
 LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a batch is cut into fewer chunks
 FEW_CHUNKS = 4
+FORWARD_CHUNKS = 8  # of a convolution by Winograd's algorithm whose filters are large
 BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
 REDUCE = {
     "planes": "planes:reduce_parts",
@@ -111,6 +123,11 @@ def conv(plan: Plan, operation: Operation) -> Served:
     why = "fp32" if plan.unit is None else f"groups {groups}, bf16 takes 1"
     operation.because(f"{plan.isa.name} vectors: {why}")
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
+    slow = obstacle(spec)
+    if not slow:
+        operation.because("Winograd F(2x2, 3x3)")
+        return conv_by_winograd(plan, operation, spec)
+    operation.because(f"tap by tap: {slow}")
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
     weight, bias, folding = filters(plan, operation)
@@ -126,16 +143,16 @@ def conv(plan: Plan, operation: Operation) -> Served:
 
     def backward() -> Tasks:
         back = _adding(plan, spec, source)
-        columns = turned(back).packed_columns
-        reverse = plan.address(f"turned filters {name}", taps * spec.groups * spec.filters * columns)
+        turned = PackSpec(back, turned=True)
+        order = taps_of(turned)
+        reverse_size = len(order) * spec.groups * spec.filters * columns_of(turned)
+        reverse = plan.address(f"turned filters {name}", reverse_size)
         parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
         bias_parts = plan.address("parts of db", plan.chunks * spec.K)
         dx = plan.slope(source) if back.wants_dx else 0
         tasks = []
         if back.wants_dx:
-            tasks.append(
-                plan.whole(f"{label} pack turned", "weights:pack", PackSpec(back, True), taps, weight, reverse)
-            )
+            tasks.append(plan.whole(f"{label} pack turned", "weights:pack", turned, len(order), weight, reverse))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
         tasks.append(
             plan.by_image(f"{label} backward", "conv:conv_backward", back, *arguments, parts, bias_parts, scratch)
@@ -154,6 +171,63 @@ def conv(plan: Plan, operation: Operation) -> Served:
         db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
         chunks = -(-spec.K // FILTERS_AT_ONCE)
         tasks.append(plan.whole(f"{label} dw", "weights:reduce_parts", reduce, chunks, parts, dw, bias_parts, db))
+        return tasks
+
+    return forward, backward
+
+
+def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served:
+    """The same by Winograd's algorithm: filters and tiles of pixels are transformed, then multiplied."""
+    name, label, source, target = operation.names[0], operation.label, operation.inputs[0], operation.output
+    winograd, forward_chunks = WinogradSpec(spec), plan.chunks
+    if winograd.large and plan.chunks > FORWARD_CHUNKS:  # more images for each time that the filters are read
+        images = -(-plan.capacity // FORWARD_CHUNKS)
+        winograd, forward_chunks = WinogradSpec(replace(spec, images=images)), -(-plan.capacity // images)
+    weight, bias, folding = filters(plan, operation)
+    packed = plan.address(f"filters {name}", winograd.packed)
+    codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
+    arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(winograd.scratch))
+
+    def transformed(what: str, spec: WinogradSpec, turned: bool, to: Address) -> Task:
+        run = -(-spec.conv.x.C // RUNS)
+        pack = WinogradPack(spec, turned, run)
+        return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-spec.conv.x.C // run), weight, to)
+
+    forward = [
+        *folding,
+        transformed("pack", winograd, False, packed),
+        plan.by_image(label, "winograd:forward", winograd, *arguments)
+        if forward_chunks == plan.chunks
+        else plan.whole(label, "winograd:forward", winograd, forward_chunks, *arguments),
+    ]
+
+    def backward() -> Tasks:
+        chunks, tasks = plan.chunks, []
+        if winograd.part > LARGE_PART:
+            chunks = min(plan.chunks, FEW_CHUNKS)
+            operation.because(f"{chunks} parts of dw: one has {winograd.part:,} elements", "backward")
+        images = -(-plan.capacity // chunks)
+        chunks = -(-plan.capacity // images)
+        back = WinogradSpec(replace(_adding(plan, spec, source), images=images))
+        parts = plan.address("parts of dw", chunks * back.part)
+        bias_parts = plan.address("parts of db", chunks * spec.K)
+        dx: Argument = 0
+        turned_filters: Argument = 0
+        if spec.wants_dx:
+            dx, turned = plan.slope(source), plan.address(f"turned filters {name}", back.back.packed)
+            turned_filters = turned
+            tasks.append(transformed("pack turned", back.back, True, turned))
+        arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
+        pieces = (*arguments, parts, bias_parts, plan.scratch(back.back_scratch))
+        if chunks == plan.chunks:
+            tasks.append(plan.by_image(f"{label} backward", "winograd:backward", back, *pieces))
+        else:
+            tasks.append(plan.whole(f"{label} backward", "winograd:backward", back, chunks, *pieces))
+        dw = plan.parameter(operation, "weight", gradient=True)
+        db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
+        reduce = WinogradReduce(back, plan.accumulate)
+        runs = -(-spec.x.C // CHANNELS_AT_ONCE)
+        tasks.append(plan.whole(f"{label} dw", "winograd:reduce_parts", reduce, runs, parts, dw, bias_parts, db))
         return tasks
 
     return forward, backward
@@ -202,6 +276,7 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
             chunks = min(plan.chunks, FEW_CHUNKS)
             operation.because(f"{chunks} parts of dw: one has {back.part:,} elements", "backward")
             back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
+        parted = replace(back, accumulate=True)  # what becomes of the parts is another kernel's business
         parts = plan.address("parts of dw", chunks * back.part)
         bias_parts = plan.address("parts of db", chunks * spec.K)
         dx: Argument = 0
@@ -224,9 +299,9 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
         scratch = plan.scratch(back.scratch // FLOAT)
         pieces = (*arguments, parts, bias_parts, scratch)
         if chunks == plan.chunks:
-            tasks.append(plan.by_image(f"{label} backward", f"{kernels}:conv_backward", back, *pieces))
+            tasks.append(plan.by_image(f"{label} backward", f"{kernels}:conv_backward", parted, *pieces))
         else:
-            tasks.append(plan.whole(f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
+            tasks.append(plan.whole(f"{label} backward", f"{kernels}:conv_backward", parted, chunks, *pieces))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
         filters = -(-spec.K // FILTERS_AT_ONCE)
@@ -330,6 +405,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(target)
+    chunks, defers = 0, False
     if N < FEW_SAMPLES:
         run = round_up(-(-layer.out_features // RUNS), 4)
         spec = _dense_spec(plan, operation, run)
@@ -339,31 +415,43 @@ def dense(plan: Plan, operation: Operation) -> Served:
         spec, chunks = _dense_spec(plan, operation, run), -(-layer.in_features // run)
         parts = plan.address(f"parts of {operation.names[0]}", chunks * N * round_up(layer.out_features, BLOCK))
         scratch = plan.scratch(dense_panel(spec))
+        defers = plan.training and plan.unit is None and weights >= UPDATE_PAYS
+        peaks = plan.buffer(f"peaks {operation.names[0]}", chunks + 1)[: chunks + 1] if defers else np.zeros(0)
+        largest = address_of(peaks) if defers else 0
         forward = [
-            plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, parts, scratch),
+            plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, parts, scratch, largest),
             plan.whole(f"{label} total", "dense_tiles:total", spec, RUNS, parts, bias, y),
         ]
 
     def backward() -> Tasks:
-        columns = round_up(-(-layer.in_features // RUNS), WIDE)
+        columns = round_up(-(-layer.in_features // BACKWARD_CHUNKS), WIDE)
         back = replace(spec, run=columns, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
-        dx = plan.slope(source) if spec.wants_dx else 0
-        return [
-            plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, plan.slope(target), db),
-            plan.whole(
-                f"{label} backward",
-                "dense:dense_backward",
-                back,
-                -(-layer.in_features // columns),
-                x,
-                weight,
-                plan.slope(target),
-                dw,
-                dx,
-                plan.scratch(dense_panel(back)),
-            ),
-        ]
+        dx: Argument = plan.slope(source) if spec.wants_dx else 0
+        dy = plan.slope(target)
+        slopes = plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db)
+
+        def products(what: str, spec: DenseSpec) -> Task:
+            arguments = (x, weight, dy, dw, dx, plan.scratch(dense_panel(spec)))
+            chunks = -(-spec.inputs // spec.run)
+            return plan.whole(f"{label} {what}", "dense:dense_backward", spec, chunks, *arguments)
+
+        if not (plan.fuses_update and defers):
+            return [slopes, products("backward", back)]
+
+        def update(spec: UpdateSpec, state: tuple[int, ...], numbers: int) -> Task:
+            moved = replace(back, run=max(layer.in_features // RUNS // SHORT_RUN * SHORT_RUN, WIDE))
+            own = plan.scratch(dense_moving_scratch(moved))
+            chunks = -(-moved.inputs // moved.run)
+            arguments: tuple[Argument, ...] = (x, dy, weight, *state, numbers, own)
+            return plan.whole(
+                f"{label} dw+update", "dense_update:update", DenseUpdateSpec(moved, spec), chunks, *arguments
+            )
+
+        alone = products("dw", replace(back, wants_dx=False))
+        plan.deferred.append(Deferred(f"{operation.names[0]}.weight", N, peaks, alone, update))
+        tasks = [slopes, plan.whole(f"{label} peak", "dense:dense_peak", back, 1, dy, largest + FLOAT * chunks)]
+        return [*tasks, products("dx", replace(back, wants_dw=False))] if spec.wants_dx else tasks
 
     return forward, backward

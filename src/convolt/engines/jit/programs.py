@@ -29,7 +29,7 @@ from convolt.params import Params
 
 Array = NDArray[Any]
 ROUNDING = "dense_tiles:round_weights"  # makes the bf16 copy of a matrix, as does the pass that moves it
-OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "tiles:pack", "normalization:fold_running")
+OF_WEIGHTS = ("weights:fold_norm", "weights:pack", "winograd:pack", "tiles:pack", "normalization:fold_running")
 
 
 class Step(NamedTuple):

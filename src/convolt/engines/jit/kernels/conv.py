@@ -4,7 +4,7 @@ All three are one batch-reduce matrix product at different strides (micro-kernel
 filters packed as w (R, S, C, K), and for a row p of the output:
 
     forward    rows = pixels q (stride C),     depth = (s, c) contiguous,  segments = r
-    dx         the same on dy, spread by the stride and framed, with filters turned around and transposed
+    dx         the same on the framed dy, with filters turned around and transposed, for each residue of the stride
     dw         rows = (s, c) contiguous,       depth = pixels q,           segments = p
 
 Nothing is gathered into columns. Columns of filters (at most four vectors) are the outermost loop: their panel stays
@@ -23,18 +23,25 @@ from numba import njit
 
 from convolt.engines.jit.epilogue import MaxOf, Through, Unpool, max_of, through, unpool
 from convolt.engines.jit.gemm import Gemm, gemm
+from convolt.engines.jit.kernels.conv_calls import in_turn
 from convolt.engines.jit.kernels.depthwise import (
     depthwise_forward,
-    depthwise_input_gradient,
+    depthwise_input_gradients,
     depthwise_weight_gradient,
 )
-from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec, turned
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.kernels.residues import Part, covers, parts, slope_frame, tap_order
+from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec
+from convolt.engines.jit.kernels.winners import winners_backward
+from convolt.engines.jit.memory import hidden, view
 
 
 def _blocking(rows: int, vectors: int, registers: int) -> int:
-    """Rows of a register block: as many as the accumulators allow, and an even share of ``rows``."""
-    most = max(1, (registers - vectors - 1) // vectors)
+    """Rows of a register block: as many as the accumulators allow, and an even share of ``rows``.
+
+    Where there are many registers two are left free, or LLVM spills; more than 24 sums gain nothing.
+    """
+    most = (registers - vectors - 1) // vectors if registers <= 16 else min(registers - vectors - 3, 24) // vectors
+    most = max(1, most)
     return -(-rows // -(-rows // most))
 
 
@@ -49,7 +56,7 @@ def register_rows(spec: Gemm, total: int, registers: int) -> Callable[[int, int,
 
     @njit
     def run(a: int, b: int, c: int, bias: int, segments: int) -> None:
-        for block in range(blocks):
+        for block in range(hidden(blocks)):
             main(a + block * a_step, b, c + block * c_step, bias, segments)
         if rest:
             tail(a + blocks * a_step, b, c + blocks * c_step, bias, segments)
@@ -209,19 +216,23 @@ def conv_backward(spec: ConvSpec) -> Callable[..., None]:
 
     Arguments: state, x, turned filters, dy, y, codes, dx, dw parts, db parts, scratch. dy (N, PP, QQ, K) is the
     gradient of the fused output: it is first spread to the gradient of the convolution in the frame of one image.
-    Filters are turned and packed (groups, R, S, K/groups, columns). Parts are (chunks, R, S, C/groups, K).
+    Filters are turned and packed (groups, taps, K/groups, columns), taps as ``residues`` orders them. Parts are
+    (chunks, R, S, C/groups, K).
     """
-    weight_gradient, input_gradient = _weight_gradient, _input_gradient
+    if spec.sparse:
+        return winners_backward(spec)
+    weight_gradient, input_gradients = _weight_gradient, _input_gradients
     if spec.depthwise:
-        weight_gradient, input_gradient = depthwise_weight_gradient, depthwise_input_gradient
-    spread, weights = _spread(spec), weight_gradient(spec)
-    inputs = input_gradient(spec) if spec.wants_dx else weights
-    framed, wants_dx, images, scratch_size = spec.framed, spec.wants_dx, spec.images, spec.scratch
+        weight_gradient, input_gradients = depthwise_weight_gradient, depthwise_input_gradients
+    spread, weights = spread_slopes(spec), weight_gradient(spec)
+    inputs = in_turn(input_gradients(spec)) if spec.wants_dx else weights
+    wants_dx, images, scratch_size = spec.wants_dx, spec.images, spec.scratch
     bias, K = spec.bias, spec.K
     part = spec.window.R * spec.window.S * spec.channels * K
     x_size, bare = spec.x.size, spec.x.H * spec.x.W * spec.x.C
     rows_offset = spec.pool[0] * spec.Q * VECTORS * spec.lanes
-    framed_size = framed.size
+    framed_size = slope_frame(spec).size
+    gaps = wants_dx and not spec.add and not covers(spec)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -235,18 +246,20 @@ def conv_backward(spec: ConvSpec) -> Callable[..., None]:
         for image in range(first, min(first + images, count)):
             spread(arguments, image, dy, arguments[8] + FLOAT * chunk * K)
             weights(arguments[1] + FLOAT * image * x_size, dy, dw)
+            if gaps:
+                view(arguments[6] + FLOAT * image * bare, (bare,), np.float32)[:] = np.float32(0)
             if wants_dx:
                 inputs(dy, arguments[2], arguments[6] + FLOAT * image * bare)
 
     return kernel
 
 
-def _spread(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
+def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
     """The gradient of the convolution's output, in its frame, and db: ``spread(arguments, image, dy, db)``."""
-    framed, y, window, K, P, Q = spec.framed, spec.y, spec.window, spec.K, spec.P, spec.Q
+    framed, y, K, P, Q = slope_frame(spec), spec.y, spec.K, spec.P, spec.Q
     pool_h, pool_w = spec.pool
     PP, QQ = P // pool_h, Q // pool_w
-    row_step, column_step = window.stride_h * framed.pitch, window.stride_w * K
+    row_step, column_step = framed.pitch, K
     taps = tuple(i * row_step + j * column_step for i in range(pool_h) for j in range(pool_w))
     send = unpool(Unpool(K, taps, DEAD, spec.lanes, False, spec.bias, half=False))
     let_through = through(Through(K, spec.slope, spec.lanes, False, spec.bias, half=False))
@@ -274,7 +287,7 @@ def _spread(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
 
 def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     """``dw[r, s, c, k] += sum over p, q of x[p + r, q + s, c] dy[p, q, k]``: ``weights(x, dy, dw)``."""
-    x, window, framed = spec.x, spec.window, spec.framed
+    x, window, framed = spec.x, spec.window, slope_frame(spec)
     R, S, C, K, filters = window.R, window.S, spec.channels, spec.K, spec.filters
     block = VECTORS * spec.lanes
     rows_at_once = S * C if spec.merged else C
@@ -285,8 +298,8 @@ def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
         a_row=1,
         a_depth=window.stride_w * x.C,
         a_segment=window.stride_h * x.pitch,
-        b_depth=window.stride_w * K,
-        b_segment=window.stride_h * framed.pitch,
+        b_depth=K,
+        b_segment=framed.pitch,
         c_row=K,
         lanes=spec.lanes,
         start="load",
@@ -317,25 +330,30 @@ def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     return found
 
 
-def _input_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
-    """``dx`` of one image from the framed dy: ``inputs(dy, filters, dx)``; the frame is (K, ...), dx (H, W, C)."""
-    back = turned(spec)
-    block = VECTORS * spec.lanes
+def _input_gradients(spec: ConvSpec) -> tuple[Callable[[int, int, int], None], ...]:
+    """``dx`` of one image from the framed dy: ``inputs(dy, filters, dx)`` for each residue; dx is (H, W, C)."""
+    return tuple(_input_part(spec, part) for part in parts(spec))
+
+
+def _input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
+    """The pixels of dx of one residue of the stride."""
+    back, window = part.conv, spec.window
+    block, pixel = VECTORS * spec.lanes, window.stride_w * spec.x.C
     whole, rest = divmod(back.filters, block)
-    full, tail = _output_row(back, block, c_row=back.K), _output_row(back, rest or block, c_row=back.K)
-    groups, C, H = spec.groups, back.filters, back.P
+    full, tail = _output_row(back, block, c_row=pixel), _output_row(back, rest or block, c_row=pixel)
+    groups, C, rows, target = spec.groups, back.filters, back.P, part.target
     source_channels, packed = back.channels, back.packed_columns
-    group_filters = spec.window.R * spec.window.S * source_channels * packed
-    pitch, target_pitch, origin = back.x.pitch, back.y.pitch, back.x.origin
+    before, group_filters = (taps * source_channels * packed for taps in (part.filters, len(tap_order(spec))))
+    pitch, target_pitch, origin = back.x.pitch, window.stride_h * spec.x.W * spec.x.C, back.x.origin
 
     @njit
     def inputs(dy: int, filters: int, dx: int) -> None:
         for group in range(groups):
-            w = filters + FLOAT * group * group_filters
+            w = filters + FLOAT * (group * group_filters + before)
             for j in range(whole + (1 if rest else 0)):
-                for h in range(H):
+                for h in range(rows):
                     a = dy + FLOAT * (origin + h * pitch + group * source_channels)
-                    c = dx + FLOAT * (h * target_pitch + group * C + j * block)
+                    c = dx + FLOAT * (target + h * target_pitch + group * C + j * block)
                     if whole and j < whole:
                         full(a, w + FLOAT * j * block, c, 0)
                     elif rest:

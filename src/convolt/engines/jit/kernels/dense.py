@@ -36,7 +36,10 @@ DEEPEST = 448  # of a product, so that its columns of the right operand stay in 
 
 
 def dense_forward(spec: DenseSpec) -> Callable[..., None]:
-    """One part of x W^T; arguments: state, x, W, parts (chunks, N, columns), scratch. A chunk is ``run`` inputs."""
+    """One part of x W^T; arguments: state, x, W, parts (chunks, N, columns), scratch, peaks. A chunk is ``run`` inputs.
+
+    ``peaks[chunk]`` is the largest absolute value of its inputs; where there is no address they are not looked at.
+    """
     run, chunks = spec.run, -(-spec.inputs // spec.run)
     last_run, whole = spec.inputs - (chunks - 1) * run, _part(spec, run)
     last = whole if last_run == run else _part(spec, last_run)
@@ -66,6 +69,8 @@ def _part(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         first = FLOAT * chunk * run
         panel = arguments[4] + FLOAT * thread * scratch
         x, c = arguments[1] + first, arguments[3] + FLOAT * chunk * N * columns
+        if arguments[5]:
+            view(arguments[5] + FLOAT * chunk, (1,), np.int32)[0] = largest(x, N, inputs, all_inputs)
         turn(arguments[2] + first, panel)
         for j in range(whole):
             full(x, panel + FLOAT * j * block, c + FLOAT * j * block)
@@ -74,6 +79,27 @@ def _part(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
 
     found: Callable[[Any, int, int], None] = part
     return found
+
+
+@njit
+def largest(numbers: int, rows: int, columns: int, row: int) -> Any:
+    """The bits of the largest absolute value in rows of float32, ``row`` apart; NaN counts as larger than infinity."""
+    found = np.int32(0)
+    for i in range(rows):
+        bits = view(numbers + FLOAT * i * row, (columns,), np.int32)
+        for j in range(columns):
+            found = max(found, bits[j] & np.int32(0x7FFFFFFF))
+    return found
+
+
+def dense_peak(spec: DenseSpec) -> Callable[..., None]:
+    """The largest absolute value of dy; arguments: state, dy, where it goes. One chunk."""
+    N, outputs = spec.N, spec.outputs
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        view(arguments[2], (1,), np.int32)[0] = largest(arguments[1], N, outputs, outputs)
+
+    return kernel
 
 
 def deep_rows(spec: Gemm, rows: int, depth: int, registers: int) -> Callable[[int, int, int], None]:
@@ -200,7 +226,7 @@ def dense_slopes(spec: DenseSpec) -> Callable[..., None]:
 
 
 def dense_backward(spec: DenseSpec) -> Callable[..., None]:
-    """``dw (+)= dy^T x`` and ``dx (+)= dy W``; arguments: state, x, W, dy, dw, dx, scratch.
+    """``dw (+)= dy^T x`` and ``dx (+)= dy W``, or one of them; arguments: state, x, W, dy, dw, dx, scratch.
 
     A chunk is ``run`` inputs, a multiple of 128.
     """
@@ -223,11 +249,11 @@ def dense_backward(spec: DenseSpec) -> Callable[..., None]:
 
 def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     """Some columns of dw and of dx: ``both(arguments, first column, thread)``."""
-    N, inputs, outputs, wants_dx = spec.N, spec.inputs, spec.outputs, spec.wants_dx
+    N, inputs, outputs, wants_dx, wants_dw = spec.N, spec.inputs, spec.outputs, spec.wants_dx, spec.wants_dw
     block, scratch = VECTORS * spec.lanes, dense_panel(spec)
     sizes = [min(block, columns - start) for start in range(0, columns, block)]
     count, last = len(sizes), sizes[-1]
-    move, move_last = copy(FLOAT * block), copy(FLOAT * last)
+    pack = packed_columns(columns, block, inputs)
     dw = Gemm(0, block, 0, 1, outputs, 0, block, 0, inputs, spec.lanes, "load" if spec.accumulate else "zero")
     dx = Gemm(0, block, 0, outputs, 1, 0, block, 0, inputs, spec.lanes, "load" if spec.add else "zero")
     last_weights = deep_rows(replace(dw, columns=last), outputs, N, spec.registers)
@@ -237,24 +263,17 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     slopes = last_slopes if alone else deep_rows(dx, N, outputs, spec.registers)
 
     @njit
-    def pack(source: int, rows: int, target: int) -> None:
-        for row in range(rows):
-            for j in range(count - 1):
-                move(source + FLOAT * (row * inputs + j * block), target + FLOAT * (j * rows + row) * block)
-            j = count - 1
-            move_last(source + FLOAT * (row * inputs + j * block), target + FLOAT * (j * rows + row) * block)
-
-    @njit
     def both(arguments: Any, column: int, thread: int) -> None:
         offset = FLOAT * column
         panel = arguments[6] + FLOAT * thread * scratch
-        pack(arguments[1] + offset, N, panel)
-        for j in range(count):
-            a, b, c = arguments[3], panel + FLOAT * j * N * block, arguments[4] + offset + FLOAT * j * block
-            if j + 1 < count:
-                weights(a, b, c)
-            else:
-                last_weights(a, b, c)
+        if wants_dw:
+            pack(arguments[1] + offset, N, panel)
+            for j in range(count):
+                a, b, c = arguments[3], panel + FLOAT * j * N * block, arguments[4] + offset + FLOAT * j * block
+                if j + 1 < count:
+                    weights(a, b, c)
+                else:
+                    last_weights(a, b, c)
         if wants_dx:
             pack(arguments[2] + offset, outputs, panel)
             for j in range(count):
@@ -265,4 +284,24 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
                     last_slopes(a, b, c)
 
     found: Callable[[Any, int, int], None] = both
+    return found
+
+
+def packed_columns(columns: int, block: int, row: int) -> Callable[[int, int, int], None]:
+    """Some columns of a matrix, one ``block`` of them after another: ``pack(source, rows, target)``.
+
+    Its rows are ``row`` apart; packed they are a block wide, the last ones too.
+    """
+    whole, rest = divmod(columns, block)
+    move, move_last = copy(FLOAT * block), copy(FLOAT * rest)
+
+    @njit
+    def pack(source: int, rows: int, target: int) -> None:
+        for i in range(rows):
+            for j in range(whole):
+                move(source + FLOAT * (i * row + j * block), target + FLOAT * (j * rows + i) * block)
+            if rest:
+                move_last(source + FLOAT * (i * row + whole * block), target + FLOAT * (whole * rows + i) * block)
+
+    found: Callable[[int, int, int], None] = pack
     return found

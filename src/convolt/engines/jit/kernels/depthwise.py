@@ -14,14 +14,15 @@ import numpy as np
 from numba import njit
 
 from convolt.engines.jit.depthwise import DepthwiseRow, DepthwiseTaps, depthwise_row, depthwise_taps
-from convolt.engines.jit.kernels.specs import FLOAT, ConvSpec, turned
+from convolt.engines.jit.kernels.residues import Part, parts, slope_frame
+from convolt.engines.jit.kernels.specs import FLOAT, ConvSpec
 from convolt.engines.jit.memory import view
 
 
 def depthwise_forward(spec: ConvSpec) -> Callable[..., None]:
     """``y = act(w * x + b)``; arguments: state, x, packed filters, bias, y. A chunk is a run of images."""
     x, y, window = spec.x, spec.y, spec.window
-    row = _row(spec, "bias" if spec.bias else "zero")
+    row = _row(spec, "bias" if spec.bias else "zero", spec.K)
     slope, values = np.float32(spec.slope), spec.Q * spec.K
     leaky = spec.slope not in (0, 1)
     corner, row_step = x.origin - window.top * x.pitch - window.left * x.C, window.stride_h * x.pitch
@@ -44,13 +45,11 @@ def depthwise_forward(spec: ConvSpec) -> Callable[..., None]:
 
 def depthwise_weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     """``dw[r, s, c] += sum over p, q of x[p + r, q + s, c] dy[p, q, c]``: ``weights(x, dy, dw)``."""
-    x, window, framed = spec.x, spec.window, spec.framed
+    x, window, framed = spec.x, spec.window, slope_frame(spec)
     R, S, C, P = window.R, window.S, x.C, spec.P
-    taps = depthwise_taps(
-        DepthwiseTaps(spec.Q, C, S, window.stride_w * C, window.dilation_w * C, window.stride_w * C, spec.lanes)
-    )
+    taps = depthwise_taps(DepthwiseTaps(spec.Q, C, S, window.stride_w * C, window.dilation_w * C, C, spec.lanes))
     corner = x.origin - window.top * x.pitch - window.left * C
-    x_step, tap_step, dy_step = window.stride_h * x.pitch, window.dilation_h * x.pitch, window.stride_h * framed.pitch
+    x_step, tap_step, dy_step = window.stride_h * x.pitch, window.dilation_h * x.pitch, framed.pitch
     origin = framed.origin
 
     @njit
@@ -64,22 +63,28 @@ def depthwise_weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]
     return found
 
 
-def depthwise_input_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
-    """``dx`` of one image from the framed dy: ``inputs(dy, filters, dx)``; dx is (H, W, C)."""
-    back = turned(spec)
-    row = _row(back, "load" if spec.add else "zero")
-    H, pitch, target_pitch, origin = back.P, back.x.pitch, back.y.pitch, back.x.origin
+def depthwise_input_gradients(spec: ConvSpec) -> tuple[Callable[[int, int, int], None], ...]:
+    """``dx`` of one image from the framed dy: ``inputs(dy, filters, dx)`` for each residue; dx is (H, W, C)."""
+    return tuple(_input_part(spec, part) for part in parts(spec))
+
+
+def _input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
+    back, window, C = part.conv, spec.window, spec.x.C
+    row = _row(back, "load" if spec.add else "zero", window.stride_w * C)
+    rows, pitch, origin, target = back.P, back.x.pitch, back.x.origin, part.target
+    target_pitch, before = window.stride_h * spec.x.W * C, part.filters * C
 
     @njit
     def inputs(dy: int, filters: int, dx: int) -> None:
-        for h in range(H):
-            row(dy + FLOAT * (origin + h * pitch), filters, dx + FLOAT * h * target_pitch, 0)
+        for h in range(rows):
+            place = dx + FLOAT * (target + h * target_pitch)
+            row(dy + FLOAT * (origin + h * pitch), filters + FLOAT * before, place, 0)
 
     found: Callable[[int, int, int], None] = inputs
     return found
 
 
-def _row(spec: ConvSpec, start: Literal["zero", "load", "bias"]) -> Any:
+def _row(spec: ConvSpec, start: Literal["zero", "load", "bias"], y_pixel: int) -> Any:
     """One row of output pixels: ``row(x, filters, y, bias)``."""
     window, C = spec.window, spec.x.C
     return depthwise_row(
@@ -91,6 +96,7 @@ def _row(spec: ConvSpec, start: Literal["zero", "load", "bias"]) -> Any:
             x_pixel=window.stride_w * C,
             x_row=window.dilation_h * spec.x.pitch,
             x_tap=window.dilation_w * C,
+            y_pixel=y_pixel,
             lanes=spec.lanes,
             start=start,
             relu=spec.slope == 0,

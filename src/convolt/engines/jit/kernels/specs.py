@@ -20,6 +20,8 @@ BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
 QUARTERS = 4  # of the outputs of a dense layer that the optimizer takes one by one
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
+MOST_TAPS = 160  # of all channels, that are summed over the pixels that won a max-pool
+ROWS_MOVED, MOVED_VECTORS = 8, 3  # of a dense layer's float32 weights that the optimizer takes together
 GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
 STATE = 8  # int64 words that every kernel is given: samples, address of the images, whether weights have changed
@@ -129,6 +131,15 @@ class ConvSpec:
         return 1 < self.groups == self.x.C == self.K and self.pool == (1, 1)
 
     @property
+    def sparse(self) -> bool:
+        """Whether only dw is wanted, of few taps, and three of four slopes are zero: a 2x2 max-pool stands behind."""
+        window = self.window
+        steps = window.stride_h, window.stride_w, window.dilation_h, window.dilation_w, self.groups
+        pooled = self.pool == (2, 2) and self.slope in (0, 1)
+        few = window.R * window.S * self.x.C <= MOST_TAPS
+        return pooled and few and not self.wants_dx and steps == (1, 1, 1, 1, 1) and self.lanes in (8, 16)
+
+    @property
     def channels(self) -> int:
         """Input channels of a group."""
         return self.x.C // self.groups
@@ -146,7 +157,8 @@ class ConvSpec:
     @property
     def scratch(self) -> int:
         """Elements of scratch memory for each thread: rows to pool, and the framed dy of one image."""
-        return self.pool[0] * self.Q * VECTORS * self.lanes + self.framed.size + VECTORS * self.lanes
+        rows = self.pool[0] * self.Q * VECTORS * self.lanes + self.framed.size + VECTORS * self.lanes
+        return max(rows, 4 * self.x.size) if self.sparse else rows
 
     @property
     def framed(self) -> Frame:
@@ -363,6 +375,11 @@ class UpdateSpec:
     centered: bool = False
     decoupled: bool = False
 
+    @property
+    def states(self) -> int:
+        """Arrays of the optimizer's state that a step reads, at most."""
+        return {"sgd": int(self.momentum), "adam": 2, "adamw": 2}.get(self.kind, 3)
+
 
 @dataclass(frozen=True)
 class DenseUpdateSpec:
@@ -391,3 +408,8 @@ def dense_update_scratch(spec: DenseSpec) -> int:
 def dense_panel(spec: DenseSpec) -> int:
     """Elements of scratch memory for each thread: a run of W transposed, or 128 inputs of x and of W."""
     return round_up(max(spec.run * round_up(spec.outputs, BLOCK), WIDE * (spec.N + spec.outputs)), 16) + 16
+
+
+def dense_moving_scratch(spec: DenseSpec) -> int:
+    """Elements of scratch memory for each thread: a run of x, and of some rows of dw."""
+    return round_up(spec.run, MOVED_VECTORS * spec.lanes) * (spec.N + ROWS_MOVED) + 16

@@ -256,3 +256,36 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
                     target[q, k] = target[q, k] + value if adds else value
 
     return finish_pooled if pooled else finish_bare if bare else finish_plain
+
+
+def framed_convolution(tiles: TileSpec, image_bytes: int) -> Callable[[int, int, int, int, int, int], None]:
+    """``dx`` of some frames of bf16 slopes, ``image_bytes`` apart: ``run(frames, filters, dx, scratch, images, one)``.
+
+    ``one`` is 1, which LLVM does not know (``specs.ONE``).
+    """
+    conv, direct = tiles.conv, tiles.direct
+    gather, multiply, begin = gather_rows(tiles), multiply_group(tiles), configure(product(tiles))
+    whole, rest = divmod(conv.K, BLOCK)
+    full, tail = finish_group(tiles, BLOCK), finish_group(tiles, rest or BLOCK)
+    rows_together, H, filters_bytes = tiles.group_rows, conv.P, BF16 * tiles.depth * BLOCK
+    gathered_bytes, done = tiles.gathered_bytes, release(conv.unit)
+
+    @njit
+    def run(frames: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
+        result = scratch + gathered_bytes
+        arguments = (0, 0, 0, 0, dx, 0)
+        begin()
+        for h in range(0, H * one, rows_together):
+            if not direct:
+                for image in range(images):
+                    gather(frames + image * image_bytes, scratch, h, image)
+            for block in range((whole + (1 if rest else 0)) * one):
+                multiply(frames, scratch, filters + block * filters_bytes, result, h, images)
+                for image in range(images):
+                    if block < whole:
+                        full(arguments, result, image, image, h, block * BLOCK)
+                    elif rest:
+                        tail(arguments, result, image, image, h, block * BLOCK)
+        done()
+
+    return run

@@ -17,17 +17,9 @@ from convolt.engines.jit.bf16 import Pairs, pack_pairs
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
 from convolt.engines.jit.isa import converts
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ONE, STATE, ConvSpec
 from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec, TileBackSpec
-from convolt.engines.jit.kernels.tiles import (
-    LANES,
-    TILE_ELEMENTS,
-    finish_group,
-    gather_rows,
-    load_image,
-    multiply_group,
-    product,
-)
+from convolt.engines.jit.kernels.tiles import LANES, TILE_ELEMENTS, framed_convolution, gather_rows, load_image
 from convolt.engines.jit.memory import copy, view
 from convolt.engines.jit.transpose import Transpose, transpose
 
@@ -59,7 +51,8 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        count = view(arguments[0], (1,), np.int64)[0]
+        state = view(arguments[0], (STATE,), np.int64)
+        count, one = state[0], state[ONE]
         own = arguments[9] + thread * scratch
         dy = own + together * image_bytes
         columns = dy + together * slopes_bytes
@@ -90,6 +83,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
                         arguments[6] + FLOAT * image * bare,
                         rest,
                         min(inputs_together, end - image),
+                        one,
                     )
 
     return kernel
@@ -173,49 +167,25 @@ def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]
     return weights
 
 
-def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int], None]:
-    """``dx`` of some images: dy in frames, then a convolution: ``inputs(dy, filters, dx, scratch, images)``."""
-    tiles = spec.inputs
-    conv, framed, window = tiles.conv, spec.conv.framed, spec.conv.window
-    gather, multiply, begin = gather_rows(tiles), multiply_group(tiles), configure(product(tiles))
-    whole, rest = divmod(conv.K, BLOCK)
-    full, tail = finish_group(tiles, BLOCK), finish_group(tiles, rest or BLOCK)
+def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int, int], None]:
+    """``dx`` of some images: dy in frames, then a convolution: ``inputs(dy, filters, dx, scratch, images, one)``."""
+    tiles, framed, window = spec.inputs, spec.conv.framed, spec.conv.window
     P, Q, K, wide, channels = spec.conv.P, spec.conv.Q, spec.conv.K, spec.slopes_columns, tiles.channels
     origin, pitch = framed.origin // K, framed.columns
     stride_h, stride_w = window.stride_h, window.stride_w
-    rows_together, together, H, direct = tiles.group_rows, tiles.group_images, conv.P, tiles.direct
-    image_bytes, gathered_bytes, filters_bytes = tiles.image_bytes, tiles.gathered_bytes, BF16 * tiles.depth * BLOCK
-
-    move, done = copy(BF16 * channels), release(conv.unit)
+    image_bytes, frames_bytes = tiles.image_bytes, tiles.group_images * tiles.image_bytes
+    convolve, move = framed_convolution(tiles, image_bytes), copy(BF16 * channels)
 
     @njit
-    def spread(dy: int, frame: int) -> None:
-        for p in range(P):
-            for q in range(Q):
-                # A copy that runs over its end carries the zeros behind the last channel, to where the next comes.
-                place = origin + p * stride_h * pitch + q * stride_w
-                move(dy + BF16 * (p * Q + q) * wide, frame + BF16 * place * channels)
-
-    @njit
-    def inputs(dy: int, filters: int, dx: int, scratch: int, images: int) -> None:
-        columns = scratch + together * image_bytes
-        result = columns + gathered_bytes
-        arguments = (0, 0, 0, 0, dx, 0)
+    def inputs(dy: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
         for image in range(images):
-            spread(dy + BF16 * image * P * Q * wide, scratch + image * image_bytes)
-        begin()
-        for h in range(0, H, rows_together):
-            if not direct:
-                for image in range(images):
-                    gather(scratch + image * image_bytes, columns, h, image)
-            for block in range(whole + (1 if rest else 0)):
-                multiply(scratch, columns, filters + block * filters_bytes, result, h, images)
-                for image in range(images):
-                    if block < whole:
-                        full(arguments, result, image, image, h, block * BLOCK)
-                    elif rest:
-                        tail(arguments, result, image, image, h, block * BLOCK)
-        done()
+            frame, slopes = scratch + image * image_bytes, dy + BF16 * image * P * Q * wide
+            for p in range(P):
+                for q in range(Q):
+                    # A copy that runs over its end carries the zeros behind the last channel, where the next comes.
+                    place = origin + p * stride_h * pitch + q * stride_w
+                    move(slopes + BF16 * (p * Q + q) * wide, frame + BF16 * place * channels)
+        convolve(scratch, filters, dx, scratch + frames_bytes, images, one)
 
     return inputs
 

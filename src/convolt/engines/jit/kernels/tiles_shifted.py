@@ -28,7 +28,7 @@ from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, ONE, STATE
 from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec
-from convolt.engines.jit.kernels.tiles import LANES, finish_group, gather_rows, multiply_group, product
+from convolt.engines.jit.kernels.tiles import LANES, framed_convolution
 from convolt.engines.jit.kernels.tiles_backward import slope_rows
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
@@ -45,7 +45,8 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     """
     conv = spec.conv
     pair, slopes = _pairs(spec), slope_rows(conv, spec.wide, conv.x.columns)
-    weights, inputs = _weight_gradient(spec), _input_gradient(spec)
+    weights = _weight_gradient(spec)
+    inputs = framed_convolution(spec.inputs, BF16 * spec.spacing * spec.wide)
     images, together, inputs_together = conv.images, spec.images, spec.inputs.group_images
     K, bias, wants_dx, part, scratch = conv.K, conv.bias, conv.wants_dx, spec.part, spec.scratch
     lead_bytes, slopes_bytes, x_size = BF16 * spec.lead * spec.wide, spec.slopes_bytes, conv.x.size
@@ -89,8 +90,6 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
                         min(inputs_together, end - image),
                         one,
                     )
-        if chunk * images >= last:
-            view(dw, (part,), np.float32)[:] = np.float32(0)
 
     return kernel
 
@@ -179,35 +178,3 @@ def _tap_products(spec: ShiftedBackSpec, rows: int, columns: int) -> Callable[[i
             block(left, source, dw + FLOAT * tap * channels, 0, steps)
 
     return run
-
-
-def _input_gradient(spec: ShiftedBackSpec) -> Callable[[int, int, int, int, int, int], None]:
-    """``dx`` of some images, a convolution of dy as it lies: ``inputs(dy, filters, dx, scratch, images, one)``."""
-    tiles = spec.inputs
-    conv = tiles.conv
-    gather, multiply, begin = gather_rows(tiles), multiply_group(tiles), configure(product(tiles))
-    whole, rest = divmod(conv.K, BLOCK)
-    full, tail = finish_group(tiles, BLOCK), finish_group(tiles, rest or BLOCK)
-    rows_together, H, direct = tiles.group_rows, conv.P, tiles.direct
-    image_bytes, filters_bytes = BF16 * spec.spacing * spec.wide, BF16 * tiles.depth * BLOCK
-    gathered_bytes, done = tiles.gathered_bytes, release(conv.unit)
-
-    @njit
-    def inputs(dy: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
-        result = scratch + gathered_bytes
-        arguments = (0, 0, 0, 0, dx, 0)
-        begin()
-        for h in range(0, H * one, rows_together):
-            if not direct:
-                for image in range(images):
-                    gather(dy + image * image_bytes, scratch, h, image)
-            for block in range((whole + (1 if rest else 0)) * one):
-                multiply(dy, scratch, filters + block * filters_bytes, result, h, images)
-                for image in range(images):
-                    if block < whole:
-                        full(arguments, result, image, image, h, block * BLOCK)
-                    elif rest:
-                        tail(arguments, result, image, image, h, block * BLOCK)
-        done()
-
-    return inputs

@@ -11,38 +11,37 @@ import numpy as np
 from numba import njit
 
 from convolt.engines.jit.adam import LANES, adam_step
-from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec, turned
+from convolt.engines.jit.kernels.residues import columns_of, taps_of
+from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec
 from convolt.engines.jit.memory import address_of, view
 
 
 def pack(spec: PackSpec) -> Callable[..., None]:
-    """Filters (K, C/groups, R, S) to (groups, R, S, depth, columns); arguments: state, w, packed.
+    """Filters (K, C/groups, R, S) to (groups, taps, depth, columns); arguments: state, w, packed.
 
-    Forward: depth = C/groups, columns = K/groups. Turned: depth = K/groups, columns = C/groups, taps in reverse. A
-    chunk is one tap (r, s); columns behind the last filter stay zero.
+    Forward: depth = C/groups, columns = K/groups. Turned: depth = K/groups, columns = C/groups, taps in the order of
+    ``residues``. A chunk is one tap; columns behind the last filter stay zero.
     """
     conv = spec.conv
     if conv.depthwise:
         return _pack_depthwise(spec)
-    R, S, groups = conv.window.R, conv.window.S, conv.groups
-    C, filters = conv.channels, conv.filters
-    back = spec.turned
-    columns = turned(conv).packed_columns if back else conv.packed_columns
-    depth = filters if back else C
+    taps, groups, C, filters = conv.window.R * conv.window.S, conv.groups, conv.channels, conv.filters
+    back, order = spec.turned, np.array(taps_of(spec), np.int64)
+    depth, columns, packed_taps = (filters if back else C), columns_of(spec), len(order)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        w = view(arguments[1], (groups, filters, C, R, S), np.float32)
-        packed = view(arguments[2], (groups, R, S, depth, columns), np.float32)
-        r, s = chunk // S, chunk % S
+        w = view(arguments[1], (groups, filters, C, taps), np.float32)
+        packed = view(arguments[2], (groups, packed_taps, depth, columns), np.float32)
+        tap = order[chunk]
         for group in range(groups):
             if back:
                 for k in range(filters):
                     for c in range(C):
-                        packed[group, r, s, k, c] = w[group, k, c, R - 1 - r, S - 1 - s]
+                        packed[group, chunk, k, c] = w[group, k, c, tap]
             else:
                 for c in range(C):
                     for k in range(filters):
-                        packed[group, r, s, c, k] = w[group, k, c, r, s]
+                        packed[group, chunk, c, k] = w[group, k, c, tap]
 
     return kernel
 
@@ -75,12 +74,13 @@ def fold_norm(spec: FoldSpec) -> Callable[..., None]:
 
 
 def _pack_depthwise(spec: PackSpec) -> Callable[..., None]:
-    """Filters (K, 1, R, S) to (R, S, K), turned with taps in reverse."""
-    K, R, S, back = spec.conv.K, spec.conv.window.R, spec.conv.window.S, spec.turned
+    """Filters (K, 1, R, S) to (taps, K)."""
+    K, taps, order = spec.conv.K, spec.conv.window.R * spec.conv.window.S, np.array(taps_of(spec), np.int64)
+    packed_taps = len(order)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        w, packed = view(arguments[1], (K, R * S), np.float32), view(arguments[2], (R * S, K), np.float32)
-        tap = R * S - 1 - chunk if back else chunk
+        w, packed = view(arguments[1], (K, taps), np.float32), view(arguments[2], (packed_taps, K), np.float32)
+        tap = order[chunk]
         for k in range(K):
             packed[chunk, k] = w[k, tap]
 

@@ -1,0 +1,23 @@
+"""Functions of a convolution's kernels called one after another."""
+
+from collections.abc import Callable
+
+from numba import njit
+
+Call = Callable[..., None]
+
+
+def in_turn(functions: tuple[Call, ...]) -> Call:
+    """One after another on the same arguments, which are addresses."""
+    first, rest = functions[0], functions[1:]
+    if not rest:
+        return first
+    others = in_turn(rest)
+
+    @njit
+    def run(*addresses: int) -> None:
+        first(*addresses)
+        others(*addresses)
+
+    found: Call = run
+    return found

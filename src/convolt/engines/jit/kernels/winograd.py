@@ -1,0 +1,339 @@
+"""Convolution 3x3 with stride 1 by Winograd's algorithm: 16 products of small matrices instead of nine taps.
+
+    forward    v = B^T x B,   m = v u,   y = A^T m A               for each of 16 planes, u = G w G^T
+    dx         the same on the framed dy, with filters turned around and transposed
+    dw         du = v^T d over the tiles,  d = A dy A^T,  at the end  dw = G^T du G
+
+The transforms are ``engines.jit.winograd``. A block of some 64 tiles passes through all of them while it lies in the
+L2 cache. Parts of du are added up in chunk order before they are transformed back. Error: a few times that of the sum
+over taps, since all factors are halves and the sums four terms long.
+
+Cost: 2 * 16 K C P Q / 4 FLOPs for each image and each of the three, 4/9 of what the taps take; bytes: 16 transformed
+numbers for 4 pixels, written and read within the cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from convolt.engines.jit.gemm import Gemm
+from convolt.engines.jit.kernels.conv import spread_slopes
+from convolt.engines.jit.kernels.dense import deep_rows
+from convolt.engines.jit.kernels.residues import slope_frame
+from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS
+from convolt.engines.jit.kernels.winograd_specs import (
+    CHANNELS_AT_ONCE,
+    TRANSFORMED,
+    Tiling,
+    WinogradPack,
+    WinogradReduce,
+    WinogradSpec,
+)
+from convolt.engines.jit.memory import hidden, view
+from convolt.engines.jit.winograd import Finish, TileRow, input_tiles, output_tiles, slope_tiles
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def forward(spec: WinogradSpec) -> Callable[..., None]:
+    """``y = pool(act(w * x + b))``; arguments: state, x, packed filters, bias, y, codes, scratch.
+
+    A chunk is a run of images.
+    """
+    conv, tiles, scratch = spec.conv, spec.forward, spec.scratch
+    together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
+    inputs, products, outputs = _inputs(spec, tiles), _products(spec, tiles), _outputs(spec, tiles)
+    x_size = conv.x.size
+    products_at = TRANSFORMED * tiles.plane(conv.x.C)
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        v = arguments[6] + FLOAT * thread * scratch
+        m = v + FLOAT * products_at
+        last = min((chunk + 1) * chunk_images, count)
+        for first in range(chunk * chunk_images, last, together):
+            present = min(together, last - first)
+            for band in range(bands):
+                inputs(arguments[1] + FLOAT * first * x_size, x_size, present, band, v)
+                products(v, arguments[2], m)
+                outputs(m, arguments[3], arguments[4], arguments[5], first, present, band)
+
+    return kernel
+
+
+def _inputs(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int, int, int], None]:
+    """The transformed inputs of a block: ``inputs(first image, size of one, images present, band, v)``."""
+    conv, x = spec.conv, spec.conv.x
+    row = input_tiles(TileRow(tiles.wide, x.C, x.C, x.pitch, tiles.plane(x.C), conv.lanes))
+    corner = x.origin - conv.window.top * x.pitch - conv.window.left * x.C
+    rows, pitch, step = tiles.rows, x.pitch, tiles.wide * x.C
+
+    @njit
+    def inputs(source: int, size: int, present: int, band: int, v: int) -> None:
+        for image in range(present):
+            for i in range(rows):
+                place = image * size + corner + 2 * (band * rows + i) * pitch
+                row(source + FLOAT * place, v + FLOAT * (image * rows + i) * step)
+
+    found: Callable[[int, int, int, int, int], None] = inputs
+    return found
+
+
+def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], None]:
+    """``m = v u`` in each plane: ``products(v, packed filters, m)``."""
+    conv, block, panels = spec.conv, spec.block, spec.panels
+    C, K = conv.x.C, conv.K
+    shape = Gemm(0, min(block, K), C, C, 1, 0, block, 0, K, conv.lanes)
+    full = deep_rows(shape, tiles.tiles, C, conv.registers)
+    rest = K % block
+    tail = deep_rows(replace(shape, columns=rest), tiles.tiles, C, conv.registers) if rest and block < K else full
+    v_plane, m_plane, panel, whole = tiles.plane(C), tiles.plane(K), C * block, panels - (1 if rest else 0)
+
+    @njit
+    def products(v: int, filters: int, m: int) -> None:
+        for plane in range(hidden(TRANSFORMED)):
+            a, c = v + FLOAT * plane * v_plane, m + FLOAT * plane * m_plane
+            for j in range(panels):
+                b = filters + FLOAT * (plane * panels + j) * panel
+                if j < whole:
+                    full(a, b, c + FLOAT * j * block)
+                else:
+                    tail(a, b, c + FLOAT * j * block)
+
+    found: Callable[[int, int, int], None] = products
+    return found
+
+
+def _outputs(spec: WinogradSpec, tiles: Tiling) -> Callable[..., None]:
+    """Outputs of a block: ``outputs(m, bias, y, codes, first image, images present, band)``."""
+    conv, y, K = spec.conv, spec.conv.y, spec.conv.K
+    pooled = conv.pool != (1, 1)
+    row = output_tiles(
+        TileRow(tiles.wide, K, K, y.pitch, tiles.plane(K), conv.lanes),
+        Finish(conv.bias, conv.slope, pooled, DEAD, conv.add),
+    )
+    rows, step, height, image_codes = tiles.rows, tiles.wide * K, 1 if pooled else 2, tiles.high * tiles.wide * K
+    size, origin, pitch = y.size, y.origin, y.pitch
+
+    @njit
+    def outputs(m: int, bias: int, y: int, codes: int, first: int, present: int, band: int) -> None:
+        for image in range(present):
+            for i in range(rows):
+                h = band * rows + i
+                target = y + FLOAT * ((first + image) * size + origin + height * h * pitch)
+                code = codes + (first + image) * image_codes + h * step
+                row(m + FLOAT * (image * rows + i) * step, bias, target, code)
+
+    found: Callable[..., None] = outputs
+    return found
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def backward(spec: WinogradSpec) -> Callable[..., None]:
+    """dx, and this chunk's part of du and db.
+
+    Arguments: state, x, turned filters, dy, y, codes, dx, du parts (chunks, 16, C, K), db parts, scratch.
+    """
+    conv, tiles, scratch = spec.conv, spec.forward, spec.back_scratch
+    together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
+    spread, inputs, slopes, weights = spread_slopes(conv), _inputs(spec, tiles), _slopes(spec), _weights(spec)
+    input_gradient = _input_gradient(spec) if conv.wants_dx else _no_gradient
+    x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv).size, spec.frames
+    K, bias, slopes_at, transformed = conv.K, conv.bias, TRANSFORMED * tiles.plane(conv.x.C), scratch - spec.frames
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        du, db = arguments[7] + FLOAT * chunk * part, arguments[8] + FLOAT * chunk * K
+        view(du, (part,), np.float32)[:] = np.float32(0)
+        if bias:
+            view(db, (K,), np.float32)[:] = np.float32(0)
+        dy = arguments[9] + FLOAT * thread * scratch
+        view(dy, (frames,), np.float32)[:] = np.float32(0)
+        v = dy + FLOAT * frames
+        d = v + FLOAT * slopes_at
+        last = min((chunk + 1) * chunk_images, count)
+        for first in range(chunk * chunk_images, last, together):
+            present = min(together, last - first)
+            for image in range(present):
+                spread(arguments, first + image, dy + FLOAT * image * frame, db)
+            if present < together:  # tiles of images that are not there take part in the products
+                view(v, (transformed,), np.float32)[:] = np.float32(0)
+            for band in range(bands):
+                inputs(arguments[1] + FLOAT * first * x_size, x_size, present, band, v)
+                slopes(dy, present, band, d)
+                weights(v, d, du)
+            input_gradient(dy, arguments[2], arguments[6], first, present, v)
+
+    return kernel
+
+
+def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, int], None]:
+    """The dx of a block's images: ``gradient(frames, turned filters, dx, first image, images present, v)``."""
+    back, tiles, frame = spec.back, spec.inputs, slope_frame(spec.conv).size
+    inputs, products, outputs = _inputs(back, tiles), _products(back, tiles), _outputs(back, tiles)
+    bands, products_at = tiles.high // tiles.rows, TRANSFORMED * tiles.plane(back.conv.x.C)
+
+    @njit
+    def gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
+        m = v + FLOAT * products_at
+        for band in range(bands):
+            inputs(dy, frame, present, band, v)
+            products(v, filters, m)
+            outputs(m, 0, dx, 0, first, present, band)
+
+    found: Callable[[int, int, int, int, int, int], None] = gradient
+    return found
+
+
+@njit
+def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
+    """Of images that nobody needs a gradient of."""
+
+
+def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
+    """The transformed dy of a block: ``slopes(frames, images present, band, d)``."""
+    conv, tiles, frame, K = spec.conv, spec.forward, slope_frame(spec.conv), spec.conv.K
+    row = slope_tiles(TileRow(tiles.wide, K, K, frame.pitch, tiles.plane(K), conv.lanes))
+    size, origin, pitch, rows, step = frame.size, frame.origin, frame.pitch, tiles.rows, tiles.wide * K
+
+    @njit
+    def slopes(dy: int, present: int, band: int, d: int) -> None:
+        for image in range(present):
+            for i in range(rows):
+                place = image * size + origin + 2 * (band * rows + i) * pitch
+                row(dy + FLOAT * place, d + FLOAT * (image * rows + i) * step)
+
+    found: Callable[[int, int, int, int], None] = slopes
+    return found
+
+
+def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
+    """``du += v^T d`` in each plane: ``weights(v, d, du)``."""
+    conv, tiles, block = spec.conv, spec.forward, VECTORS * spec.conv.lanes
+    C, K, T = conv.x.C, conv.K, tiles.tiles
+    whole, rest = divmod(K, block)
+    shape = Gemm(0, block if whole else rest, T, 1, C, 0, K, 0, K, conv.lanes, start="load")
+    full = deep_rows(shape, C, T, conv.registers)
+    tail = deep_rows(replace(shape, columns=rest), C, T, conv.registers) if rest and whole else full
+    v_plane, d_plane = tiles.plane(C), tiles.plane(K)
+
+    @njit
+    def weights(v: int, d: int, du: int) -> None:
+        for plane in range(hidden(TRANSFORMED)):
+            a, b, c = v + FLOAT * plane * v_plane, d + FLOAT * plane * d_plane, du + FLOAT * plane * C * K
+            for j in range(whole):
+                full(a, b + FLOAT * j * block, c + FLOAT * j * block)
+            if rest:
+                tail(a, b + FLOAT * whole * block, c + FLOAT * whole * block)
+
+    found: Callable[[int, int, int], None] = weights
+    return found
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def pack(spec: WinogradPack) -> Callable[..., None]:
+    """Transformed filters u = G w G^T of (K, C, 3, 3), packed (16, panels, depth, block); arguments: state, w, u.
+
+    Forward: depth = C, columns = K. Turned: depth = K, columns = C, taps in reverse. A chunk is ``run`` of depth.
+    """
+    winograd, back, run = spec.winograd, spec.turned, spec.run
+    depth, columns, block, panels = winograd.conv.x.C, winograd.conv.K, winograd.block, winograd.panels
+    half = np.float32(0.5)
+
+    @njit
+    def filter_rows(a: float, b: float, c: float) -> Any:
+        total, middle = half * (a + c), half * b
+        return a, total + middle, total - middle, c
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        w = view(arguments[1], (columns, depth, 9), np.float32)
+        turned = view(arguments[1], (depth, columns, 9), np.float32)
+        u = view(arguments[2], (16, panels, depth, block), np.float32)
+        for c in range(chunk * run, min((chunk + 1) * run, depth)):
+            for k in range(columns):
+                taps = turned[c, k] if back else w[k, c]
+                panel = k // block
+                column = k - panel * block
+                if back:
+                    a = filter_rows(taps[8], taps[5], taps[2])
+                    b = filter_rows(taps[7], taps[4], taps[1])
+                    d = filter_rows(taps[6], taps[3], taps[0])
+                else:
+                    a = filter_rows(taps[0], taps[3], taps[6])
+                    b = filter_rows(taps[1], taps[4], taps[7])
+                    d = filter_rows(taps[2], taps[5], taps[8])
+                (a0, a1, a2, a3), (b0, b1, b2, b3), (d0, d1, d2, d3) = a, b, d
+                u[0, panel, c, column], u[1, panel, c, column], u[2, panel, c, column], u[3, panel, c, column] = (
+                    filter_rows(a0, b0, d0)
+                )
+                u[4, panel, c, column], u[5, panel, c, column], u[6, panel, c, column], u[7, panel, c, column] = (
+                    filter_rows(a1, b1, d1)
+                )
+                u[8, panel, c, column], u[9, panel, c, column], u[10, panel, c, column], u[11, panel, c, column] = (
+                    filter_rows(a2, b2, d2)
+                )
+                u[12, panel, c, column], u[13, panel, c, column], u[14, panel, c, column], u[15, panel, c, column] = (
+                    filter_rows(a3, b3, d3)
+                )
+
+    return kernel
+
+
+def reduce_parts(spec: WinogradReduce) -> Callable[..., None]:
+    """``dw (+)= G^T (sum of parts) G``; arguments: state, parts (chunks, 16, C, K), dw (K, C, 3, 3), db parts, db.
+
+    A chunk is eight channels; the first one adds up db.
+    """
+    conv, accumulate = spec.winograd.conv, spec.accumulate
+    C, K, images, bias, part = conv.x.C, conv.K, conv.images, conv.bias, spec.winograd.part
+    half = np.float32(0.5)
+
+    @njit
+    def taps_of(a: float, b: float, c: float, d: float) -> Any:
+        total, difference = half * (b + c), half * (b - c)
+        return a + total, difference, total + d
+
+    @njit
+    def put(row: Any, taps: Any) -> None:
+        first, second, third = taps
+        row[0] = row[0] + first if accumulate else first
+        row[1] = row[1] + second if accumulate else second
+        row[2] = row[2] + third if accumulate else third
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        parts = (count + images - 1) // images
+        first, last = chunk * CHANNELS_AT_ONCE, min((chunk + 1) * CHANNELS_AT_ONCE, C)
+        total = view(arguments[1], (16, C, K), np.float32)
+        dw = view(arguments[2], (K, C, 3, 3), np.float32)
+        for number in range(1, parts):
+            other = view(arguments[1] + FLOAT * number * part, (16, C, K), np.float32)
+            for plane in range(16):
+                for c in range(first, last):
+                    for k in range(K):
+                        total[plane, c, k] += other[plane, c, k]
+        for c in range(first, last):
+            for k in range(K):
+                a0, a1, a2 = taps_of(total[0, c, k], total[4, c, k], total[8, c, k], total[12, c, k])
+                b0, b1, b2 = taps_of(total[1, c, k], total[5, c, k], total[9, c, k], total[13, c, k])
+                d0, d1, d2 = taps_of(total[2, c, k], total[6, c, k], total[10, c, k], total[14, c, k])
+                e0, e1, e2 = taps_of(total[3, c, k], total[7, c, k], total[11, c, k], total[15, c, k])
+                put(dw[k, c, 0], taps_of(a0, b0, d0, e0))
+                put(dw[k, c, 1], taps_of(a1, b1, d1, e1))
+                put(dw[k, c, 2], taps_of(a2, b2, d2, e2))
+        if bias and chunk == 0:
+            db = view(arguments[4], (K,), np.float32)
+            for k in range(K):
+                value = db[k] if accumulate else np.float32(0)
+                for number in range(parts):
+                    value += view(arguments[3] + FLOAT * number * K, (K,), np.float32)[k]
+                db[k] = value
+
+    return kernel

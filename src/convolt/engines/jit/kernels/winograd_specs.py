@@ -1,0 +1,143 @@
+"""Which convolutions go by Winograd's algorithm, and how their tiles are cut into blocks. No Numba, as in ``specs``."""
+
+from dataclasses import dataclass, replace
+
+from convolt.engines.jit.kernels.residues import parts, slope_frame
+from convolt.engines.jit.kernels.specs import VECTORS, ConvSpec, round_up
+
+TRANSFORMED = 16  # elements of a transformed 3x3 filter, and of a tile
+TILES, MANY_TILES = 64, 128  # of a block, about: few enough for the L2 cache; many for filters that fill it themselves
+LARGE_FILTERS = 1 << 15  # channels times filters from which they do: 2 MB transformed
+PAYS = 16  # channels and filters from which the transforms cost little beside the products
+CHANNELS_AT_ONCE = 8  # channels whose gradient parts one chunk adds up
+
+
+def obstacle(spec: ConvSpec) -> str:
+    """Why a convolution cannot go by Winograd's algorithm, or would not gain; empty if it can."""
+    window, x = spec.window, spec.x
+    if (window.R, window.S, window.stride_h, window.stride_w, window.dilation_h, window.dilation_w) != (3, 3) + (
+        1,
+    ) * 4:
+        return "not 3x3 with stride 1"
+    if spec.groups > 1 or min(x.C, spec.K) < PAYS:
+        return f"fewer than {PAYS} channels"
+    if spec.P % 2 or spec.Q % 2 or (spec.wants_dx and (x.H % 2 or x.W % 2)):
+        return "an odd size"
+    if spec.pool not in ((1, 1), (2, 2)) or (spec.pool == (2, 2) and spec.slope not in (0, 1)):
+        return "the pool behind it"
+    return ""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """An image as ``high`` x ``wide`` tiles of 2x2 pixels; a block is ``rows`` rows of them of ``images`` images."""
+
+    high: int
+    wide: int
+    rows: int
+    images: int
+
+    @property
+    def tiles(self) -> int:
+        """Of a block."""
+        return self.images * self.rows * self.wide
+
+    def plane(self, channels: int) -> int:
+        """Elements of a plane: a cache line more than its tiles have, or all planes would share a few sets."""
+        return round_up(self.tiles * channels, 16) + 16
+
+
+def tiling(height: int, width: int, images: int, tiles: int = TILES) -> Tiling:
+    """Blocks of about so many tiles: whole rows that cut an image evenly, or whole images."""
+    high, wide = height // 2, width // 2
+    together = max(1, min(images, round(tiles / (high * wide))))
+    rows = min((rows for rows in range(1, high + 1) if high % rows == 0), key=lambda rows: abs(rows - tiles / wide))
+    return Tiling(high, wide, high if together > 1 else rows, together)
+
+
+@dataclass(frozen=True)
+class WinogradSpec:
+    """Everything a convolution by Winograd's algorithm is compiled for."""
+
+    conv: ConvSpec
+
+    @property
+    def forward(self) -> Tiling:
+        """Of y, before the pool."""
+        return tiling(self.conv.P, self.conv.Q, self.conv.images, MANY_TILES if self.large else TILES)
+
+    @property
+    def large(self) -> bool:
+        """Whether its filters do not stay in the L2 cache."""
+        return self.conv.x.C * self.conv.K >= LARGE_FILTERS
+
+    @property
+    def back(self) -> "WinogradSpec":
+        """The convolution that makes dx of the framed dy."""
+        (part,) = parts(self.conv)
+        return WinogradSpec(replace(part.conv, images=self.conv.images))
+
+    @property
+    def inputs(self) -> Tiling:
+        """Of dx, for as many images at once as ``forward`` has."""
+        back = self.back.forward
+        images = self.forward.images
+        return replace(back, images=images, rows=back.high if images > 1 else back.rows)
+
+    @property
+    def block(self) -> int:
+        """Columns of a panel of transformed filters, which are packed (16, panels, depth, block)."""
+        return VECTORS * self.conv.lanes
+
+    @property
+    def panels(self) -> int:
+        """How many there are."""
+        return -(-self.conv.K // self.block)
+
+    @property
+    def packed(self) -> int:
+        """Elements of the packed filters, and a vector more, which products may read."""
+        return TRANSFORMED * self.panels * self.conv.x.C * self.block + self.conv.lanes
+
+    @property
+    def part(self) -> int:
+        """Elements of a chunk's gradient of the transformed filters, (16, C, K)."""
+        return TRANSFORMED * self.conv.x.C * self.conv.K
+
+    @property
+    def scratch(self) -> int:
+        """Elements of scratch memory for each thread, forward: transformed inputs and products."""
+        return _planes(self.forward, self.conv)
+
+    @property
+    def back_scratch(self) -> int:
+        """The same backward, with the framed dy of a block's images in front."""
+        conv = self.conv
+        inputs = _planes(self.inputs, self.back.conv) if conv.wants_dx else 0
+        return self.frames + max(_planes(self.forward, conv), inputs)
+
+    @property
+    def frames(self) -> int:
+        """Elements of the framed dy of a block's images."""
+        return round_up(self.forward.images * slope_frame(self.conv).size, 16) + 16
+
+
+def _planes(tiling: Tiling, conv: ConvSpec) -> int:
+    return TRANSFORMED * (tiling.plane(conv.x.C) + tiling.plane(conv.K)) + VECTORS * conv.lanes
+
+
+@dataclass(frozen=True)
+class WinogradPack:
+    """Filters (K, C, 3, 3) transformed and packed; turned around and transposed for dx. A chunk is ``run`` of depth."""
+
+    winograd: WinogradSpec
+    turned: bool
+    run: int
+
+
+@dataclass(frozen=True)
+class WinogradReduce:
+    """The parts of a gradient added up; ``accumulate`` adds them to what is there. A chunk is some channels."""
+
+    winograd: WinogradSpec
+    accumulate: bool

@@ -1,0 +1,223 @@
+"""The transforms of Winograd's convolution F(2x2, 3x3), one row of tiles at a time; channels are the lanes.
+
+    y = A^T [ (G w G^T) * (B^T x B) ] A        x 4x4 pixels, y 2x2 pixels, * element by element and summed over channels
+
+           1  0 -1  0           1   0   0           1  1  1  0
+    B^T =  0  1  1  0     G =  1/2 1/2 1/2    A^T =  0  1 -1 -1
+           0 -1  1  0          1/2 -1/2 1/2
+           0  1  0 -1           0   0   1
+
+A tile of 2x2 outputs takes 16 products of each channel and filter where the sum over taps takes 36 (Lavin and Gray
+2016). What a transform writes, it writes into 16 planes, ``plane`` elements apart; in each a tile has its channels. The
+gradient of the transformed filters is the product of B^T x B with A dy A^T, the transform of ``slope_tiles``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from convolt.engines.jit.vectors import I8, I64, Floats, carried_loop
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """A row of ``tiles``, which have ``channels``; pixels are ``pixel`` elements apart, rows of them ``pitch``."""
+
+    tiles: int
+    channels: int
+    pixel: int
+    pitch: int
+    plane: int
+    lanes: int
+
+
+def input_tiles(spec: TileRow) -> Any:
+    """``kernel(x, v)``: v = B^T x B; x is the first pixel of the first tile. Tiles share two columns of pixels."""
+
+    @intrinsic
+    def kernel(typingctx: Any, x: Any, v: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, spec.lanes)
+            source, target = (floats.pointer(address) for address in args)
+
+            def channels(offset: Any, used: int) -> None:
+                first, planes = floats.at(source, offset), floats.at(target, offset)
+
+                def column(pixel: Any) -> list[Any]:
+                    place = floats.at(first, builder.mul(pixel, I64(spec.pixel)))
+                    return _input(builder, [floats.load(floats.at(place, i * spec.pitch), used) for i in range(4)])
+
+                def tile(t: Any, held: list[Any]) -> list[Any]:
+                    left = builder.mul(t, I64(2))
+                    fresh = [*column(builder.add(left, I64(2))), *column(builder.add(left, I64(3)))]
+                    columns = [*held, *fresh]
+                    place = floats.at(planes, builder.mul(t, I64(spec.channels)))
+                    for i in range(4):
+                        for j, value in enumerate(_input(builder, columns[i::4])):
+                            floats.store(value, floats.at(place, (4 * i + j) * spec.plane), used)
+                    return fresh
+
+                carried_loop(builder, I64(spec.tiles), [*column(I64(0)), *column(I64(1))], tile)
+
+            _for_channels(builder, spec, channels)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return kernel
+
+
+def slope_tiles(spec: TileRow) -> Any:
+    """``kernel(dy, d)``: d = A dy A^T; dy is the first pixel of the first tile."""
+
+    @intrinsic
+    def kernel(typingctx: Any, dy: Any, d: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, spec.lanes)
+            source, target = (floats.pointer(address) for address in args)
+
+            def channels(offset: Any, used: int) -> None:
+                def tile(t: Any, nothing: list[Any]) -> list[Any]:
+                    first = floats.at(source, offset, builder.mul(t, I64(2 * spec.pixel)))
+                    place = floats.at(target, offset, builder.mul(t, I64(spec.channels)))
+                    columns = []
+                    for j in range(2):
+                        column = floats.at(first, j * spec.pixel)
+                        columns += _slope(
+                            floats, *(floats.load(floats.at(column, i * spec.pitch), used) for i in (0, 1))
+                        )
+                    for i in range(4):
+                        for j, value in enumerate(_slope(floats, *columns[i::4])):
+                            floats.store(value, floats.at(place, (4 * i + j) * spec.plane), used)
+                    return []
+
+                carried_loop(builder, I64(spec.tiles), [], tile)
+
+            _for_channels(builder, spec, channels)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of y: bias, activation of this slope (1 for none), max-pool 2x2 with the code of a `dead` ReLU.
+
+    add: to what is there.
+    """
+
+    bias: bool
+    slope: float
+    pooled: bool
+    dead: int
+    add: bool
+
+
+def output_tiles(spec: TileRow, finish: Finish) -> Any:
+    """``kernel(m, bias, y, codes)``: y = A^T m A of each tile, finished; y is its first pixel, codes (tiles, channels).
+
+    Pooled, a tile is one pixel of y.
+    """
+
+    @intrinsic
+    def kernel(typingctx: Any, m: Any, bias: Any, y: Any, codes: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, spec.lanes)
+            source, offsets, target = (floats.pointer(args[i]) for i in range(3))
+            code = builder.inttoptr(args[3], I8.as_pointer())
+
+            def channels(offset: Any, used: int) -> None:
+                def tile(t: Any, nothing: list[Any]) -> list[Any]:
+                    own = builder.mul(t, I64(spec.channels))
+                    place = floats.at(source, offset, own)
+                    rows: list[list[Any]] = [[], []]
+                    for j in range(4):
+                        column = [floats.load(floats.at(place, (4 * i + j) * spec.plane), used) for i in range(4)]
+                        for row, value in zip(rows, _output(builder, column), strict=True):
+                            row.append(value)
+                    values = [value for row in rows for value in _output(builder, row)]
+                    shift = floats.load(floats.at(offsets, offset), used) if finish.bias else None
+                    if finish.pooled:
+                        best, winner = _largest(floats, finish, values, shift)
+                        floats.store(best, floats.at(target, offset, builder.mul(t, I64(spec.pixel))), used)
+                        floats.store(winner, builder.gep(code, [builder.add(offset, own)]), used)
+                        return []
+                    first = floats.at(target, offset, builder.mul(t, I64(2 * spec.pixel)))
+                    for number, value in enumerate(values):
+                        pixel = floats.at(first, number // 2 * spec.pitch + number % 2 * spec.pixel)
+                        total = value if shift is None else builder.fadd(value, shift)
+                        if finish.add:
+                            total = builder.fadd(total, floats.load(pixel, used))
+                        floats.store(_activated(floats, total, finish.slope), pixel, used)
+                    return []
+
+                carried_loop(builder, I64(spec.tiles), [], tile)
+
+            _for_channels(builder, spec, channels)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), generate
+
+    return kernel
+
+
+def _input(builder: Any, d: list[Any]) -> list[Any]:
+    """B^T d of four vectors."""
+    return [builder.fsub(d[0], d[2]), builder.fadd(d[1], d[2]), builder.fsub(d[2], d[1]), builder.fsub(d[1], d[3])]
+
+
+def _slope(floats: Floats, a: Any, b: Any) -> list[Any]:
+    """A d of two vectors."""
+    builder = floats.builder
+    return [a, builder.fadd(a, b), builder.fsub(a, b), builder.fsub(floats.zero, b)]
+
+
+def _output(builder: Any, m: list[Any]) -> list[Any]:
+    """A^T m of four vectors."""
+    high, low = builder.fadd(m[1], m[2]), builder.fsub(m[1], m[2])
+    return [builder.fadd(m[0], high), builder.fsub(low, m[3])]
+
+
+def _activated(floats: Floats, value: Any, slope: float) -> Any:
+    if slope == 1:
+        return value
+    if slope == 0:
+        return floats.relu(value)
+    builder = floats.builder
+    positive = builder.fcmp_ordered(">", value, floats.zero)
+    return builder.select(positive, value, builder.fmul(value, floats.constant(slope)))
+
+
+def _largest(floats: Floats, finish: Finish, values: list[Any], shift: Any) -> tuple[Any, Any]:
+    """The largest, the first of equals, with bias and ReLU; and which it was, or that ReLU let nothing through."""
+    builder, kind = floats.builder, ir.VectorType(I8, floats.lanes)
+    best, winner = values[0], ir.Constant(kind, [I8(0)] * floats.lanes)
+    for tap, value in enumerate(values[1:], start=1):
+        better = builder.fcmp_ordered(">", value, best)
+        winner = builder.select(better, ir.Constant(kind, [I8(tap)] * floats.lanes), winner)
+        best = builder.select(better, value, best)
+    if shift is not None:
+        best = builder.fadd(best, shift)
+    if finish.slope == 0:
+        dead = builder.fcmp_ordered("<=", best, floats.zero)
+        winner = builder.select(dead, ir.Constant(kind, [I8(finish.dead)] * floats.lanes), winner)
+        best = builder.select(dead, floats.zero, best)
+    return best, winner
+
+
+def _for_channels(builder: Any, spec: TileRow, each: Callable[[Any, int], None]) -> None:
+    whole, rest = divmod(spec.channels, spec.lanes)
+
+    def step(i: Any, nothing: list[Any]) -> list[Any]:
+        each(builder.mul(i, I64(spec.lanes)), spec.lanes)
+        return []
+
+    carried_loop(builder, I64(whole), [], step)
+    if rest:
+        each(I64(whole * spec.lanes), rest)

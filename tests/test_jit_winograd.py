@@ -1,0 +1,153 @@
+"""Convolutions by Winograd's algorithm, and gradients of strided ones residue by residue: the same as tap by tap."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
+from jit_cases import POOLED_FIRST, WINOGRAD, poisoned
+
+from convolt.engines import JIT
+from convolt.engines.jit.kernels.residues import covers, parts, slope_frame, tap_order
+from convolt.engines.jit.kernels.specs import ConvSpec, Frame, Windowing
+from convolt.engines.jit.kernels.winograd_specs import WinogradSpec, obstacle, tiling
+from convolt.layers import Conv2d, Dense, Flatten, MaxPool2d, ReLU
+from convolt.losses import CrossEntropy
+from convolt.model import Model
+from convolt.optimizers import SGD
+from convolt.recipe import Recipe
+
+CASES = list(WINOGRAD.values())
+
+
+def spec(channels=16, filters=16, size=8, kernel=3, stride=1, padding=1, dilation=1, groups=1, pool=1, slope=0.0):
+    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    high, inside = size + 2 * padding, outputs // pool
+    x = Frame(channels, size, size, high, high, padding * (high + 1) * channels)
+    y = Frame(filters, inside, inside, inside, inside, 0)
+    window = Windowing(kernel, kernel, stride, stride, padding, padding, dilation, dilation)
+    return ConvSpec(x, y, window, groups, filters, outputs, outputs, True, slope, (pool, pool), 4, 16, 32)
+
+
+@pytest.mark.parametrize("check", [equals_pytorch, adds_gradients, reuses_buffers, needs_no_input_gradient])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_winograd(case, check):
+    check(JIT(threads=2), "fp32", case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_memory_that_nobody_wrote_is_not_read(case):
+    with poisoned():
+        equals_pytorch(JIT(threads=2), "fp32", case)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "plain"])
+def test_winograd_on_narrow_vectors(isa):
+    equals_pytorch(JIT(threads=2, isa=isa), "fp32", CASES[0])
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    layers = (Conv2d(16, 20, 3, padding=1), ReLU(), Conv2d(20, 40, 3, 2, 1), ReLU(), MaxPool2d(2), Flatten())
+    model = Model((16, 16, 16), (*layers, Dense(640, 120), ReLU(), Dense(120, 10)))
+    generator = np.random.default_rng(0)
+    x, y = generator.integers(0, 256, (37, *model.input_shape), np.uint8), generator.integers(0, 10, 37)
+    found = set()
+    for threads in (1, 2, 4):
+        executor = JIT(threads=threads).executor(model, None, Recipe())
+        for _ in range(2):
+            executor.train_step(x, y, CrossEntropy(), 1 / 37, SGD(lr=0.1))
+        found.add(executor.params.flat.tobytes())
+        executor.close()
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        ({"kernel": 5, "padding": 2}, "3x3"),
+        ({"stride": 2}, "stride"),
+        ({"dilation": 2, "padding": 2}, "3x3"),
+        ({"groups": 2}, "channels"),
+        ({"channels": 8}, "channels"),
+        ({"filters": 15}, "channels"),
+        ({"size": 7}, "odd"),
+        ({"pool": 4}, "pool"),
+        ({"pool": 2, "slope": 0.1}, "pool"),
+    ],
+)
+def test_other_convolutions_go_tap_by_tap(what, word):
+    assert obstacle(spec()) == obstacle(spec(pool=2)) == ""
+    assert word in obstacle(spec(**what))
+
+
+def test_an_odd_image_whose_gradient_nobody_needs():
+    odd = spec(size=7, padding=2)
+    wrong_before = replace(odd, P=8, Q=8, wants_dx=True)
+    assert "odd" in obstacle(wrong_before)
+    assert obstacle(replace(wrong_before, wants_dx=False)) == ""
+
+
+@pytest.mark.parametrize(("size", "images"), list(product([2, 4, 6, 8, 14, 32, 64], [1, 3, 8, 32])))
+def test_blocks_hold_an_image_evenly(size, images):
+    found = tiling(size, size, images)
+    assert found.high == found.wide == size // 2
+    assert found.high % found.rows == 0
+    assert 1 <= found.images <= images
+    assert found.images == 1 or found.rows == found.high
+    assert found.tiles <= 96 or found.images == found.rows == 1
+
+
+def test_scratch_memory_holds_what_a_block_needs():
+    made = WinogradSpec(spec(channels=20, filters=70, size=4))
+    for tiles in (made.forward, made.inputs):
+        assert made.back_scratch - made.frames >= 16 * tiles.tiles * (20 + 70)
+    assert made.frames >= made.forward.images * slope_frame(made.conv).size
+
+
+# --- the pixels that won a pool --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", [None, "avx2", "plain"])
+@pytest.mark.parametrize("case", POOLED_FIRST.values(), ids=lambda case: case.name)
+def test_gradient_from_the_pixels_that_won(case, isa):
+    engine = JIT(threads=2, isa=isa)
+    with poisoned():
+        needs_no_input_gradient(engine, "fp32", case)
+    adds_gradients(engine, "fp32", case)
+
+
+# --- residues of the stride ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), list(product([1, 2, 3, 5], [1, 2, 3], [1, 2, 3])))
+def test_parts_of_dx_are_the_adjoint(kernel, stride, dilation):
+    """Along one axis, by hand: every product that the convolution makes, once, and no other."""
+    for size, padding in product([1, 2, 5, 8], [0, 1, 4]):
+        outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        if outputs > 0:
+            assert_parts_are_the_adjoint(spec(1, 1, size, kernel, stride, padding, dilation))
+
+
+def assert_parts_are_the_adjoint(conv: ConvSpec) -> None:
+    size, outputs, window = conv.x.H, conv.P, conv.window
+    inputs = {
+        (p, r): p * window.stride_h + r * window.dilation_h - window.top
+        for p, r in product(range(outputs), range(window.R))
+    }
+    want = {(h, p, r) for (p, r), h in inputs.items() if 0 <= h < size}
+    frame, order, found = slope_frame(conv), tap_order(conv), set()
+    top = frame.origin // frame.pitch
+    for part in parts(conv):
+        own, first = part.conv.window, part.conv.x.origin // frame.pitch
+        for i, n in product(range(own.R), range(part.conv.P)):
+            row = first + n + i * own.dilation_h
+            assert 0 <= row < frame.rows
+            if 0 <= row - top < outputs:
+                tap = order[part.filters + i * own.S] // window.R
+                found.add((part.target // size + n * window.stride_h, row - top, tap))
+    assert found == want
+    assert frame.size <= conv.framed.size
+    residues = {(h + window.top) % window.stride_h for h in range(size)}
+    reached = {r * window.dilation_h % window.stride_h for r in range(window.R)}
+    assert covers(conv) == (residues <= reached)
