@@ -12,12 +12,14 @@ best of the base stands beside the medians.
 """
 
 import json
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from convolt import launch
 from convolt.load import LoadMeter
@@ -50,6 +52,8 @@ def trained(words: list[str], ranks: int, folder: Path) -> tuple[float, dict[str
     """Images a second of the second epoch, and where the ranks' time went in both."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         ended = launch.run(ranks, [*words, "--out", f"{out}/run"], catch_output=True)
+        if ended.code:
+            sys.exit(f"a training on {ranks} ranks ended with code {ended.code}: no result")
         result = json.loads(ended.output)
         lines = Path(out, "run", "metrics.jsonl").read_text().splitlines()
     epochs = [record for record in map(json.loads, lines) if record["event"] == "epoch"]
@@ -96,5 +100,14 @@ def main(engine: str = "jit", precision: str = "fp32", rounds: str = "5", steps:
         print(f"{engine} {precision}  {layout:<20} {rate}  {speedup} of {speedup.n}, best {best:.3f}{crowded}")
 
 
+def stop(number: int, frame: object) -> None:
+    """End the trainings under way, and then this."""
+    for training in psutil.Process().children():
+        training.send_signal(number)
+    sys.exit(f"stopped by {signal.Signals(number).name}: no result")
+
+
 if __name__ == "__main__":
+    for stopping in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stopping, stop)
     main(*sys.argv[1:])

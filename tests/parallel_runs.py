@@ -98,10 +98,11 @@ TORCH = {
     "torch synced, tiny batches": Case("torch", recipe(batch_size=3, epochs=1), MODEL, SYNCED),
 }
 PRECISIONS = {"loops": ("fp64",), "im2col": ("fp32", "fp64"), "jit": ("fp32",), "torch": ("fp32", "fp64")}
+# Every batch has uneven parts on three ranks, the last one of an epoch on any number; half of the runs accumulate.
 EVERY = {
-    f"{engine} {name} {precision}{' sharded' * sharded}": Case(
+    f"{engine} {name} {precision}, {'sharded' if sharded else 'micro-batches'}": Case(
         engine,
-        recipe(name, precision, epochs=EPOCHS if engine != "loops" else 2),
+        recipe(name, precision, epochs=EPOCHS if engine != "loops" else 2, micro_batch_size=None if sharded else 3),
         parallel=SHARDED if sharded else WHOLE,
     )
     for engine, precisions in PRECISIONS.items()

@@ -14,16 +14,19 @@ from convolt.parallel import Parallel
 
 pytest.importorskip("mpi4py", reason="ranks need mpi4py")
 PROGRAM = Path(__file__).with_name("parallel_runs.py")
-TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "fp32-master64": 1e-5}
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "fp32-master64": 1e-5}  # of the loss
+# A loss of 1e-4 is a difference of logits near 10, of which float32 does not have more digits than this.
+SMALL = 1e-2
+ROUNDING = {"fp64": 0.0, "fp32": float(np.spacing(np.float32(8))), "fp32-master64": float(np.spacing(np.float32(8)))}
 
 SLOWLY_3, SLOWLY_4 = (pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))
 
 
-def on_ranks(ranks: int, suite: str, folder: Path) -> dict:
+def on_ranks(ranks: int, suite: str, folder: Path, limit: float = 100) -> dict:
     """The curves of a suite, from rank 0; the program itself checks that all ranks agree."""
     folder.mkdir()
     words = [*launch.launcher(ranks), sys.executable, "-m", "mpi4py", str(PROGRAM), str(folder), suite]
-    ended = launch.run_command(words, timeout=100)
+    ended = launch.run_command(words, timeout=limit)
     assert ended.code == 0
     return json.loads((folder / "curves.json").read_text())
 
@@ -31,12 +34,11 @@ def on_ranks(ranks: int, suite: str, folder: Path) -> dict:
 def assert_same(ours: dict, serial: dict, suite: str) -> None:
     assert ours.keys() == serial.keys() == SUITES[suite].keys()
     for name, case in SUITES[suite].items():
-        rtol = TOLERANCE[case.recipe.precision]
-        atol = rtol / 10  # a loss of 1e-4 is a difference of logits near 10
+        precision = case.recipe.precision
         for what in ("losses", "valid", "test"):
-            np.testing.assert_allclose(
-                ours[name][what], serial[name][what], rtol=rtol, atol=atol, err_msg=f"{name}: {what}"
-            )
+            found, wanted = (np.array(each[name][what]) for each in (ours, serial))
+            rounding = np.where(wanted < SMALL, ROUNDING[precision], 0)
+            assert (abs(found - wanted) <= TOLERANCE[precision] * wanted + rounding).all(), f"{name}: {what}"
         assert ours[name]["accuracy"] == pytest.approx(serial[name]["accuracy"], abs=0.03), name
 
 
@@ -75,7 +77,7 @@ def test_ranks_give_the_serial_curve_on_torch(ranks, serial, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_optimizer_on_every_engine(ranks, serial, tmp_path):
-    assert_same(on_ranks(ranks, "every", tmp_path / "ranks"), serial("every"), "every")
+    assert_same(on_ranks(ranks, "every", tmp_path / "ranks", limit=900), serial("every"), "every")
 
 
 @pytest.mark.parametrize("ranks", [2, SLOWLY_3])

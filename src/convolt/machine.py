@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,7 @@ class Mpi:
     library: str | None
     launcher: str | None
     vendor: str | None
+    version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -367,10 +369,12 @@ def mpi_runtime() -> Mpi:
     folders = (f"{sys.prefix}/lib", "/usr/local/lib", f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64")
     sonames = ("libmpi.so.12", "libmpi.so.40")  # MPICH and Intel MPI; Open MPI
     libraries = (Path(folder) / name for folder in folders for name in sonames)
+    version = re.search(r"\d+(\.\d+)+", banner)
     return Mpi(
         library=next((str(path) for path in libraries if path.exists()), None),
         launcher=launcher,
         vendor=next((vendor for mark, vendor in LAUNCHERS if mark in banner), None),
+        version=None if version is None else version.group(),
     )
 
 

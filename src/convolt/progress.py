@@ -55,6 +55,11 @@ class Progress:
     stopping: StoppingState | None = None
     monitored: dict[str, list[float]] = field(default_factory=lambda: {"valid_loss": [], "valid_accuracy": []})
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """How far the run is: every change of state makes it larger, also a rollback."""
+        return len(self.left_out), self.step, self.epochs
+
     def count(self, loss_sum: float, right: int, images: int, seconds: float) -> None:
         """Add a step that was taken to the sums of its epoch."""
         self.loss_sum += loss_sum
@@ -78,12 +83,23 @@ class Progress:
             self.monitored[name].append(value)
         if early is not None:
             self.stopping = early.observe(self.stopping or early.init(), metrics[early.monitor], self.epochs + 1)
-        monitor = early.monitor if early is not None else "valid_accuracy"
-        value = metrics[monitor] if monitor in HIGHER_IS_BETTER else -metrics[monitor]
-        improved = math.isfinite(value) and (self.best is None or value > self.best)
+        improved = self.latest_is_best(early)
         if improved:
-            self.best = value
+            monitor = _deciding(early)
+            self.best = metrics[monitor] if monitor in HIGHER_IS_BETTER else -metrics[monitor]
         return improved
+
+    def latest_is_best(self, early: EarlyStopping | None) -> bool:
+        """Whether the last epoch that was observed is the best one so far."""
+        monitor = _deciding(early)
+        sign = 1 if monitor in HIGHER_IS_BETTER else -1
+        *earlier, value = [sign * each for each in self.monitored[monitor]] or [math.nan]
+        return math.isfinite(value) and all(value > each for each in earlier if math.isfinite(each))
+
+
+def _deciding(early: EarlyStopping | None) -> str:
+    """The metric that tells which epoch is best."""
+    return early.monitor if early is not None else "valid_accuracy"
 
 
 class State:
@@ -156,20 +172,27 @@ class State:
         self.executor.weights_changed()
         self.executor.load_optimizer_state(optimizer)
 
-    def spread(self, comm: Communicator) -> None:
-        """Rank 0's state on every rank, after it has read a checkpoint."""
+    def spread(self, comm: Communicator, root: int = 0) -> None:
+        """The state of one rank on all of them: after it has read a checkpoint, or when others are gone.
+
+        It is taken in one go when all of it is here. Raises RanksLost before that, never in between.
+        """
         if comm.size == 1:
             return
         own = self.executor.optimizer_state()
         described = {name: (array.dtype.str, array.shape) for name, array in own.items()}
-        said = json.loads(texts(comm, json.dumps([asdict(self.progress), described]))[0])
+        said = json.loads(texts(comm, json.dumps([asdict(self.progress), described]))[root])
         progress, names = said
         optimizer = {name: own.get(name, np.zeros(shape, dtype)) for name, (dtype, shape) in names.items()}
         optimizer = {name: np.array(array, order="C") for name, array in optimizer.items()}
         shadow = () if self.shadow is None else (self.shadow,)
         params = self.executor.params
-        for array in (params.flat, *params.buffers.values(), *shadow, *optimizer.values()):
-            comm.broadcast(array)
+        kept = (params.flat, *params.buffers.values(), *shadow)
+        copies = [array.copy() for array in kept]
+        for array in (*copies, *optimizer.values()):
+            comm.broadcast(array, root)
+        for array, copy in zip(kept, copies, strict=True):
+            array[...] = copy
         self.executor.weights_changed()
         self.executor.load_optimizer_state(optimizer)
         self.progress = Progress(**progress)

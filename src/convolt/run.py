@@ -15,7 +15,7 @@ do not meet; `Run.resume` goes on with one; `Run.load` only looks. The first two
 import json
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -37,7 +37,7 @@ from convolt.engines import engine_class
 from convolt.environment import REPRODUCIBILITY, changes, environment, flatten
 from convolt.errors import CheckpointError, ConfigError, DataError, RunError, ShapeError
 from convolt.evaluation import predict
-from convolt.history import Epoch, MetricsLog, epoch_record, read_history, save_npz
+from convolt.history import Epoch, MetricsLog, bytes_of, epoch_record, read_history, save_npz
 from convolt.model import Model
 from convolt.params import Params
 from convolt.precision import precision
@@ -136,6 +136,22 @@ class Run:
         return run, checkpoint
 
     @classmethod
+    def take_over(cls, folder: Path, record: dict[str, Any], epochs: Sequence[Epoch], keep_last: int = 2) -> Self:
+        """Write a run from now on whose writer died: from where it stands, which is after these epochs.
+
+        Raises RunError, also where the writer lives.
+        """
+        with ExitStack() as undo:
+            lock = RunLock(folder)
+            undo.callback(lock.release)
+            directory.sweep(folder)
+            Checkpointer(folder / CHECKPOINTS, keep_last).sweep()
+            run = cls(folder, record, keep_last, _Writer(lock, MetricsLog(folder / METRICS)))
+            run.amend(epochs)
+            undo.pop_all()
+        return run
+
+    @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Open a finished, interrupted or still running run to look at it; nothing in it is touched.
 
@@ -163,6 +179,11 @@ class Run:
             self._writer = None
 
     # ------------------------------------------------------------------------------------------------ what it knows
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run."""
+        return self._writer is not None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -282,11 +303,17 @@ class Run:
 
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint: forget the metrics that it does not cover. Raises RunError."""
-        writer = self._writing()
-        writer.metrics.close()
-        path = self.folder / METRICS
-        self._writer = writer._replace(metrics=MetricsLog(path, keep=checkpoint.state["run"]["metrics_bytes"]))
-        self._history = list(read_history(path))
+        self._cut(checkpoint.state["run"]["metrics_bytes"])
+
+    def amend(self, epochs: Sequence[Epoch]) -> None:
+        """Make these the epochs of the run: those that other ranks have closed, where this one was interrupted.
+
+        Raises RunError.
+        """
+        if len(epochs) < len(self._history):
+            self._cut(bytes_of(self.folder / METRICS, len(epochs)))
+        for epoch in epochs[len(self._history) :]:
+            self.log_epoch(epoch)
 
     def finish(self, result: Mapping[str, Any], params: Params | None = None) -> None:
         """Write ``result.json``, which makes the run a finished one; params: the weights that the result is of.
@@ -298,6 +325,14 @@ class Run:
         directory.write_json(self.folder / RESULT, record)
         self._result = record
         self._params = params
+
+    def _cut(self, size: int) -> None:
+        """Keep so many bytes of the metrics, and the epochs in them."""
+        writer = self._writing()
+        writer.metrics.close()
+        path = self.folder / METRICS
+        self._writer = writer._replace(metrics=MetricsLog(path, keep=size))
+        self._history = list(read_history(path))
 
     def _writing(self) -> "_Writer":
         if self._writer is None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from convolt.comms import Array, Communicator
 from convolt.engine import Executor, StepResult
+from convolt.errors import RanksLost
 from convolt.loader import Batch
 from convolt.metrics import correct
 from convolt.optimizers import Optimizer, clip_by_norm, clip_by_value
@@ -54,16 +55,20 @@ class Stepper:
     ) -> None:
         self.executor, self.recipe, self.comm, self.parallel, self.stop = executor, recipe, comm, parallel, stop
         self.seconds = Seconds()
+        self.join()
+        if self._synced:
+            executor.synchronize_statistics(comm.allreduce)
+
+    def join(self) -> None:
+        """Take part in steps with the ranks that there are; again after ranks were lost."""
+        comm, parallel, grads = self.comm, self.parallel, self.executor.grads.flat
         self._asked: int | None = None
         self._drifted = False
         self._serial = comm.size == 1
         self._local = parallel.local_steps > 1 and not self._serial
-        grads = executor.grads.flat
         self._sum = comm.summation(grads, parallel.shards, parallel.wire)
         self._own = None if self._sum.own == slice(0, grads.size) else self._sum.own
-        self._synced = parallel.sync_batch_norm and not self._serial and bool(executor.params.buffers)
-        if self._synced:
-            executor.synchronize_statistics(comm.allreduce)
+        self._synced = parallel.sync_batch_norm and not self._serial and bool(self.executor.params.buffers)
 
     def prepare(self, batch: Batch) -> None:
         """Before the first step: one rank of each machine compiles, and the others find it on disk."""
@@ -78,7 +83,10 @@ class Stepper:
     # ---------------------------------------------------------------------------------------------------- one step
 
     def step(self, batch: Batch, optimizer: Optimizer) -> Outcome:
-        """One step; weights and statistics stay as they are when loss, gradient or a statistic is not finite."""
+        """One step; weights and statistics stay as they are when loss, gradient or a statistic is not finite.
+
+        So they do when it raises RanksLost.
+        """
         recipe, executor = self.recipe, self.executor
         statistics = executor.statistics()
         clipped = recipe.clip_norm is not None or recipe.clip_value is not None
@@ -88,7 +96,11 @@ class Stepper:
             result = executor.train_step(batch.images, batch.targets, recipe.loss, scale, optimizer, batch.rng)
             outcome = Outcome(result.loss, right_of([result], [batch]))
         else:
-            outcome = self._accumulated(batch, optimizer, statistics)
+            try:
+                outcome = self._accumulated(batch, optimizer, statistics)
+            except RanksLost:
+                executor.restore_statistics(statistics)
+                raise
         if not math.isfinite(outcome.loss):
             executor.restore_statistics(statistics)
         return outcome

@@ -25,9 +25,10 @@ from convolt.comms import Communicator, Serial, whereabouts
 from convolt.data import Dataset
 from convolt.datasets.spec import DataSpec
 from convolt.duration import Time, due, length
+from convolt.elastic import regroup
 from convolt.engine import Engine, Executor
 from convolt.engines import default_engine
-from convolt.errors import ConfigError, Interrupted, TrainingError
+from convolt.errors import ConfigError, Interrupted, RanksLost, TrainingError
 from convolt.evaluation import Evaluation, evaluate
 from convolt.follower import Follower, announced
 from convolt.history import Epoch
@@ -73,6 +74,8 @@ def fit(
     Raises ConfigError, EngineError, RunError, TrainingError, CheckpointError, and Interrupted after SIGINT or SIGTERM.
     """
     recipe, comm, parallel = recipe or Recipe(), comm or Serial(), parallel or Parallel()
+    if parallel.elastic:
+        comm.survive()
     if engine is None:  # a recipe of the wrong kind is told below
         engine = default_engine(recipe.precision if isinstance(recipe, Recipe) else "fp32")
     check_kinds(model, data, recipe, engine, params)
@@ -104,25 +107,24 @@ def fit(
         elif comm.rank == 0:
             label = f"{data.name}-{engine.NAME}"
             opened = Run.create(config, label, out=out, root=root, threads=engine.threads, keep_last=keep_last)
-        run = announced(opened, comm)
-        closing.enter_context(run)
+        run = closing.enter_context(announced(opened, comm))
         if comm.size > 1:
             run.log("ranks", {"ranks": whereabouts(comm, engine.threads)})
         stop = closing.enter_context(StopRequest())
         stepper = Stepper(executor, recipe, comm, parallel, stop)
         stepper.prepare(loader.batch(0))
-        training = _Training(run, data, recipe, executor, loader, stepper, tuple(callbacks), checkpoint_every)
+        training = _Training(
+            run, data, recipe, executor, loader, stepper, tuple(callbacks), checkpoint_every, keep_last
+        )
         training.teacher = teacher
+        closing.callback(training.close)
         try:
             training.start(checkpoint, from_given=params is not None)
-            training.loop()
-            training.finish(engine)
-        except StopAsked as stopped:
-            training.interrupt(stopped.signal)
+            training.go_on(engine)
         finally:
             for callback in callbacks:
-                callback.on_end(run.result)
-    return run
+                callback.on_end(training.run.result)
+    return training.run
 
 
 class _Training:
@@ -140,14 +142,25 @@ class _Training:
         stepper: Stepper,
         callbacks: tuple[Callback, ...],
         checkpoint_every: str,
+        keep_last: int,
     ) -> None:
         self.run, self.data, self.recipe, self.executor, self.loader = run, data, recipe, executor, loader
         self.stepper, self.comm, self.callbacks = stepper, stepper.comm, callbacks
-        self.checkpoint_every = checkpoint_every
-        self.writes = self.comm.rank == 0
+        self.checkpoint_every, self.keep_last = checkpoint_every, keep_last
         self.total_steps = recipe.epochs * loader.steps_per_epoch
         self.state = State(executor, recipe.ema)
         self.saved_step: int | None = None
+        self.asked = 0  # the signal that ends the run
+        self.training_is_over = False
+
+    def close(self) -> None:
+        """Give the run's folder back, whether it was this rank's from the start or not."""
+        self.run.close()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the run."""
+        return self.run.writes
 
     @property
     def progress(self) -> Progress:
@@ -155,6 +168,34 @@ class _Training:
         return self.state.progress
 
     # ------------------------------------------------------------------------------------------------- the loop
+
+    def go_on(self, engine: Engine) -> None:
+        """The loop and what comes after it, also when ranks die; until the end, or until a signal. Raises as `loop`."""
+        while True:
+            try:
+                if self.asked:
+                    self.interrupt(self.asked)
+                self.loop()
+                return self.finish(engine)
+            except StopAsked as stopped:
+                self.asked = stopped.signal
+            except RanksLost:
+                if not self.stepper.parallel.elastic:
+                    raise
+                self.recover()
+
+    def recover(self) -> None:
+        """Go on with the ranks that are left. Raises RunError where the one that must write now cannot."""
+        before, known = self.comm.size, len(self.run.history)
+        self.run, self.asked = regroup(self.run, self.state, self.stepper, self.loader, self.asked, self.keep_last)
+        step = self.progress.step
+        self.warn((f"{before - self.comm.size} of {before} ranks died after step {step}; {self.comm.size} go on",))
+        if not self.training_is_over:
+            ended = step == self.progress.epochs * self.loader.steps_per_epoch
+            self.save(best=ended and self.progress.latest_is_best(self.recipe.early_stopping))
+        for epoch in self.run.history[known:]:
+            for callback in self.callbacks:
+                callback.on_epoch(epoch)
 
     def loop(self) -> None:
         """Steps until the epochs are done, or early stopping. Raises StopAsked, TrainingError, CheckpointError."""
@@ -239,7 +280,8 @@ class _Training:
 
     def close_epoch(self) -> bool:
         """Validate, record the epoch, move early stopping; True when this is the best epoch so far."""
-        valid = self.validate()  # first: it is left halfway when a signal comes
+        valid = self.validate()  # first: it is left halfway when a signal comes, or when a rank dies
+        seconds = self.stepper.all_seconds() if self.comm.size > 1 else {}
         progress = self.progress
         images = progress.images
         record = Epoch(
@@ -260,7 +302,7 @@ class _Training:
         progress.close_epoch()
         self.run.log_epoch(record)
         if self.comm.size > 1:
-            self.run.log("ranks_seconds", {"epoch": record.epoch, **self.stepper.all_seconds()})
+            self.run.log("ranks_seconds", {"epoch": record.epoch, **seconds})
         for callback in self.callbacks:
             callback.on_epoch(record)
         return improved
@@ -348,6 +390,8 @@ class _Training:
     def finish(self, engine: Engine) -> None:
         """Take the weights that the recipe asks for, look once at the test set, and write the result."""
         progress, executor = self.progress, self.executor
+        self.comm.barrier()  # the last checkpoint is written: its weights are not needed any more
+        self.training_is_over = True
         kept = "last"
         if self.state.shadow is not None:
             executor.params.flat[...] = self.state.shadow
@@ -379,6 +423,7 @@ class _Training:
         if self.comm.size > 1:
             result["ranks_seconds"] = self.stepper.all_seconds()
         self.run.finish(result, executor.params)
+        self.comm.barrier()
 
 
 def _teacher(model: Model, recipe: Recipe) -> Executor | None:

@@ -8,16 +8,19 @@ came.
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import click
 
 from convolt import launch
+from convolt.callbacks import Callback, StepEvent
 from convolt.comms import Communicator
 from convolt.comms.mpi import Mpi, world
 from convolt.errors import ConfigError, ConvoltError
+from convolt.history import Epoch
+from convolt.run import Run
 from convolt.signals import ExitCode
 
 CARRIED = 0.25  # seconds that a launcher gets to carry the last words, which it may drop once it ends the ranks
@@ -33,8 +36,8 @@ class Ranks:
     def __init__(self, debug: bool, tell: Callable[[BaseException, str], int]) -> None:
         self.comm: Communicator = world()
         self._debug, self._tell = debug, tell
-        if self.comm.rank > 0:
-            warnings.simplefilter("ignore")  # rank 0 says it
+        if self.comm.size > 1:
+            warnings.showwarning = self._of_first(warnings.showwarning)
 
     def __enter__(self) -> Communicator:
         return self.comm
@@ -59,14 +62,45 @@ class Ranks:
             self.comm.linger(PATIENCE)
         self.comm.abort(code)
 
+    def _of_first(self, show: Callable[..., None]) -> Callable[..., None]:
+        """Warnings as they are shown, but by rank 0 alone, whoever that is."""
 
-def start(ranks: int, arguments: Sequence[str], resume: str | None) -> int:
+        def show_once(*about: Any) -> None:
+            if self.comm.rank == 0:
+                show(*about)
+
+        return show_once
+
+
+class OfFirst(Callback):
+    """What another callback tells people, told by rank 0 alone, whoever that is at the time."""
+
+    def __init__(self, comm: Communicator, callback: Callback) -> None:
+        self._comm, self._callback = comm, callback
+
+    def on_start(self, run: Run) -> None:
+        if self._comm.rank == 0:
+            self._callback.on_start(run)
+
+    def on_step(self, step: StepEvent) -> None:
+        self._callback.on_step(step)
+
+    def on_epoch(self, epoch: Epoch) -> None:
+        if self._comm.rank == 0:
+            self._callback.on_epoch(epoch)
+
+    def on_end(self, result: Mapping[str, Any] | None) -> None:
+        self._callback.on_end(result)
+
+
+def start(ranks: int, arguments: Sequence[str], resume: str | None, elastic: bool = False) -> int:
     """Start ``convolt ARGUMENTS`` on so many ranks and wait; returns the exit code. Raises what `launch.run` does."""
-    ended = launch.run(ranks, arguments)
+    ended = launch.run(ranks, arguments, elastic=elastic)
     if ended.code > launch.KILLED and ended.code not in (launch.KILLED + 2, launch.KILLED + 15):
         way_on = f"convolt train --resume {resume}" if resume else "convolt train --resume RUN"
+        who = "every rank" if elastic else "a rank"
         click.echo(
-            f"convolt: error: a rank was killed (signal {ended.code - launch.KILLED}), so all have ended; go on from"
+            f"convolt: error: {who} was killed (signal {ended.code - launch.KILLED}), so all have ended; go on from"
             f" the last checkpoint with: {way_on} --ranks {ranks}",
             err=True,
         )

@@ -35,7 +35,7 @@ from convolt.cli.options import (
     threads_option,
     writable,
 )
-from convolt.cli.ranks import Ranks, describe, oversubscribed, start, wanted
+from convolt.cli.ranks import OfFirst, Ranks, describe, oversubscribed, start, wanted
 from convolt.cli.settings import DEFAULT_MODEL, Settings, defaults, merge, put, read_recipe, recorded, resolve
 from convolt.comms import whereabouts
 from convolt.config import Plain, build, parse_assignment, plain_name
@@ -64,6 +64,7 @@ KEYS = {
     "image_size": "data.image_size",
     "channels": "data.channels",
     "threads": "engine.threads",
+    "elastic": "parallel.elastic",
     "lr": "optimizer.lr",
     "momentum": "optimizer.momentum",
     "weight_decay": "optimizer.weight_decay",
@@ -210,6 +211,12 @@ def names(family: tuple[Any, ...]) -> tuple[str, ...]:
     metavar="N",
     help="Processes that share every batch, by MPI, each with --threads. [default: 1, or those of mpiexec]",
 )
+@click.option(
+    "--elastic/--no-elastic",
+    cls=EngineOption,
+    default=None,
+    help="When ranks die, go on with the others from the same step; needs Open MPI 5. [default: end, to be resumed]",
+)
 @click.option("--out", cls=RunOption, metavar="DIR", help="Folder of the run. [default: a new one in --runs-dir]")
 @click.option("--runs-dir", cls=RunOption, metavar="DIR", help="Folder of all runs. [default: runs]")
 @click.option(
@@ -261,8 +268,9 @@ def train(
             writable(save_metrics, "--save-metrics")
         to_start = 1 if explain else wanted(ranks)
         if to_start > 1:
-            collect(resume, recipe_file, options, assignments, to_start)  # a mistake is told before MPI starts
-            ctx.exit(start(to_start, own.arguments, str(out or resume) if out or resume else None))
+            asked = collect(resume, recipe_file, options, assignments, to_start)  # a mistake is told before MPI starts
+            folder = str(out or resume) if out or resume else None
+            ctx.exit(start(to_start, own.arguments, folder, asked.parallel.elastic))
         settings = collect(resume, recipe_file, options, assignments, comm.size, comm.node_size)
         console = notes(quiet or comm.rank > 0)
         ctx.with_resource(telling_of_compilation(quiet or comm.rank > 0))
@@ -292,7 +300,7 @@ def train(
                 resume=resume is not None,
                 checkpoint_every=settings.checkpoint_every,
                 keep_last=keep_last,
-                callbacks=() if quiet or comm.rank > 0 else (ProgressBar(),),
+                callbacks=() if quiet else (OfFirst(comm, ProgressBar()),),
                 source=settings.data,
             )
         except Interrupted as interrupted:

@@ -69,11 +69,20 @@ class Communicator(Protocol):
         wire: "bf16" sends two bytes a number where the array has four, and adds in float32.
         """
 
-    def broadcast(self, array: Array) -> None:
-        """Replace the array on every rank by rank 0's, in place."""
+    def broadcast(self, array: Array, root: int = 0) -> None:
+        """Replace the array on every rank by that of rank ``root``, in place."""
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank is here; after `survive` it fails on all ranks or on none."""
+
+    def survive(self) -> None:
+        """From now on the death of a rank raises RanksLost in the others. Raises EngineError where nothing can."""
+
+    def shrink(self) -> None:
+        """After RanksLost, on all that are left: go on without the lost ones. Ranks keep their order, not their number.
+
+        What `summation` gave before is worth nothing afterwards. Raises RanksLost when more of them die meanwhile.
+        """
 
 
 class BlockingSum:
@@ -111,11 +120,17 @@ class Serial:
         """The sum over one rank is the array."""
         return BlockingSum(self, array)
 
-    def broadcast(self, array: Array) -> None:
-        """Rank 0's array is the array."""
+    def broadcast(self, array: Array, root: int = 0) -> None:
+        """The root's array is the array."""
 
     def barrier(self) -> None:
         """Nobody to wait for."""
+
+    def survive(self) -> None:
+        """Nobody to lose."""
+
+    def shrink(self) -> None:
+        """Nobody was lost."""
 
 
 def shard(count: int, comm: Communicator) -> slice:

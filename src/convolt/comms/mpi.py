@@ -6,23 +6,34 @@ core of its own and the slowest where two share one: the one that waits then tak
 
 Every error of MPI itself ends all ranks, as MPI has it by default. An exception in one rank does so where the program
 runs under ``python -m mpi4py``, which `launch` sees to, and in the command line, which ends with `Mpi.abort`.
+
+Where MPI has ULFM (user-level failure mitigation: Bland et al., IJHPCA 2013), the death of a rank need not be the end.
+The first to notice revokes the communicator, so that no survivor waits for ever, and `shrink` makes a new one of all
+survivors. Two things are the same on all of them, whatever dies when: what `shrink` gives, and whether a `barrier` is
+passed, which is an agreement. Of any other operation some may have the result and others RanksLost.
 """
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
 from convolt.comms import Array, Serial, Summation
+from convolt.comms.memory import shared_rows
 from convolt.comms.messages import BucketSum
 from convolt.comms.shared import SharedSum, row_bytes
-from convolt.errors import EngineError, MissingDependency
-from convolt.launch import placement
+from convolt.errors import EngineError, MissingDependency, RanksLost
+from convolt.launch import ULFM, placement
 
 SPINS = 2000  # questions asked before the core is given away for the first time, about half a millisecond
 YIELDS = 2000  # times it is given away before sleeping
 NAP = 5e-5  # seconds
+
+# Set by `mpiexec --with-ft ulfm` for its ranks; and what makes MPI_Finalize not wait for ranks that died long ago.
+FAULT_TOLERANT, UNSYNCHRONIZED_END = "OMPI_MCA_mpi_ft_enable", "OMPI_MCA_async_mpi_finalize"
 
 
 class Mpi:
@@ -35,23 +46,21 @@ class Mpi:
 
     def __init__(self, comm: Any = None, through_memory: bool = True) -> None:
         self._mpi = _library()
-        self._comm = (self._mpi.COMM_WORLD if comm is None else comm).Dup()
-        self.rank, self.size = int(self._comm.Get_rank()), int(self._comm.Get_size())
-        self._node = self._comm.Split_type(self._mpi.COMM_TYPE_SHARED, key=self.rank)
-        self.node_rank, self.node_size = int(self._node.Get_rank()), int(self._node.Get_size())
-        self._through_memory = through_memory and self.node_size == self.size
-        self._under_way: list[Any] = []
-        self._windows: dict[int, list[Array]] = {}
-        self._failed = self._memory(8)[0].view(np.int64)
+        self._losses = (self._mpi.ERR_PROC_FAILED, self._mpi.ERR_PROC_FAILED_PENDING, self._mpi.ERR_REVOKED)
+        self._through_memory, self._survives, self._disagreed = through_memory, False, False
+        self._abandoned: list[Any] = []
+        self._take((self._mpi.COMM_WORLD if comm is None else comm).Dup())
 
     def allreduce(self, array: Array) -> None:
         """The library's sum."""
-        self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, array))
+        with self._noticing():
+            self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, array))
 
     def summation(self, array: Array, scattered: bool = False, wire: str = "fp32") -> Summation:
         """Through shared memory on one machine, by messages otherwise and for bf16."""
-        if self._through_memory and wire == "fp32":
-            rows = self._memory(row_bytes(array))
+        one_machine = self._through_memory and self.node_size == self.size
+        rows = self._memory(row_bytes(array)) if one_machine and wire == "fp32" else None
+        if rows is not None:
             return SharedSum(array, rows, self.rank, scattered, self._meet)
         return BucketSum(
             array,
@@ -65,13 +74,40 @@ class Mpi:
             self._progress,
         )
 
-    def broadcast(self, array: Array) -> None:
+    def broadcast(self, array: Array, root: int = 0) -> None:
         """The library's broadcast."""
-        self._wait(self._comm.Ibcast(array, root=0))
+        with self._noticing():
+            self._wait(self._comm.Ibcast(array, root=root))
 
     def barrier(self) -> None:
-        """The library's barrier."""
-        self._wait(self._comm.Ibarrier())
+        """The library's barrier, or agreement."""
+        with self._noticing():
+            if self._survives:
+                self._agree(True)
+            else:
+                self._wait(self._comm.Ibarrier())
+
+    def survive(self) -> None:
+        """By ULFM, which must be there and asked for."""
+        name, version = self._mpi.get_vendor()
+        if name != "Open MPI" or version < (5,):
+            raise EngineError(f"{ULFM}; this is {name} {'.'.join(map(str, version))}")
+        if os.environ.get(FAULT_TOLERANT, "0").lower() not in ("1", "true"):
+            raise EngineError(f"{ULFM}; mpiexec was started without --with-ft ulfm")
+        self._survives = True
+
+    def shrink(self) -> None:
+        """By ULFM: nobody waits on the old communicator any more, everybody gets a new one."""
+        with self._noticing():
+            before = self._comm
+            for each in (before, self._node):
+                each.Revoke()
+            if not self._disagreed:  # others may be in a barrier, which only an agreement ends
+                with suppress(RanksLost):
+                    self._agree(False)
+            self._disagreed = False
+            self._abandoned += self._under_way  # MPI may still write where these point to
+            self._take(before.Shrink())
 
     def speaks_first(self) -> bool:
         """Whether this rank is the first of its machine that has something to say about a failure.
@@ -100,38 +136,78 @@ class Mpi:
 
     # ------------------------------------------------------------------------------------------------------- inside
 
-    def _memory(self, size: int) -> list[Array]:
-        """Memory that the ranks of this machine share: a row of so many bytes for each; the same one if asked again."""
-        if size not in self._windows:
-            window = self._mpi.Win.Allocate_shared(size, 1, comm=self._node)
-            rows = [np.frombuffer(window.Shared_query(rank)[0], np.uint8, size) for rank in range(self.node_size)]
-            rows[self.node_rank][:8] = 0
-            self._windows[size] = rows
-            self.barrier()
-        return self._windows[size]
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """RanksLost in place of what MPI says when a process failed, or when another rank noticed it."""
+        try:
+            yield
+        except self._mpi.Exception as error:
+            if error.Get_error_class() not in self._losses:
+                raise
+            raise RanksLost("a rank that this one works with has died") from error
+
+    def _take(self, comm: Any) -> None:
+        """These are the ranks from now on."""
+        self._comm = comm
+        self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
+        self._node = comm.Split_type(self._mpi.COMM_TYPE_SHARED, key=self.rank)
+        self.node_rank, self.node_size = int(self._node.Get_rank()), int(self._node.Get_size())
+        if self._survives:
+            self._agree(True)  # or one waits on its machine's communicator for another that has got none
+        self._under_way: list[Any] = []
+        self._rows: dict[int, list[Array] | None] = {}
+        word = self._memory(8)
+        self._failed = np.zeros(1, np.int64) if word is None else word[0][:8].view(np.int64)
+
+    def _memory(self, size: int) -> list[Array] | None:
+        """Memory that the ranks of this machine share: a row for each; the same one if asked again."""
+        if size not in self._rows:
+            self._rows[size] = shared_rows(size, self.node_rank, self.node_size, self._add_on_node)
+        return self._rows[size]
+
+    def _add_on_node(self, array: Array) -> None:
+        with self._noticing():
+            self._wait(self._node.Iallreduce(self._mpi.IN_PLACE, array))
 
     def _meet(self) -> None:
-        self._wait(self._node.Ibarrier())
+        with self._noticing():
+            self._wait(self._node.Ibarrier())
+
+    def _agree(self, well: bool) -> None:
+        """Raise RanksLost on all ranks as soon as one is not well or not there."""
+        with self._noticing():
+            flag = np.array([well], np.int32)
+            self._disagreed = True
+            self._wait(self._comm.Iagree(flag))
+            if not flag[0]:
+                raise RanksLost("another rank has noticed that one of them died")
+            self._disagreed = False
 
     def _wait(self, request: Any) -> None:
-        asked = 0
-        while not request.Test():
-            asked += 1
-            if asked > SPINS + YIELDS:
-                time.sleep(NAP)
-            elif asked > SPINS:
-                os.sched_yield()
+        with self._noticing():
+            asked = 0
+            while not request.Test():
+                asked += 1
+                if asked > SPINS + YIELDS:
+                    time.sleep(NAP)
+                elif asked > SPINS:
+                    os.sched_yield()
 
     def _progress(self) -> None:
-        self._under_way = [request for request in self._under_way if not request.Test()]
+        with self._noticing():
+            self._under_way = [request for request in self._under_way if not request.Test()]
 
     def _start_all_to_all(self, sent: Array, counts: list[int], received: Array, received_counts: list[int]) -> Any:
-        request = self._comm.Ialltoallv([sent, counts], [received, received_counts])
-        self._under_way.append(request)
-        return request
+        with self._noticing():
+            request = self._comm.Ialltoallv([sent, counts], [received, received_counts])
+            self._under_way.append(request)
+            return request
 
     def _start_all_gather(self, array: Array, counts: list[int]) -> Any:
-        return self._comm.Iallgatherv(self._mpi.IN_PLACE, [array, counts])
+        with self._noticing():
+            request = self._comm.Iallgatherv(self._mpi.IN_PLACE, [array, counts])
+            self._under_way.append(request)
+            return request
 
 
 def world() -> Mpi | Serial:
@@ -141,6 +217,8 @@ def world() -> Mpi | Serial:
 
 
 def _library() -> Any:
+    if FAULT_TOLERANT in os.environ:
+        os.environ.setdefault(UNSYNCHRONIZED_END, "1")
     try:
         from mpi4py import MPI
     except ModuleNotFoundError as error:
