@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convolt.engines.jit.compiler import Compiler
+from convolt.engines.jit.convolutions import reads_planes
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa, Unit
 from convolt.engines.jit.kernels.specs import LossSpec
+from convolt.engines.jit.matrices import reads_half, reads_pixels
 from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
-from convolt.engines.jit.products import reads_half, reads_pixels, reads_planes
 from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import SERVICES, input_tasks

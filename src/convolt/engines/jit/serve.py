@@ -12,6 +12,7 @@ from typing import cast
 
 import numpy as np
 
+from convolt.engines.jit.convolutions import conv
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import (
@@ -23,9 +24,9 @@ from convolt.engines.jit.kernels.specs import (
     PoolSpec,
     Windowing,
 )
+from convolt.engines.jit.matrices import dense
 from convolt.engines.jit.phases import Argument, Call, Served, Task, Tasks
 from convolt.engines.jit.plan import DropoutMask, Plan, address_of
-from convolt.engines.jit.products import conv, dense
 from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
 

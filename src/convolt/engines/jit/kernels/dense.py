@@ -27,16 +27,8 @@ from numba import njit
 from convolt.engines.jit.dot import Dot, dot
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.kernels.conv import register_rows
-from convolt.engines.jit.kernels.specs import (
-    BLOCK,
-    FLOAT,
-    VECTORS,
-    WIDE,
-    DensePackSpec,
-    DenseSpec,
-    dense_panel,
-    round_up,
-)
+from convolt.engines.jit.kernels.dense_specs import DensePackSpec, DenseSpec, dense_panel
+from convolt.engines.jit.kernels.specs import BLOCK, FLOAT, VECTORS, WIDE, round_up
 from convolt.engines.jit.memory import copy, view
 from convolt.engines.jit.transpose import Transpose, transpose
 

@@ -23,22 +23,14 @@ from numba import njit
 from convolt.engines.jit.bf16 import Pairs, float32_of_bf16, pack_pairs, to_bf16
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.isa import converts
-from convolt.engines.jit.kernels.specs import (
-    BF16,
-    BLOCK,
-    DEPTH,
-    FLOAT,
-    NUMBERS,
-    QUARTERS,
-    STRIPE,
-    WIDE,
+from convolt.engines.jit.kernels.dense_specs import (
     DenseSpec,
     DenseUpdateSpec,
     dense_backward_scratch,
     dense_forward_scratch,
     dense_update_scratch,
-    round_up,
 )
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, NUMBERS, QUARTERS, STRIPE, WIDE, round_up
 from convolt.engines.jit.kernels.weights import optimizer_step
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose

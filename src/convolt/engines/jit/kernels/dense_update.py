@@ -19,15 +19,8 @@ from numba import njit
 
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.kernels.dense import deep_rows, packed_columns
-from convolt.engines.jit.kernels.specs import (
-    FLOAT,
-    MOVED_VECTORS,
-    NUMBERS,
-    ROWS_MOVED,
-    DenseUpdateSpec,
-    dense_moving_scratch,
-    round_up,
-)
+from convolt.engines.jit.kernels.dense_specs import DenseUpdateSpec, dense_moving_scratch
+from convolt.engines.jit.kernels.specs import FLOAT, MOVED_VECTORS, NUMBERS, ROWS_MOVED, round_up
 from convolt.engines.jit.kernels.weights import optimizer_step
 from convolt.engines.jit.memory import LINE, prefetch, view
 

@@ -1,0 +1,109 @@
+"""What kernels of dense layers are compiled for, and the scratch memory that they take."""
+
+from dataclasses import dataclass
+
+from convolt.engines.jit.isa import Unit
+from convolt.engines.jit.kernels.specs import (
+    BF16,
+    BLOCK,
+    DEPTH,
+    FLOAT,
+    GROUP,
+    MOVED_VECTORS,
+    ROWS_MOVED,
+    STRIPE,
+    VECTORS,
+    WIDE,
+    UpdateSpec,
+    round_up,
+)
+
+
+@dataclass(frozen=True)
+class DenseSpec:
+    """Everything a dense kernel is compiled for. N: capacity in samples. run: outputs or inputs of a chunk.
+
+    accumulate: whether dw is added to what is there; add: whether dx is. wants_dw: whether the backward pass makes dw;
+    without, it is made in one pass with the optimizer's step. half: whether x is bf16. unit: what multiplies bf16.
+    packed: whether W is given as ``DensePackSpec`` packs it, in panels.
+    """
+
+    N: int
+    inputs: int
+    outputs: int
+    bias: bool
+    slope: float
+    run: int
+    lanes: int
+    registers: int
+    wants_dx: bool = True
+    accumulate: bool = True
+    add: bool = False
+    wants_dw: bool = True
+    half: bool = False
+    unit: Unit = "fma"
+    packed: bool = False
+
+    @property
+    def panel_row(self) -> int:
+        """Numbers from a row of a forward panel of x to the next: no multiple of a kilobyte."""
+        depth = round_up(self.run, DEPTH)
+        return depth + (DEPTH if depth % (2 * GROUP) == 0 else 0)
+
+
+@dataclass(frozen=True)
+class DensePackSpec:
+    """W (outputs, inputs) packed for predictions, its inputs ordered as pixels of so many channels, (H, W, C).
+
+    panels: in panels of four vectors of outputs, (inputs, columns) each; else in rows, as W is.
+    """
+
+    inputs: int
+    outputs: int
+    channels: int
+    lanes: int
+    panels: bool
+
+    @property
+    def columns(self) -> int:
+        """Outputs of a panel."""
+        return min(VECTORS * self.lanes, round_up(self.outputs, self.lanes))
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.inputs * (round_up(self.outputs, self.columns) if self.panels else self.outputs)
+
+
+@dataclass(frozen=True)
+class DenseUpdateSpec:
+    """The gradient of a dense layer's weights and the optimizer's step, in one pass."""
+
+    dense: DenseSpec
+    update: UpdateSpec
+
+
+def dense_forward_scratch(spec: DenseSpec) -> int:
+    """Bytes of scratch memory for each thread."""
+    depth, columns = round_up(spec.run, DEPTH), round_up(spec.outputs, BLOCK)
+    return BF16 * (spec.panel_row * round_up(spec.N, BLOCK) + depth * 2 * columns)
+
+
+def dense_backward_scratch(spec: DenseSpec) -> int:
+    """Bytes of scratch memory for each thread: 128 columns of x, and of W, in pairs."""
+    return BF16 * WIDE * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK))
+
+
+def dense_update_scratch(spec: DenseSpec) -> int:
+    """Bytes of scratch memory for each thread: a stripe of x in pairs, and of dw for 32 outputs."""
+    return STRIPE * (BF16 * round_up(spec.N, BLOCK) + FLOAT * BLOCK)
+
+
+def dense_panel(spec: DenseSpec) -> int:
+    """Elements of scratch memory for each thread: a run of W transposed, or 128 inputs of x and of W."""
+    return round_up(max(spec.run * round_up(spec.outputs, BLOCK), WIDE * (spec.N + spec.outputs)), 16) + 16
+
+
+def dense_moving_scratch(spec: DenseSpec) -> int:
+    """Elements of scratch memory for each thread: a run of x, and of some rows of dw."""
+    return round_up(spec.run, MOVED_VECTORS * spec.lanes) * (spec.N + ROWS_MOVED) + 16
