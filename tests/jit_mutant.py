@@ -7,9 +7,12 @@ compiled anew and nothing else.
 
 import inspect
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 from engine_cases import UNITS
@@ -63,7 +66,9 @@ class JitMutant:
 def _put_in_place(module: ModuleType, text: str, file: str) -> None:
     """The changed text in a module, and with whoever imported a name from it."""
     before = {name: value for name, value in vars(module).items() if not name.startswith("__")}
-    exec(compile(text, file, "exec"), vars(module))  # functions see what is patched in the real module
+    path = Path(tempfile.mkdtemp()) / file.replace("/", ".")
+    path.write_text(text)
+    SourceFileLoader(module.__name__, str(path)).exec_module(module)  # functions see what is patched in the real module
     for name, real in before.items():
         changed = vars(module)[name]
         if inspect.isclass(real) and real.__module__ == module.__name__:
