@@ -210,11 +210,11 @@ FP32 = (
     JitMutant("pixels not strided", ROWS, "def _pixels", "m * spec.x_pixel", "m * spec.channels", BY_CHANNEL),
     JitMutant("slopes not strided", ROWS, "def _taps", "I64(spec.dy_pixel)", "I64(spec.channels)", BY_CHANNEL),
     JitMutant(
-        "rows of slopes not strided",
+        "rows of x not strided",
         DEPTHWISE,
         "def depthwise_weight_gradient",
-        "window.stride_h * framed.pitch",
-        "framed.pitch",
+        "window.stride_h * x.pitch",
+        "x.pitch",
         BY_CHANNEL,
     ),
     JitMutant(
@@ -224,7 +224,7 @@ FP32 = (
     JitMutant(
         "a row of dx too high",
         DEPTHWISE,
-        "def depthwise_input_gradient",
+        "def _input_part",
         "origin + h * pitch",
         "origin + (h - 1) * pitch",
         BY_CHANNEL,
@@ -379,8 +379,8 @@ FP32 = (
         "size of the last batch",
         "programs.py",
         "    def load(self, x",
-        "state[:3] = len(x),",
-        "state[:3] = self.plan.capacity,",
+        "self._state[0] = len(x)",
+        "self._state[0] = self.plan.capacity",
         NORMED,
     ),
 )

@@ -80,7 +80,7 @@ def test_impossible_figure_is_flagged(run):
     assert code == 0
     assert "IMPOSSIBLE" in out
     assert "warning: im2col is above the measured peak" in out
-    assert "no matrix tiles" in out
+    assert "no instruction for it" in out
     assert "ratio" in out
 
 

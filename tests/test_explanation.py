@@ -59,7 +59,8 @@ def test_what_is_explained_is_what_runs(precision):
 
 def test_reasons_of_float32():
     reasons = why(JIT(threads=1).explain(NET))
-    assert reasons["0-2"] == f"ReLU fused into it; MaxPool2d 2x2 fused into it; {VECTORS}: fp32"
+    fused = "ReLU fused into it; MaxPool2d 2x2 fused into it"
+    assert reasons["0-2"] == f"{fused}; {VECTORS}: fp32; tap by tap: fewer than 16 channels"
     assert reasons["6"] == "not fused: its windows overlap or are padded"
     assert reasons["8-9"] == f"ReLU fused into it; {VECTORS}: fp32"
 
@@ -69,7 +70,7 @@ def test_reasons_of_bf16(unit):
     explanation = JIT(threads=1, unit=unit).explain(NET, "bf16")
     reasons = why(explanation)
     assert reasons["0-2"].endswith(f"{UNIT_NAMES[unit]}: bf16, groups 1")
-    assert reasons["3"] == f"{VECTORS}: groups 4, bf16 takes 1"
+    assert reasons["3"] == f"{VECTORS}: groups 4, bf16 takes 1; tap by tap: groups"
     assert reasons["8-9"].endswith(f"{UNIT_NAMES[unit]}: bf16, 32,768 weights")
     assert reasons["10"] == f"{VECTORS}: 2,560 weights, bf16 pays from 16,384"
     assert why(explanation, "backward")["0-2"].endswith("no dx: nothing before it learns")

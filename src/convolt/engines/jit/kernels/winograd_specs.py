@@ -15,11 +15,12 @@ CHANNELS_AT_ONCE = 8  # channels whose gradient parts one chunk adds up
 def obstacle(spec: ConvSpec) -> str:
     """Why a convolution cannot go by Winograd's algorithm, or would not gain; empty if it can."""
     window, x = spec.window, spec.x
-    if (window.R, window.S, window.stride_h, window.stride_w, window.dilation_h, window.dilation_w) != (3, 3) + (
-        1,
-    ) * 4:
+    steps = (window.stride_h, window.stride_w, window.dilation_h, window.dilation_w)
+    if (window.R, window.S, *steps) != (3, 3, 1, 1, 1, 1):
         return "not 3x3 with stride 1"
-    if spec.groups > 1 or min(x.C, spec.K) < PAYS:
+    if spec.groups > 1:
+        return "groups"
+    if min(x.C, spec.K) < PAYS:
         return f"fewer than {PAYS} channels"
     if spec.P % 2 or spec.Q % 2 or (spec.wants_dx and (x.H % 2 or x.W % 2)):
         return "an odd size"
