@@ -1,4 +1,4 @@
-"""bf16 in compiled kernels: conversion, and the packed layout that AMX wants.
+"""bf16 in compiled kernels: conversion, and the packed layout that products want.
 
 bf16 is the upper half of a float32, kept as uint16: Numba has no such type. A tile product needs k along the rows of A
 and two neighbors in k side by side in B (the layout Intel calls VNNI). NHWC activations are A as they are; weights are

@@ -20,9 +20,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit import amx, pair_products
+from convolt.engines.jit.amx import TILE
 from convolt.engines.jit.isa import Unit
-
-TILE = 16  # rows of a tile; a row has 64 bytes: 16 fp32 or 32 bf16
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ LANES = 16
 ROWS = {"dot": 8, "fma": 4}  # of sums in registers; fma needs some for halves
 UNROLLED = 4  # pairs
 STEPS = 8  # whose pairs of B stay in the L1 cache
-BF16, FLOAT = 2, 4  # bytes
 PAIRS = ir.VectorType(I32, LANES)
 
 

@@ -1,7 +1,7 @@
 """Transposes: x [rows, columns] -> y [columns, rows], squares of one vector's width in registers.
 
-The gradient of a weight sums over pixels or samples; AMX wants that index along the rows of its left operand, and the
-dot-product kernel wants it contiguous. For bf16 two neighboring rows are taken as one row of 32-bit pairs.
+The gradient of a weight sums over pixels or samples; bf16 products want that index along the rows of the left operand,
+and the dot-product kernel wants it contiguous. For bf16 two neighboring rows are taken as one row of 32-bit pairs.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Dense layers on AMX tiles: bf16 products, float32 sums and tensors. Layouts as in ``dense``: W (out, in).
+"""Dense layers in bf16: blocks of products, float32 sums and tensors. Layouts as in ``dense``: W (out, in).
 
 Forward splits the sum: a chunk is a run of inputs, whose panels of x and W are rounded and packed in the L2 cache and
 multiplied there; ``total`` then adds the chunks' parts in order, with bias and activation. Every number of x and W is

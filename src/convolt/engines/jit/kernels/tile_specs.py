@@ -1,4 +1,4 @@
-"""What convolutions on AMX tiles are compiled for: which way operands are read, and how scratch memory is cut.
+"""What convolutions in bf16 are compiled for: which way operands are read, and how scratch memory is cut.
 
 Sizes of scratch are bytes for one thread, each part on a 64-byte boundary.
 """
@@ -14,7 +14,7 @@ SHIFTED_PIXELS = 1280  # of a group of images
 
 @dataclass(frozen=True)
 class TileSpec:
-    """A convolution on AMX tiles: the float32 one, and how its operands lie in the thread's scratch memory.
+    """A convolution in bf16: the float32 one, and how its operands lie in the thread's scratch memory.
 
     Sizes of scratch are bytes, each part on a 64-byte boundary.
     """
@@ -101,7 +101,7 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class TileBackSpec:
-    """The backward pass of a convolution on AMX tiles; ``conv`` is the forward's. accumulate: whether dw is added."""
+    """The backward pass of a convolution in bf16; ``conv`` is the forward's. accumulate: whether dw is added."""
 
     conv: ConvSpec
     accumulate: bool = True

@@ -1,4 +1,4 @@
-"""Convolution on AMX tiles: bf16 products, float32 sums, float32 tensors around them.
+"""Convolution in bf16: blocks of products, float32 sums, float32 tensors around them.
 
 Tensors between layers stay float32. A kernel rounds an image to bf16 in its thread's scratch memory (a few cycles for
 32 numbers), multiplies there, and finishes float32 results while they are in the L1 cache. Two ways for the left

@@ -1,4 +1,4 @@
-"""The backward pass of a convolution on AMX tiles: dx, dw and db of a chunk of images.
+"""The backward pass of a convolution in bf16: dx, dw and db of a chunk of images.
 
 dw = dy^T columns: the sum runs over pixels, so the columns of x are gathered and paired (VNNI) and dy is transposed,
 for a few hundred pixels at a time. dx is a convolution of dy, spread by the stride into a frame, with turned filters.

@@ -1,4 +1,4 @@
-"""The backward pass of a convolution with stride 1 on AMX tiles: nothing is gathered.
+"""The backward pass of a convolution with stride 1 in bf16: nothing is gathered.
 
 Pixels of x and of dy are counted alike, along the rows of x's frame, and images of a group one behind another. A tap of
 the filter is then one and the same distance between the two everywhere:
