@@ -68,7 +68,7 @@ def test_the_same_bits_for_any_number_of_threads():
         ({"kernel": 5, "padding": 2}, "3x3"),
         ({"stride": 2}, "stride"),
         ({"dilation": 2, "padding": 2}, "3x3"),
-        ({"groups": 2}, "channels"),
+        ({"groups": 2}, "groups"),
         ({"channels": 8}, "channels"),
         ({"filters": 15}, "channels"),
         ({"size": 7}, "odd"),
