@@ -387,12 +387,23 @@ def test_a_spec_travels_as_json():
 @pytest.mark.parametrize("number", [1, 2])
 def test_many_kernels_come_in_order(tmp_path, number):
     factory = "convolt.engines.jit.kernels.loss:square_sum"
-    made = Compiler(ISA, tmp_path, number).kernels([(factory, LossSpec(N=n % 9)) for n in range(10)])
-    assert len({kernel.address for kernel in made}) == 9
-    assert made[0] is made[9]
+    made = Compiler(ISA, tmp_path, number).kernels([(factory, LossSpec(N=n % 17)) for n in range(18)])
+    assert len({kernel.address for kernel in made}) == 17
+    assert made[0] is made[17]
+
+
+def test_processes_that_want_the_same_begin_with_other_kernels(compiled, tmp_path):
+    requests = [(factory, Scale(n)) for factory in (scale, other) for n in (4, 5)]
+    for begin, first in ((0.0, 0), (0.5, 2)):
+        seen = []
+        made = Compiler(ISA, tmp_path / str(begin), begin=begin).kernels(
+            requests, lambda done, total, name, seen=seen: seen.append(name)
+        )
+        assert seen[0] == requests[first][0].__name__
+        assert [kernel.name for kernel in made] == ["scale", "scale", "other", "other"]
 
 
 def test_a_worker_that_dies_costs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    requests = [("convolt.engines.jit.kernels.loss:square_sum", LossSpec(N=n)) for n in range(9)]
+    requests = [("convolt.engines.jit.kernels.loss:square_sum", LossSpec(N=n)) for n in range(17)]
     assert not any(kernel.from_cache for kernel in Compiler(ISA, tmp_path, processes=2).kernels(requests))

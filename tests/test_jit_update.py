@@ -17,9 +17,17 @@ from convolt.recipe import Recipe
 precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
-@precisions
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [
+        pytest.param(optimizer, precision, marks=() if number % 3 == turn else pytest.mark.slow)
+        for turn, precision in enumerate(("fp32", "bf16"))
+        for number, optimizer in enumerate(OPTIMIZERS)
+    ],
+    ids=repr,
+)
 def test_one_pass_gives_the_bits_of_two(optimizer, precision):
+    """A third of them in each precision, the others in the slow suite: each is kernels of its own to compile."""
     one_pass_gives_the_bits_of_two(optimizer, precision)
 
 

@@ -116,7 +116,8 @@ def test_a_program_that_dies_is_told_apart(impatient):
 def test_a_signal_ends_it_and_what_would_follow():
     """The job interrupts the one who asked for it."""
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_scaling_jobs as t\n"
+        f"import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_scaling_jobs as t\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it\n"
         "try:\n"
         "    t.worker.run(t.replace(t.STEP, ranks=2), launcher=['sh', '-c', 'kill -INT $PPID; exec sleep 60'])\n"
         "except KeyboardInterrupt:\n"

@@ -4,9 +4,10 @@ Numba's own ``cfunc`` always compiles for the CPU at hand and loads the result t
 back end is given the target, so that a narrower instruction set is forced in every stage (vectorizer and instruction
 selection), and the object code that comes out needs nothing of Numba: a warm start loads it with llvmlite alone.
 
-Functions that a kernel calls are linked in as LLVM IR, to be inlined. Numba makes machine code of them before that,
-which changes the IR as only a code generator may: a sum of integers becomes null plus an offset. The optimizer, which
-then sees memory at null, would drop all that leads there; so it is told that null may be an address.
+Functions that a kernel calls (``inlined``) are linked in as LLVM IR and optimized with it. Numba makes machine code of
+some of its own before that, which changes the IR as only a code generator may: a sum of integers becomes null plus an
+offset. The optimizer, which then sees memory at null, would drop all that leads there; so it is told that null may be
+an address.
 
 A kernel cannot raise. The C function around it traps if Numba's status says "exception", and a trap that the optimizer
 could not remove is refused here, at compile time. So is a symbol that an ordinary process does not have.
@@ -18,11 +19,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils, compiler
-from numba.core.codegen import AOTCPUCodegen
+from numba.core.codegen import AOTCodeLibrary, AOTCPUCodegen
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu_options import FastMathOptions
 from numba.core.registry import cpu_target
 
+from convolt.engines.jit.inlined import Typing
 from convolt.engines.jit.isa import Isa, target
 from convolt.errors import EngineError
 
@@ -30,11 +32,21 @@ SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 """void kernel(int64_t* arguments, int64_t chunk, int64_t thread)"""
 
 FASTMATH = frozenset({"contract", "nsz", "arcp", "reassoc"})
-"""What LLVM may do to float arithmetic in a kernel's Python code; NaN and infinity keep their meaning.
+"""What LLVM may do to float arithmetic in a kernel's own Python code, not in functions that it calls; NaN stays NaN.
 
 ``reassoc`` lets it vectorize sums (in an order that is fixed when it compiles, so that results repeat bit for bit); it
 also cancels ``(x + magic) - magic``: round with ``np.rint`` or ``np.floor``.
 """
+
+
+class _Kernel(AOTCodeLibrary):  # type: ignore[misc]
+    """The module of a kernel, named as its C function; all others are internal, so that what they return is known."""
+
+    def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.name != self.name:
+                function.linkage = "internal"
+        super()._optimize_final_module()
 
 
 class _Codegen(AOTCPUCodegen):  # type: ignore[misc]
@@ -50,10 +62,14 @@ class _Codegen(AOTCPUCodegen):  # type: ignore[misc]
 
 def _flags() -> Any:
     flags = compiler.Flags()
-    flags.no_compile = True  # not before the C function is there
-    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-    flags.forceinline = True
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True  # the C function is all there is
     flags.error_model = "numpy"
+    return flags
+
+
+def _kernel_flags() -> Any:
+    flags = _flags()
+    flags.forceinline = True
     flags.fastmath = FastMathOptions(set(FASTMATH))
     return flags
 
@@ -76,14 +92,16 @@ def assembly(function: Callable[..., None], isa: Isa) -> str:
 def _library(function: Callable[..., None], isa: Isa, symbol: str) -> Any:
     """The optimized module, in Numba's wrapping."""
     context = cpu_target.target_context.subtarget(_internal_codegen=_Codegen(isa))
-    compiled = compiler.compile_extra(
-        cpu_target.typing_context, context, function, SIGNATURE.args, SIGNATURE.return_type, _flags(), {}
-    )
-    library = compiled.library
+    typing, library = Typing(context, _flags()), _Kernel(context.codegen(), symbol)
+    try:
+        compiled = compiler.compile_internal(
+            typing, context, library, function, SIGNATURE.args, SIGNATURE.return_type, _kernel_flags(), {}
+        )
+    finally:
+        typing.forget()
     library.add_ir_module(_c_function(context, compiled.fndesc, symbol))
     for name in (symbol, compiled.fndesc.llvm_func_name):
         library.get_function(name).add_function_attribute("null_pointer_is_valid")
-    library.get_function(compiled.fndesc.llvm_func_name).linkage = "internal"  # once it is inlined it is gone
     library.finalize()
     if "@llvm.trap" in library.get_llvm_str():
         raise EngineError(

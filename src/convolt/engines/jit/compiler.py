@@ -48,7 +48,7 @@ Progress = Callable[[int, int, str], None]
 
 FOLDER = Path(__file__).parent
 BOUND = 512 << 20  # bytes of a cache: some thousand kernels
-MANY = 8  # missing kernels from which it pays to start another process: it takes a second to import Numba
+MANY = 16  # missing kernels, three seconds, from which another process pays: it takes one second to import Numba
 SYMBOL = "kernel"
 """What the C function is called in every object file."""
 
@@ -89,17 +89,26 @@ class Compiler:
     """Makes kernels for one instruction set; asking twice for a kernel gives the same one.
 
     folder: where object code is kept (default: `cache_folder`). processes: that compile when much is missing. bound:
-    bytes above which the least recently used files are removed, after something has been compiled.
+    bytes above which the least recently used files are removed, after something has been compiled. begin: the part of
+    what is asked for with which to begin; processes that want the same at the same time, as ranks do, begin elsewhere,
+    and find on disk what the others have made.
     """
 
-    def __init__(self, isa: Isa, folder: Path | None = None, processes: int = 1, bound: int = BOUND):
+    def __init__(
+        self,
+        isa: Isa,
+        folder: Path | None = None,
+        processes: int = 1,
+        bound: int = BOUND,
+        begin: float = 0.0,
+    ):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self.isa = isa
         self.statistics = Statistics()
         self._folder = _usable(cache_folder() if folder is None else folder)
         self._jit = llvm.create_lljit_compiler(use_jit_link=True, suppress_errors=True)
-        self._processes, self._bound = processes, bound
+        self._processes, self._bound, self._begin = processes, bound, begin
         self._kernels: dict[str, Kernel] = {}
         self._sources: dict[str, str] = {}
         self._environment = "\n".join(
@@ -121,16 +130,17 @@ class Compiler:
             for key, request in zip(keys, wanted, strict=True)
             if key not in self._kernels and not self._is_on_disk(key)
         }
-        workers, tell, total, made = self._workers(missing), progress or _log, len(missing), []
-        for key, (factory, spec) in zip(keys, wanted, strict=True):
+        workers, tell, total = self._workers(missing), progress or _log, len(missing)
+        pairs, start, made = list(zip(keys, wanted, strict=True)), int(len(wanted) * self._begin), {}
+        for key, (factory, spec) in pairs[start:] + pairs[:start]:
             if missing.pop(key, None):
                 tell(total - len(missing) - 1, total, _name(factory))
             workers.claim(key)
-            made.append(self.kernel(factory, spec))
+            made[key] = self.kernel(factory, spec)
         if total:
             tell(total, total, "")
             self._prune()
-        return made
+        return [made[key] for key in keys]
 
     def _workers(self, missing: Mapping[str, Request]) -> Workers:
         """Processes that compile the last of these, if they are many and can be named."""

@@ -25,10 +25,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.runtime import (
     ACTIVE,
     ASLEEP,
@@ -198,7 +199,7 @@ def words(typingctx: Any, address: Any) -> Any:
     return types.CPointer(types.int64)(types.int64), generate
 
 
-@njit
+@inlined
 def wake(state: Any, threads: Any, count: Any) -> None:
     """Wake up to `count` sleepers among the first `threads`."""
     for thread in range(threads):
@@ -208,7 +209,7 @@ def wake(state: Any, threads: Any, count: Any) -> None:
             count -= 1
 
 
-@njit
+@inlined
 def publish(state: Any, ticket: Any, thread: Any) -> None:
     """Write a ticket and wake those who can use it; a thread that publishes takes a chunk itself unless it sits out."""
     exchange(state + TICKET, ticket)
@@ -219,7 +220,7 @@ def publish(state: Any, ticket: Any, thread: Any) -> None:
         wake(state, active, (ticket & _CHUNKS) - (1 if thread < active else 0))
 
 
-@njit
+@inlined
 def start(state: Any, now: Any, program: Any) -> None:
     """Publish the first phase of a program; threads that had to sit out for long enough may try again."""
     table, timings = words(program), load(state + TIMINGS)
@@ -231,7 +232,7 @@ def start(state: Any, now: Any, program: Any) -> None:
     publish(state, table[2], 0)
 
 
-@njit
+@inlined
 def run(state: Any, phase: Any, remaining: Any, thread: Any) -> None:
     """Run the kernels of a phase on one claimed chunk; publish the next phase if that was the last one."""
     table, timings = words(load(state + PROGRAM)), load(state + TIMINGS)
@@ -254,7 +255,7 @@ def run(state: Any, phase: Any, remaining: Any, thread: Any) -> None:
     publish(state, FINISHED if following == phases else following << 32 | table[2 + 3 * following], thread)
 
 
-@njit
+@inlined
 def may_go_on(state: Any, thread: Any) -> Any:
     """Whether there is something to claim for a thread, or nothing more to wait for."""
     ticket = load(state + TICKET)
@@ -262,7 +263,7 @@ def may_go_on(state: Any, thread: Any) -> Any:
     return over or (ticket & _CHUNKS != 0 and thread < load(state + ACTIVE))
 
 
-@njit
+@inlined
 def wait(state: Any, thread: Any, yield_after: Any, sleep_after: Any) -> None:
     """Wait until a thread may go on: spin, then yield, then sleep."""
     own = state + THREAD_LINES + thread * THREAD_LINE
@@ -285,7 +286,7 @@ def wait(state: Any, thread: Any, yield_after: Any, sleep_after: Any) -> None:
         pass
 
 
-@njit
+@inlined
 def step_back(state: Any, until: Any) -> None:
     """Let one thread less take part, but one always; the others wake up, for it may have been about to claim."""
     active = load(state + ACTIVE)

@@ -9,6 +9,7 @@ first needs it and kept; a smaller batch runs in the same buffers.
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from convolt.rng import SampleRng
 
 Array = NDArray[Any]
 PREDICT_BATCH = 256
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie far apart, modulo 1
 SAFE = 1e15  # a gradient up to here is finite and so is the sum of its squares; beyond, it is looked at first
 
 
@@ -50,7 +52,7 @@ class JitExecutor(Executor):
         self.grads = Params(model, params.dtype)
         self._isa, self._threads = isa, threads
         self._unit, self._segments = unit, segments
-        self._compiler = Compiler(isa, processes=threads)
+        self._compiler = Compiler(isa, processes=threads, begin=os.getpid() * GOLDEN % 1)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
         self._add_ranks: Callable[[Array], None] | None = None

@@ -19,10 +19,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.epilogue import MaxOf, Through, Unpool, max_of, through, unpool
 from convolt.engines.jit.gemm import Gemm, gemm
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv_calls import in_turn
 from convolt.engines.jit.kernels.depthwise import (
     depthwise_forward,
@@ -54,7 +54,7 @@ def register_rows(spec: Gemm, total: int, registers: int) -> Callable[[int, int,
     tail = gemm(replace(spec, rows=rest)) if rest else main
     a_step, c_step = FLOAT * rows * spec.a_row, FLOAT * rows * spec.c_row
 
-    @njit
+    @inlined
     def run(a: int, b: int, c: int, bias: int, segments: int) -> None:
         for block in range(hidden(blocks)):
             main(a + block * a_step, b, c + block * c_step, bias, segments)
@@ -113,7 +113,7 @@ def _forward_block(spec: ConvSpec, columns: int) -> Callable[..., None]:
     group_filters = window.R * window.S * C * packed
     row_step, scratch_size = window.stride_h * x.pitch, spec.scratch
 
-    @njit
+    @inlined
     def block(
         arguments: Any, first: int, last: int, top: int, bottom: int, thread: int, group: int, column: int
     ) -> None:
@@ -162,7 +162,7 @@ def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int,
     if spec.merged:
         whole = register_rows(merged, spec.Q, spec.registers)
 
-        @njit
+        @inlined
         def row(a: int, b: int, c: int, bias: int) -> None:
             whole(a, b, c, bias, R)
     else:
@@ -170,7 +170,7 @@ def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int,
         further = register_rows(replace(merged, start="load"), spec.Q, spec.registers)
         a_step, b_step = FLOAT * window.dilation_h * spec.x.pitch, FLOAT * S * C * packed
 
-        @njit
+        @inlined
         def row(a: int, b: int, c: int, bias: int) -> None:
             begin(a, b, c, bias, S)
             for r in range(1, R):
@@ -184,7 +184,7 @@ def _activate_row(spec: ConvSpec, columns: int) -> Callable[[int], None]:
     slope, Q, K = np.float32(spec.slope), spec.Q, spec.K
     done = slope == 1 or (slope == 0 and spec.merged)
 
-    @njit(fastmath=True)
+    @inlined
     def finish(target: int) -> None:
         if not done:
             row = view(target, (Q, K), np.float32)
@@ -205,7 +205,7 @@ def _pool_rows(spec: ConvSpec, columns: int) -> Callable[[int, int, int, int, in
     pool = max_of(MaxOf(columns, places, DEAD, spec.lanes, bias=False, relu=spec.slope == 0, codes=spec.codes))
     y_size, y_origin, y_pitch = frame.size, frame.origin, frame.pitch
 
-    @njit
+    @inlined
     def finish(rows: int, y: int, codes: int, image: int, p: int, channel: int) -> None:
         target = y + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
         code = codes + ((image * PP + p) * QQ * K + channel)
@@ -272,7 +272,7 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
     let_through = through(Through(K, spec.slope, spec.lanes, False, spec.bias, half=False))
     framed_origin, y_size, y_origin, y_pitch = framed.origin, y.size, y.origin, y.pitch
 
-    @njit
+    @inlined
     def pool_spread(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(PP):
             first = (image * PP + p) * QQ * K
@@ -280,7 +280,7 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
                 place = target + FLOAT * (framed_origin + p * pool_h * row_step + q * pool_w * column_step)
                 send(arguments[3] + FLOAT * (first + q * K), arguments[5] + first + q * K, place, db)
 
-    @njit
+    @inlined
     def plain_spread(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(P):
             dy = arguments[3] + FLOAT * (image * P + p) * Q * K
@@ -319,7 +319,7 @@ def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     groups, P, origin = spec.groups, spec.P, framed.origin
     row_step, tap_step = window.dilation_h * x.pitch, window.dilation_w * x.C
 
-    @njit
+    @inlined
     def weights(source: int, dy: int, dw: int) -> None:
         for r in range(R):
             for s in range(taps):
@@ -353,7 +353,7 @@ def _input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
     before, group_filters = (taps * source_channels * packed for taps in (part.filters, len(tap_order(spec))))
     pitch, target_pitch, origin = back.x.pitch, window.stride_h * spec.x.W * spec.x.C, back.x.origin
 
-    @njit
+    @inlined
     def inputs(dy: int, filters: int, dx: int) -> None:
         for group in range(groups):
             w = filters + FLOAT * (group * group_filters + before)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from numba import njit
+from convolt.engines.jit.inlined import inlined
 
 Call = Callable[..., None]
 
@@ -14,7 +14,7 @@ def in_turn(functions: tuple[Call, ...]) -> Call:
         return first
     others = in_turn(rest)
 
-    @njit
+    @inlined
     def run(*addresses: int) -> None:
         first(*addresses)
         others(*addresses)

@@ -22,10 +22,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.dot import Dot, dot
 from convolt.engines.jit.gemm import Gemm
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv import register_rows
 from convolt.engines.jit.kernels.dense_specs import DensePackSpec, DenseSpec, dense_panel
 from convolt.engines.jit.kernels.specs import BLOCK, FLOAT, VECTORS, WIDE, round_up
@@ -68,7 +68,7 @@ def _part(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     tail = deep_rows(replace(shape, columns=rest), N, inputs, spec.registers) if whole and rest else full
     scratch = dense_panel(spec)
 
-    @njit
+    @inlined
     def part(arguments: Any, chunk: int, thread: int) -> None:
         first = FLOAT * chunk * run
         x, c = arguments[1] + first, arguments[3] + FLOAT * chunk * N * columns
@@ -115,7 +115,7 @@ def pack(spec: DensePackSpec) -> Callable[..., None]:
     return kernel
 
 
-@njit
+@inlined
 def largest(numbers: int, rows: int, columns: int, row: int) -> Any:
     """The bits of the largest absolute value in rows of float32, ``row`` apart; NaN counts as larger than infinity."""
     found = np.int32(0)
@@ -143,7 +143,7 @@ def deep_rows(spec: Gemm, rows: int, depth: int, registers: int) -> Callable[[in
     last = depth - (count - 1) * size
     begin = register_rows(replace(spec, depth=size), rows, registers)
 
-    @njit
+    @inlined
     def once(a: int, b: int, c: int) -> None:
         begin(a, b, c, 0, 1)
 
@@ -154,7 +154,7 @@ def deep_rows(spec: Gemm, rows: int, depth: int, registers: int) -> Callable[[in
     end = between if last == size else register_rows(replace(spec, depth=last, start="load"), rows, registers)
     a_step, b_step = FLOAT * size * spec.a_depth, FLOAT * size * spec.b_depth
 
-    @njit
+    @inlined
     def run(a: int, b: int, c: int) -> None:
         begin(a, b, c, 0, 1)
         for block in range(1, count - 1):
@@ -208,7 +208,7 @@ def _dot_panel(spec: DenseSpec, depth: int) -> Callable[[int, int, int, int, int
     main, edge = tile(DOT_ROWS, DOT_COLUMNS), tile(DOT_ROWS, 1)
     rest_main, rest_edge = tile(row_rest or DOT_ROWS, DOT_COLUMNS), tile(row_rest or DOT_ROWS, 1)
 
-    @njit
+    @inlined
     def panel(x: int, w: int, y: int, first: int, end: int) -> None:
         o = first
         while o + DOT_COLUMNS <= end:
@@ -296,7 +296,7 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     weights = last_weights if alone else deep_rows(dw, outputs, N, spec.registers)
     slopes = last_slopes if alone else deep_rows(dx, N, outputs, spec.registers)
 
-    @njit
+    @inlined
     def both(arguments: Any, column: int, thread: int) -> None:
         offset = FLOAT * column
         panel = arguments[6] + FLOAT * thread * scratch
@@ -329,7 +329,7 @@ def packed_columns(columns: int, block: int, row: int) -> Callable[[int, int, in
     whole, rest = divmod(columns, block)
     move, move_last = copy(FLOAT * block), copy(FLOAT * rest)
 
-    @njit
+    @inlined
     def pack(source: int, rows: int, target: int) -> None:
         for i in range(rows):
             for j in range(whole):

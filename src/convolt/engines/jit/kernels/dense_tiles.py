@@ -18,10 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.bf16 import Pairs, float32_of_bf16, pack_pairs, to_bf16
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.dense_specs import (
     DenseSpec,
@@ -48,7 +48,7 @@ def blocks_of(spec: BlockGemm, rows: int) -> Callable[[int, int, int], None]:
     tail_shape, tail_kernel = configure(tail), block_gemm(tail)
     a_step, c_step = BF16 * BLOCK * spec.a_row, FLOAT * BLOCK * spec.c_row
 
-    @njit
+    @inlined
     def run(a: int, b: int, c: int) -> None:
         if whole:
             main_shape()
@@ -92,7 +92,7 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     panel_bytes, weights_bytes = BF16 * round_up(N, BLOCK) * row, BF16 * columns * depth
     all_inputs, run, done = spec.inputs, spec.run, release(spec.unit)
 
-    @njit
+    @inlined
     def panel(arguments: Any, chunk: int, thread: int) -> None:
         x = arguments[4] + thread * scratch
         rows = x + panel_bytes
@@ -116,7 +116,7 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     return panel
 
 
-@njit
+@inlined
 def _move(source: int, target: int, count: int) -> None:
     """Copy so many bf16 numbers."""
     numbers, copies = view(source, (count,), np.uint16), view(target, (count,), np.uint16)
@@ -137,7 +137,7 @@ def round_weights(spec: DenseSpec) -> Callable[..., None]:
     return kernel
 
 
-@njit
+@inlined
 def largest(numbers: int, count: int) -> float:
     """The largest absolute value of so many bf16 numbers; NaN counts as larger than infinity."""
     values = view(numbers, (count,), np.uint16)
@@ -235,7 +235,7 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
     x_width = BF16 if spec.half else FLOAT
     x_bytes = BF16 * WIDE * samples
 
-    @njit
+    @inlined
     def both(arguments: Any, column: int, scratch: int) -> None:
         offset = FLOAT * column
         if wants_dw:
@@ -289,7 +289,7 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
     x_width = BF16 if dense.half else FLOAT
     x_bytes, rows_bytes, outputs = BF16 * STRIPE * samples, BF16 * BLOCK * samples, dense.outputs
 
-    @njit
+    @inlined
     def stepped(arguments: Any, column: int, start: int, stop: int, scratch: int) -> None:
         dw = scratch + x_bytes
         numbers = view(arguments[7], (NUMBERS,), np.float64)
@@ -331,7 +331,7 @@ def _product(spec: BlockGemm, rows: int, columns: int) -> Callable[[int, int, in
     kernel, kernel_edge, kernel_rest, kernel_corner = (block_gemm(each) for each in specs)
     a_step, b_step, c_step = BF16 * BLOCK * main.a_row, BF16 * 2 * TILE_ELEMENTS, FLOAT * BLOCK * main.c_row
 
-    @njit
+    @inlined
     def run(a: int, b: int, c: int) -> None:
         for block in range(whole):
             shape()
@@ -364,7 +364,7 @@ def _paired(dense: DenseSpec, rows: int, columns: int, wide: int, half: bool) ->
     spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "bf16" if half else "fp32", converts(dense.unit))
     main, tail = pack_pairs(spec), pack_pairs(replace(spec, depth=rest or DEPTH))
 
-    @njit
+    @inlined
     def pair(source: int, target: int) -> None:
         for step in range(whole):
             main(source + number * step * DEPTH * row, target + step * step_bytes)

@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.gemm import Gemm
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.dense import deep_rows, packed_columns
 from convolt.engines.jit.kernels.dense_specs import DenseUpdateSpec, dense_moving_scratch
 from convolt.engines.jit.kernels.specs import FLOAT, MOVED_VECTORS, NUMBERS, ROWS_MOVED, round_up
@@ -60,7 +60,7 @@ def _moved_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, i
         main = deep_rows(shape, rows, N, dense.registers)
         edge = deep_rows(replace(shape, columns=rest), rows, N, dense.registers) if whole and rest else main
 
-        @njit
+        @inlined
         def products(arguments: Any, place: int, dy: int, panel: int, dw: int) -> None:
             for j in range(whole):
                 _fetch(arguments, place + FLOAT * j * block, block)
@@ -72,7 +72,7 @@ def _moved_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, i
         found: Callable[[Any, int, int, int, int], None] = products
         return found
 
-    @njit
+    @inlined
     def _fetch(arguments: Any, place: int, width: int) -> None:
         for row in range(ROWS_MOVED):
             for line in range(0, FLOAT * width, LINE):
@@ -83,7 +83,7 @@ def _moved_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, i
     full, tail = band(ROWS_MOVED if bands else last_rows), band(last_rows or ROWS_MOVED)
     x_size = N * round_up(columns, block)
 
-    @njit
+    @inlined
     def moved(arguments: Any, column: int, scratch: int) -> None:
         dw = scratch + FLOAT * x_size
         numbers = view(arguments[7], (NUMBERS,), np.float64)

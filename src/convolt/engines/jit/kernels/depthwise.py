@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.depthwise import DepthwiseRow, DepthwiseTaps, depthwise_row, depthwise_taps
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.residues import Part, parts, slope_frame
 from convolt.engines.jit.kernels.specs import FLOAT, ConvSpec
 from convolt.engines.jit.memory import view
@@ -52,7 +52,7 @@ def depthwise_weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]
     x_step, tap_step, dy_step = window.stride_h * x.pitch, window.dilation_h * x.pitch, framed.pitch
     origin = framed.origin
 
-    @njit
+    @inlined
     def weights(source: int, dy: int, dw: int) -> None:
         for r in range(R):
             for p in range(P):
@@ -74,7 +74,7 @@ def _input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
     rows, pitch, origin, target = back.P, back.x.pitch, back.x.origin, part.target
     target_pitch, before = window.stride_h * spec.x.W * C, part.filters * C
 
-    @njit
+    @inlined
     def inputs(dy: int, filters: int, dx: int) -> None:
         for h in range(rows):
             place = dx + FLOAT * (target + h * target_pitch)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.bf16 import to_bf16
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.specs import BF16, FLOAT, AddSpec, InputSpec, MapSpec
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.pixels import Block, activated, for_blocks, let_through, on_pixels
@@ -128,7 +128,7 @@ def _computed(spec: MapSpec, row: int) -> Callable[[tuple[int, ...], int], None]
     """The same for functions that a C library computes, number by number."""
     f = _function(spec)
 
-    @njit
+    @inlined
     def run(words: tuple[int, ...], _: int) -> None:
         source, target = view(words[0], (row,), np.float32), view(words[1], (row,), np.float32)
         for i in range(row):
@@ -141,7 +141,7 @@ def _computed(spec: MapSpec, row: int) -> Callable[[tuple[int, ...], int], None]
 def _computed_backward(spec: MapSpec, row: int) -> Callable[[tuple[int, ...], int], None]:
     slope, add = _slope(spec), spec.add
 
-    @njit
+    @inlined
     def run(words: tuple[int, ...], _: int) -> None:
         source, dy = view(words[0], (row,), np.float32), view(words[1], (row,), np.float32)
         dx = view(words[3], (row,), np.float32)
@@ -161,8 +161,7 @@ def _function(spec: MapSpec) -> Callable[[float], float]:
         "gelu": lambda v: half * v * (one + np.float32(math.erf(v * root))),
         "gelu_tanh": lambda v: half * v * (one + np.tanh(scale * (v + cube * v * v * v))),
     }
-    found: Callable[[float], float] = njit(functions[spec.kind])
-    return found
+    return inlined(functions[spec.kind])
 
 
 def _slope(spec: MapSpec) -> Callable[[float], float]:
@@ -182,8 +181,7 @@ def _slope(spec: MapSpec) -> Callable[[float], float]:
         return half * (one + t) + half * v * (one - t * t) * scale * (one + three * cube * v * v)
 
     functions = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
-    found: Callable[[float], float] = njit(functions[spec.kind])
-    return found
+    return inlined(functions[spec.kind])
 
 
 def add(spec: AddSpec) -> Callable[..., None]:

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.bf16 import bf16_of_float32
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import PairThrough, PairUnpool, pair_through, pair_unpool
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec, InputSpec
 from convolt.engines.jit.kernels.tile_specs import PlaneBackSpec, TileSpec
@@ -76,7 +76,7 @@ def columns_of_planes(spec: TileSpec) -> Callable[[int, int, int, int], None]:
     transposed = columns(Columns(taps(conv), depth))
     blocks, last = -(-Q // LANES), max(0, Q - LANES)
 
-    @njit
+    @inlined
     def gather(image: int, target: int, p: int, place: int) -> None:
         for i in range(min(rows, P - p)):
             for block in range(blocks):
@@ -141,7 +141,7 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
     both = pair_through(PairThrough(K, conv.slope, plane, conv.bias, native, both=True))
     single = pair_through(PairThrough(K, conv.slope, plane, conv.bias, native, both=False))
 
-    @njit
+    @inlined
     def pooled_slopes(arguments: Any, image: int, p: int, pairs: int, db: int) -> None:
         for i in range(min(together, rows - p) // pool_h):
             first = (image * PP + p // pool_h + i) * QQ * K
@@ -149,7 +149,7 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
                 place = pairs + i * pool_h * row_bytes
                 spread(arguments[3] + FLOAT * (first + q * K), arguments[5] + first + q * K, place, q * pool_w, db)
 
-    @njit
+    @inlined
     def plain_slopes(arguments: Any, image: int, p: int, pairs: int, db: int) -> None:
         for i in range(min(together, rows - p)):
             dy = arguments[3] + FLOAT * (image * P + p + i) * Q * K
@@ -188,7 +188,7 @@ def _weight_gradient(spec: PlaneBackSpec, rows: int) -> Callable[[int, int, int,
     # Behind the last pixel of the group the runs are zero, whatever the slopes of the group before left there.
     shift = runs(Runs(taps(conv), (rows - 1) * pitch + conv.Q, steps * DEPTH, pixels))
 
-    @njit
+    @inlined
     def weights(planes: int, shifted: int, pairs: int, dw: int) -> None:
         shift(planes, shifted)
         begin()

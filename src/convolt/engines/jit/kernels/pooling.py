@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.specs import FLOAT, Frame, PoolSpec
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.pixels import Block, element_pointer, for_blocks, on_pixels, splat
@@ -126,7 +126,7 @@ class _Taps:
         return builder.fdiv(self._floats.constant(1), builder.sitofp(taps, ir.VectorType(F32, self._floats.lanes)))
 
 
-@njit
+@inlined
 def _inside(position: int, stride: int, padding: int, kernel: int, size: int) -> tuple[int, int]:
     """The taps [first, last) of a window that lie inside the image."""
     start = position * stride - padding

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.bf16 import bf16_of_float32, to_bf16
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import MaxOf, max_of
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.planes import columns_of_planes
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, Frame, PackSpec
@@ -138,7 +138,7 @@ def load_image(x: Frame, spec: TileSpec) -> Callable[[int, int], None]:
     apart = to_bf16(C, LANES, converts(spec.conv.unit))
     same = channels == C
 
-    @njit
+    @inlined
     def load(source: int, target: int) -> None:
         if same:
             together(source, target)
@@ -163,7 +163,7 @@ def gather_rows(spec: TileSpec) -> Callable[[int, int, int, int], None]:
     move = copy(BF16 * (window.S if contiguous else 1) * channels)
     stride_h, stride_w, dilation_h, dilation_w = window.stride_h, window.stride_w, window.dilation_h, window.dilation_w
 
-    @njit
+    @inlined
     def gather(image: int, columns: int, p: int, place: int) -> None:
         for i in range(min(rows, P - p)):
             for q in range(Q):
@@ -189,7 +189,7 @@ def multiply_group(spec: TileSpec) -> Callable[[int, int, int, int, int, int], N
     stride_h, stride_w = window.stride_h, window.stride_w
     rows_a_call = 2 if Q <= DEPTH // 2 else 1
 
-    @njit
+    @inlined
     def multiply(image: int, columns: int, filters: int, result: int, p: int, images: int) -> None:
         if direct:
             for i in range(0, rows, rows_a_call):
@@ -216,7 +216,7 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
     places = tuple((i * row_pixels + j) * BLOCK for i in range(pool_h) for j in range(pool_w))
     pool = max_of(MaxOf(columns, places, DEAD, LANES, bias, relu))
 
-    @njit
+    @inlined
     def finish_pooled(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
         offset = arguments[3] + FLOAT * channel
         for i in range(min(rows, P - p) // pool_h):
@@ -230,7 +230,7 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
     bare = not (bias or adds or slope != np.float32(1)) and columns % LANES == 0
     move = copy(FLOAT * columns)
 
-    @njit
+    @inlined
     def finish_bare(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
         for i in range(min(rows, P - p)):
             values = result + FLOAT * (place * rows + i) * row_pixels * BLOCK
@@ -238,7 +238,7 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
             for q in range(Q):
                 move(values + FLOAT * q * BLOCK, target + FLOAT * q * K)
 
-    @njit
+    @inlined
     def finish_plain(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
         offset = view(arguments[3] + FLOAT * channel, (BLOCK,), np.float32)
         for i in range(min(rows, P - p)):
@@ -270,7 +270,7 @@ def framed_convolution(tiles: TileSpec, image_bytes: int) -> Callable[[int, int,
     rows_together, H, filters_bytes = tiles.group_rows, conv.P, BF16 * tiles.depth * BLOCK
     gathered_bytes, done = tiles.gathered_bytes, release(conv.unit)
 
-    @njit
+    @inlined
     def run(frames: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
         result = scratch + gathered_bytes
         arguments = (0, 0, 0, 0, dx, 0)

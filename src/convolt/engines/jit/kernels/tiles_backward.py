@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.bf16 import Pairs, pack_pairs
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ONE, STATE, ConvSpec
 from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec, TileBackSpec
@@ -100,7 +100,7 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     let_through = through(Through(K, conv.slope, LANES, native, conv.bias))
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
 
-    @njit
+    @inlined
     def pooled_slopes(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(PP):
             first = (image * PP + p) * QQ * K
@@ -108,7 +108,7 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
                 place = target + BF16 * (p * pool_h * pitch + q * pool_w) * wide
                 spread(arguments[3] + FLOAT * (first + q * K), arguments[5] + first + q * K, place, db)
 
-    @njit
+    @inlined
     def plain_slopes(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(P):
             dy = arguments[3] + FLOAT * (image * P + p) * Q * K
@@ -146,7 +146,7 @@ def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]
     turn = transpose(Transpose(DEPTH, wide, wide, pixels, LANES, "bf16", "bf16", native))
     gathered_bytes = gather.gathered_bytes
 
-    @njit
+    @inlined
     def weights(columns: int, dy: int, dw: int, count: int) -> None:
         pairs = columns + gathered_bytes
         turned = pairs + gathered_bytes
@@ -176,7 +176,7 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int, in
     image_bytes, frames_bytes = tiles.image_bytes, tiles.group_images * tiles.image_bytes
     convolve, move = framed_convolution(tiles, image_bytes), copy(BF16 * channels)
 
-    @njit
+    @inlined
     def inputs(dy: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
         for image in range(images):
             frame, slopes = scratch + image * image_bytes, dy + BF16 * image * P * Q * wide

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.bf16 import Pairs, pack_pairs
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, ONE, STATE
 from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec
@@ -101,7 +101,7 @@ def _pairs(spec: ShiftedBackSpec) -> Callable[[int, int], None]:
     even = pack_pairs(Pairs(pixels, C, C, PAIR, plane, "fp32", native))
     odd = pack_pairs(Pairs(pixels - 1, C, C, PAIR, plane, "fp32", native))
 
-    @njit
+    @inlined
     def pair(image: int, pairs: int) -> None:
         even(image, pairs)
         if copies == 2:
@@ -120,7 +120,7 @@ def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
     lower, corner = _tap_products(spec, TILE, BLOCK), _tap_products(spec, TILE, TILE)
     edge, bottom, done = channels % BLOCK, filters % BLOCK, release(spec.conv.unit)
 
-    @njit
+    @inlined
     def weights(dy: int, turned: int, pairs: int, dw: int, pixels: int, first: bool, one: int) -> None:
         steps = (pixels + DEPTH - 1) // DEPTH
         for i in range(steps):
@@ -169,7 +169,7 @@ def _tap_products(spec: ShiftedBackSpec, rows: int, columns: int) -> Callable[[i
     R, S, pitch, corner, copy_bytes = window.R, window.S, conv.x.columns, spec.corner, spec.pairs_bytes
     dilation_h, dilation_w = window.dilation_h, window.dilation_w
 
-    @njit
+    @inlined
     def run(left: int, right: int, dw: int, steps: int, one: int) -> None:
         begin()
         for tap in range(R * S * one):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.adam import LANES, adam_step
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.residues import columns_of, taps_of
 from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec
 from convolt.engines.jit.memory import address_of, view
@@ -151,7 +151,7 @@ def optimizer_step(spec: UpdateSpec) -> Callable[..., None]:
     equations = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "rmsprop": _rmsprop}[spec.kind](spec)
     decoupled = spec.decoupled
 
-    @njit
+    @inlined
     def step(w: Any, g: Any, first: Any, second: Any, third: Any, numbers: Any, decays: int) -> None:
         decay = np.float32(numbers[1]) if decays else np.float32(0)
         shrink = np.float32(1) - np.float32(numbers[0]) * decay if decoupled else np.float32(1)
@@ -165,7 +165,7 @@ def _sgd(spec: UpdateSpec) -> Callable[..., None]:
     """numbers: lr, decay, momentum, 1 - dampening (1 in the first step), momentum kept (0 in the first step)."""
     momentum, nesterov = spec.momentum, spec.nesterov
 
-    @njit
+    @inlined
     def step(w: Any, g: Any, b: Any, _: Any, __: Any, numbers: Any, shrink: float, pull: float) -> None:
         lr, mu = np.float32(numbers[0]), np.float32(numbers[2])
         fresh, kept = np.float32(numbers[3]), np.float32(numbers[4])
@@ -182,7 +182,7 @@ def _sgd(spec: UpdateSpec) -> Callable[..., None]:
 def _adam(spec: UpdateSpec) -> Callable[..., None]:
     """numbers: lr, decay, beta1, beta2, eps root, rate; root and rate as in ``convolt.optimizers``."""
 
-    @njit
+    @inlined
     def estimated(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:
         beta1, beta2 = np.float32(numbers[2]), np.float32(numbers[3])
         fresh1, fresh2 = np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
@@ -193,7 +193,7 @@ def _adam(spec: UpdateSpec) -> Callable[..., None]:
     if spec.lanes == LANES:
         return estimated
 
-    @njit
+    @inlined
     def step(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:
         beta1, beta2 = np.float32(numbers[2]), np.float32(numbers[3])
         fresh1, fresh2 = np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
@@ -211,7 +211,7 @@ def _rmsprop(spec: UpdateSpec) -> Callable[..., None]:
     """numbers: lr, decay, alpha, eps, momentum. State: square_avg, then grad_avg, then momentum_buffer."""
     momentum, centered = spec.momentum, spec.centered
 
-    @njit
+    @inlined
     def step(w: Any, g: Any, square: Any, mean: Any, b: Any, numbers: Any, shrink: float, pull: float) -> None:
         lr, alpha, fresh = np.float32(numbers[0]), np.float32(numbers[2]), np.float32(1 - numbers[2])
         eps, mu = np.float32(numbers[3]), np.float32(numbers[4])

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv_calls import in_turn
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, ConvSpec
 from convolt.engines.jit.memory import view
@@ -45,7 +45,7 @@ def _fours(spec: ConvSpec) -> Callable[[int, int], None]:
     """Every pixel of an image with its three neighbors, (C, rows, columns, 4): ``fours(x, target)``."""
     rows, columns, C = spec.x.rows, spec.x.columns, spec.x.C
 
-    @njit
+    @inlined
     def fours(source: int, target: int) -> None:
         x = view(source, (rows, columns, C), np.float32)
         for c in range(C):
@@ -91,7 +91,7 @@ def _group(spec: ConvSpec, taps: tuple[tuple[int, int], ...], bias: bool) -> Cal
 
     full, last = vector(lanes), vector(rest or lanes)
 
-    @njit
+    @inlined
     def group(fours: int, dy: int, codes: int, dw: int, db: int) -> None:
         for j in range(whole):
             k = j * lanes

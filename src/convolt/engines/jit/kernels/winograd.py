@@ -17,9 +17,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from convolt.engines.jit.gemm import Gemm
+from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv import spread_slopes
 from convolt.engines.jit.kernels.dense import deep_rows
 from convolt.engines.jit.kernels.residues import slope_frame
@@ -71,7 +71,7 @@ def _inputs(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int, int, 
     corner = x.origin - conv.window.top * x.pitch - conv.window.left * x.C
     rows, pitch, step = tiles.rows, x.pitch, tiles.wide * x.C
 
-    @njit
+    @inlined
     def inputs(source: int, size: int, present: int, band: int, v: int) -> None:
         for image in range(present):
             for i in range(rows):
@@ -92,7 +92,7 @@ def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], No
     tail = deep_rows(replace(shape, columns=rest), tiles.tiles, C, conv.registers) if rest and block < K else full
     v_plane, m_plane, panel, whole = tiles.plane(C), tiles.plane(K), C * block, panels - (1 if rest else 0)
 
-    @njit
+    @inlined
     def products(v: int, filters: int, m: int) -> None:
         for plane in range(hidden(TRANSFORMED)):
             a, c = v + FLOAT * plane * v_plane, m + FLOAT * plane * m_plane
@@ -118,7 +118,7 @@ def _outputs(spec: WinogradSpec, tiles: Tiling) -> Callable[..., None]:
     rows, step, height, image_codes = tiles.rows, tiles.wide * K, 1 if pooled else 2, tiles.high * tiles.wide * K
     size, origin, pitch = y.size, y.origin, y.pitch
 
-    @njit
+    @inlined
     def outputs(m: int, bias: int, y: int, codes: int, first: int, present: int, band: int) -> None:
         for image in range(present):
             for i in range(rows):
@@ -178,7 +178,7 @@ def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, in
     inputs, products, outputs = _inputs(back, tiles), _products(back, tiles), _outputs(back, tiles)
     bands, products_at = tiles.high // tiles.rows, TRANSFORMED * tiles.plane(back.conv.x.C)
 
-    @njit
+    @inlined
     def gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
         m = v + FLOAT * products_at
         for band in range(bands):
@@ -190,7 +190,7 @@ def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, in
     return found
 
 
-@njit
+@inlined
 def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
     """Of images that nobody needs a gradient of."""
 
@@ -201,7 +201,7 @@ def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
     row = slope_tiles(TileRow(tiles.wide, K, K, frame.pitch, tiles.plane(K), conv.lanes))
     size, origin, pitch, rows, step = frame.size, frame.origin, frame.pitch, tiles.rows, tiles.wide * K
 
-    @njit
+    @inlined
     def slopes(dy: int, present: int, band: int, d: int) -> None:
         for image in range(present):
             for i in range(rows):
@@ -222,7 +222,7 @@ def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
     tail = deep_rows(replace(shape, columns=rest), C, T, conv.registers) if rest and whole else full
     v_plane, d_plane = tiles.plane(C), tiles.plane(K)
 
-    @njit
+    @inlined
     def weights(v: int, d: int, du: int) -> None:
         for plane in range(hidden(TRANSFORMED)):
             a, b, c = v + FLOAT * plane * v_plane, d + FLOAT * plane * d_plane, du + FLOAT * plane * C * K
@@ -247,7 +247,7 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
     depth, columns, block, panels = winograd.conv.x.C, winograd.conv.K, winograd.block, winograd.panels
     half = np.float32(0.5)
 
-    @njit
+    @inlined
     def filter_rows(a: float, b: float, c: float) -> Any:
         total, middle = half * (a + c), half * b
         return a, total + middle, total - middle, c
@@ -295,12 +295,12 @@ def reduce_parts(spec: WinogradReduce) -> Callable[..., None]:
     C, K, images, bias, part = conv.x.C, conv.K, conv.images, conv.bias, spec.winograd.part
     half = np.float32(0.5)
 
-    @njit
+    @inlined
     def taps_of(a: float, b: float, c: float, d: float) -> Any:
         total, difference = half * (b + c), half * (b - c)
         return a + total, difference, total + d
 
-    @njit
+    @inlined
     def put(row: Any, taps: Any) -> None:
         first, second, third = taps
         row[0] = row[0] + first if accumulate else first
