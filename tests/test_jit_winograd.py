@@ -42,7 +42,7 @@ def test_memory_that_nobody_wrote_is_not_read(case):
         equals_pytorch(JIT(threads=2), "fp32", case)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "plain"])
+@pytest.mark.parametrize("isa", ["avx2", pytest.param("plain", marks=pytest.mark.slow)])
 def test_winograd_on_narrow_vectors(isa):
     equals_pytorch(JIT(threads=2, isa=isa), "fp32", CASES[0])
 

@@ -82,12 +82,12 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     ]
 
     def backward() -> Tasks:
-        back = replace(spec, run=wide_run, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
+        back = _backward(plan, replace(spec, run=wide_run), source)
         rows = plan.address(f"bf16 slopes {name}", samples * columns, np.uint16)
         turned_rows = plan.address(f"bf16 slopes turned {name}", samples * columns, np.uint16)
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
-        dx: Argument = plan.slope(source) if spec.wants_dx else 0
+        dx: Argument = plan.slope(source) if back.wants_dx else 0
         own = plan.scratch(dense_backward_scratch(spec) // FLOAT)
         wide_chunks = -(-layer.in_features // wide_run)
         dy = plan.slope(target)
@@ -114,7 +114,7 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
 
         alone = products("dw", replace(back, wants_dx=False))
         plan.deferred.append(Deferred(f"{name}.weight", N, peaks, alone, update))
-        return [*slopes, products("dx", replace(back, wants_dw=False))] if spec.wants_dx else slopes
+        return [*slopes, products("dx", replace(back, wants_dw=False))] if back.wants_dx else slopes
 
     return forward, backward
 
@@ -161,9 +161,14 @@ def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
         run,
         plan.isa.lanes,
         plan.isa.registers,
-        wants_dx=operation.inputs[0] in plan.learning,
         half=operation.inputs[0].half,
     )
+
+
+def _backward(plan: Plan, spec: DenseSpec, source: Tensor) -> DenseSpec:
+    """What a backward pass is compiled for besides: forward kernels do not depend on it."""
+    wants_dx = source in plan.learning
+    return replace(spec, wants_dx=wants_dx, accumulate=plan.accumulate, add=wants_dx and plan.begin_slope(source))
 
 
 def dense(plan: Plan, operation: Operation) -> Served:
@@ -201,10 +206,10 @@ def dense(plan: Plan, operation: Operation) -> Served:
 
     def backward() -> Tasks:
         columns = round_up(-(-layer.in_features // BACKWARD_CHUNKS), WIDE)
-        back = replace(spec, run=columns, accumulate=plan.accumulate, add=spec.wants_dx and plan.begin_slope(source))
+        back = _backward(plan, replace(spec, run=columns), source)
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
-        dx: Argument = plan.slope(source) if spec.wants_dx else 0
+        dx: Argument = plan.slope(source) if back.wants_dx else 0
         dy = plan.slope(target)
         slopes = plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db)
 
@@ -228,6 +233,6 @@ def dense(plan: Plan, operation: Operation) -> Served:
         alone = products("dw", replace(back, wants_dx=False))
         plan.deferred.append(Deferred(f"{operation.names[0]}.weight", N, peaks, alone, update))
         tasks = [slopes, plan.whole(f"{label} peak", "dense:dense_peak", back, 1, dy, largest + FLOAT * chunks)]
-        return [*tasks, products("dx", replace(back, wants_dw=False))] if spec.wants_dx else tasks
+        return [*tasks, products("dx", replace(back, wants_dw=False))] if back.wants_dx else tasks
 
     return forward, backward
