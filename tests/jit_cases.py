@@ -111,11 +111,9 @@ EVERY_RUN = frozenset(
         "whole tiles",
         "an odd width, channels that fill no tile",
         "few channels, wide filter, stride 2",
-        "some images at a time",
         "some images at a time, stride 2",
         "dense",
         "dense of rounded features",
-        "dense in a residual branch",
         "wide filter on planes",
         "planes in groups of rows, odd pool",
     }

@@ -62,7 +62,7 @@ def steps(executor, size: int = 37) -> tuple:
 # --- activations that are made twice ---------------------------------------------------------------------------------
 
 
-@every_precision
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_activations_that_are_made_twice_leave_the_bits_and_need_less_memory(precision):
     results, memory = set(), []
     for segments in (0, 2, 3, 5, 50):

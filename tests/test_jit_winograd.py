@@ -19,6 +19,7 @@ from convolt.optimizers import SGD
 from convolt.recipe import Recipe
 
 CASES = list(WINOGRAD.values())
+COMPILE_AGAIN = (reuses_buffers, needs_no_input_gradient)  # these need kernels of their own
 
 
 def spec(channels=16, filters=16, size=8, kernel=3, stride=1, padding=1, dilation=1, groups=1, pool=1, slope=0.0):
@@ -30,8 +31,15 @@ def spec(channels=16, filters=16, size=8, kernel=3, stride=1, padding=1, dilatio
     return ConvSpec(x, y, window, groups, filters, outputs, outputs, True, slope, (pool, pool), 4, 16, 32)
 
 
-@pytest.mark.parametrize("check", [equals_pytorch, adds_gradients, reuses_buffers, needs_no_input_gradient])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "check"),
+    [
+        pytest.param(case, check, marks=pytest.mark.slow if number > 1 and check in COMPILE_AGAIN else ())
+        for number, case in enumerate(CASES)
+        for check in (equals_pytorch, adds_gradients, *COMPILE_AGAIN)
+    ],
+    ids=lambda value: value.__name__ if callable(value) else value.name,
+)
 def test_winograd(case, check):
     check(JIT(threads=2), "fp32", case)
 
@@ -108,7 +116,7 @@ def test_scratch_memory_holds_what_a_block_needs():
 # --- the pixels that won a pool --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", [None, "avx2", "plain"])
+@pytest.mark.parametrize("isa", [None, "avx2", pytest.param("plain", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", POOLED_FIRST.values(), ids=lambda case: case.name)
 def test_gradient_from_the_pixels_that_won(case, isa):
     engine = JIT(threads=2, isa=isa)

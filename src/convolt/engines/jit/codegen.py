@@ -46,7 +46,8 @@ class _Kernel(AOTCodeLibrary):  # type: ignore[misc]
         for function in self._final_module.functions:
             if not function.is_declaration and function.name != self.name:
                 function.linkage = "internal"
-        super()._optimize_final_module()
+        manager, builder = self._codegen._module_pass_manager()
+        manager.run(self._final_module, builder)  # Numba does it twice, for reference counts, of which there are none
 
 
 class _Codegen(AOTCPUCodegen):  # type: ignore[misc]
