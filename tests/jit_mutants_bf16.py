@@ -401,9 +401,14 @@ BF16 = (
         "eps of another step", UPDATE, "def _numbers", "optimizer.eps * root", "optimizer.eps", repr(OPTIMIZERS[6])
     ),
     # the choice of a unit
-    JitMutant("the slowest unit", "units.py", "def bf16_unit", "best = max(", "best = min(", FASTEST, quick=True),
-    JitMutant("never float32", "units.py", "def bf16_unit", "if found[best] > fp32:", "if found[best] > 0:", FASTEST),
+    JitMutant("the slowest unit", "units.py", "def bf16_units", "best = max(", "best = min(", FASTEST, quick=True),
+    JitMutant("never float32", "units.py", "def bf16_units", "if found[best] > fp32:", "if found[best] > 0:", FASTEST),
     JitMutant(
-        "the widest, not the forced", "units.py", "def bf16_unit", "return unit\n", "return possible[0]\n", FORCED
+        "the widest, not the forced",
+        "units.py",
+        "def bf16_units",
+        "return Units(unit, unit)",
+        "return Units(possible[0], possible[0])",
+        FORCED,
     ),
 )

@@ -7,7 +7,7 @@ from engine_checks import assert_near
 
 from convolt.engines import JIT, Im2col
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.isa import detect
+from convolt.engines.jit.isa import FP32, detect
 from convolt.engines.jit.phases import Task
 from convolt.engines.jit.programs import Programs
 from convolt.layers import (
@@ -149,7 +149,7 @@ TILED: dict[str, tuple[tuple[int, ...], tuple[Layer, ...]]] = {
 
 def kernels(model: Model, count: int) -> list[str]:
     isa = detect()
-    programs = Programs(model, Params(model), None, count, True, None, isa, 2, Compiler(isa))
+    programs = Programs(model, Params(model), None, count, True, FP32, isa, 2, Compiler(isa))
     return [task.factory for task in programs.forward_tasks if isinstance(task, Task)]
 
 

@@ -16,7 +16,7 @@ from convolt.engines.jit.isa import Isa, converts, detect
 from convolt.engines.jit.isa import units as units_of
 from convolt.engines.jit.peaks import rates
 from convolt.engines.jit.units import UNITS as NAMES
-from convolt.engines.jit.units import bf16_unit
+from convolt.engines.jit.units import bf16_units
 from convolt.errors import EngineError
 from convolt.layers import Conv2d, Dense, Flatten, ReLU
 from convolt.model import Model
@@ -35,7 +35,7 @@ def test_a_forced_unit_is_taken_whatever_is_measured():
 
 def test_tiles_need_no_measurement():
     with measured({"amx": 0.0, "dot": 1e6, "fma": 1e6}, 1e6):
-        assert bf16_unit(detect(), None) == "amx"
+        assert bf16_units(detect(), None) == ("amx", "amx")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,14 @@ def test_units_of_instruction_sets(isa, expected):
 
 def test_rounding_by_an_instruction_goes_with_the_units_that_have_it():
     assert [converts(unit) for unit in ("amx", "dot", "fma")] == [True, True, False]
+
+
+def test_dot_products_serve_dense_layers_and_float32_convolutions():
+    with measured({"dot": 200.0, "fma": 90.0}, 110.0):
+        model = Model((1, 9, 9), (Conv2d(1, 4, 2), ReLU(), Flatten(), Dense(256, 64)))
+        told = {stage.name: stage.reason for stage in JIT(threads=1).explain(model, "bf16").stages}
+    assert "vectors: fp32, where AVX512-BF16 dot products gain nothing" in told["0-1 Conv2d+ReLU"]
+    assert told["3 Dense"].startswith("AVX512-BF16 dot products: bf16")
 
 
 def test_rates_are_measured_for_each_unit_and_for_float32():

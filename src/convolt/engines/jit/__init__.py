@@ -17,9 +17,9 @@ from convolt.checks import check_integer
 from convolt.engine import Engine, EngineRecipe, Executor, resolve_threads
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.executor import JitExecutor
-from convolt.engines.jit.isa import Isa, Unit, detect
+from convolt.engines.jit.isa import FP32, Isa, Units, detect
 from convolt.engines.jit.programs import Programs
-from convolt.engines.jit.units import bf16_unit, check_unit
+from convolt.engines.jit.units import bf16_units, check_unit
 from convolt.explanation import Explanation
 from convolt.model import Model
 from convolt.params import Params
@@ -30,10 +30,10 @@ class JIT(Engine):
     """Compiled kernels. ``threads``: 0 means every core that is allowed. ``isa``: force an instruction set, for tests.
 
     isa is one of "avx512", "avx2", "neon", "plain"; None takes the widest of this CPU. unit: what multiplies in bf16,
-    one of "amx", "dot" (AVX512-BF16), "fma" (float32, everywhere); None takes the fastest, or float32 where that is
-    faster, and says so. checkpoint_segments: cut the
-    model into so many parts whose inner activations are not kept but computed again in backward: less memory, a
-    forward pass more, the same bits; 0 keeps everything. Raises EngineError.
+    one of "amx", "dot" (AVX512-BF16), "fma" (float32, everywhere); None takes the fastest for convolutions and for
+    dense layers, or float32 where that is faster, and says so. checkpoint_segments: cut the model into so many parts
+    whose inner activations are not kept but computed again in backward: less memory, a forward pass more, the same
+    bits; 0 keeps everything. Raises EngineError.
     """
 
     threads: int = 0
@@ -52,19 +52,19 @@ class JIT(Engine):
         """Plans and kernels are made when the first batch shows its size."""
         own = self.initial_params(model, params, recipe)
         isa = detect(self.isa)
-        unit = self._unit(recipe.precision, isa)
-        return JitExecutor(model, own, isa, self.threads, unit, self.checkpoint_segments)
+        units = self._units(recipe.precision, isa)
+        return JitExecutor(model, own, isa, self.threads, units, self.checkpoint_segments)
 
     def explain(self, model: Model, precision: str = "fp32", batch_size: int = 128) -> Explanation:
         """Which kernel serves each stage, forward and backward, and why: the plan's own reasons. Raises EngineError."""
         self.check_precision(precision)
         isa = detect(self.isa)
-        unit = self._unit(precision, isa)
+        units = self._units(precision, isa)
         params, grads = Params(model), Params(model)
         own = self.threads, Compiler(isa), None, self.checkpoint_segments
-        programs = Programs(model, params, grads, batch_size, True, unit, isa, *own)
+        programs = Programs(model, params, grads, batch_size, True, units, isa, *own)
         return Explanation(self.NAME, precision, batch_size, tuple(programs.stages()))
 
-    def _unit(self, precision: str, isa: Isa) -> Unit | None:
-        """What multiplies in bf16; None for float32. Raises EngineError."""
-        return bf16_unit(isa, self.unit) if precision == "bf16" else None
+    def _units(self, precision: str, isa: Isa) -> Units:
+        """What multiplies in bf16. Raises EngineError."""
+        return bf16_units(isa, self.unit) if precision == "bf16" else FP32

@@ -102,10 +102,15 @@ def filters(plan: Plan, operation: Operation) -> tuple[Argument, Argument, Tasks
 def conv(plan: Plan, operation: Operation) -> Served:
     """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
     groups = cast(Conv2d, operation.layer).groups
-    if plan.unit is not None and groups == 1:
-        operation.because(f"{UNITS[plan.unit]}: bf16, groups 1")
-        return conv_on_tiles(plan, operation, plan.unit)
-    why = "fp32" if plan.unit is None else f"groups {groups}, bf16 takes 1"
+    conv_unit, dense_unit = plan.units
+    if conv_unit is not None and groups == 1:
+        operation.because(f"{UNITS[conv_unit]}: bf16, groups 1")
+        return conv_on_tiles(plan, operation, conv_unit)
+    why = "fp32"
+    if conv_unit is not None:
+        why = f"groups {groups}, bf16 takes 1"
+    elif dense_unit is not None:
+        why = f"fp32, where {UNITS[dense_unit]} gain nothing"
     operation.because(f"{plan.isa.name} vectors: {why}")
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     slow = obstacle(spec) or _few_images(plan)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from convolt.engine import Executor, OnReady, StageTime, StepResult
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.isa import Isa, Unit
+from convolt.engines.jit.isa import FP32, Isa, Units
 from convolt.engines.jit.plan import Segments
 from convolt.engines.jit.programs import Programs
 from convolt.engines.jit.runtime import Program, Team
@@ -37,7 +37,7 @@ SAFE = 1e15  # a gradient up to here is finite and so is the sum of its squares;
 
 
 class JitExecutor(Executor):
-    """One model on compiled kernels. unit: what multiplies in bf16, None for float32."""
+    """One model on compiled kernels. units: what multiplies in bf16."""
 
     def __init__(
         self,
@@ -45,13 +45,13 @@ class JitExecutor(Executor):
         params: Params,
         isa: Isa,
         threads: int,
-        unit: Unit | None = None,
+        units: Units = FP32,
         segments: int = 0,
     ) -> None:
         self.model, self.params = model, params
         self.grads = Params(model, params.dtype)
         self._isa, self._threads = isa, threads
-        self._unit, self._segments = unit, segments
+        self._units, self._segments = units, segments
         self._compiler = Compiler(isa, processes=threads, begin=os.getpid() * GOLDEN % 1)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
@@ -232,7 +232,7 @@ class JitExecutor(Executor):
                 grads,
                 count,
                 byte_input,
-                self._unit,
+                self._units,
                 self._isa,
                 self._threads,
                 self._compiler,

@@ -18,7 +18,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import llvmlite.binding as llvm
 
@@ -26,6 +26,16 @@ from convolt.errors import EngineError, nearest
 
 Name = Literal["avx512", "avx2", "neon", "plain"]
 Unit = Literal["amx", "dot", "fma"]
+
+
+class Units(NamedTuple):
+    """What multiplies bf16 numbers in convolutions and in dense layers; None where float32 computes."""
+
+    conv: Unit | None = None
+    dense: Unit | None = None
+
+
+FP32 = Units()
 
 #: The features (LLVM's names) that an instruction set stands for; the widest that a CPU has comes first.
 REQUIRED: Mapping[Name, frozenset[str]] = {

@@ -45,7 +45,7 @@ def reads_half(tensor: Tensor) -> bool:
 
 def reads_pixels(plan: Plan, image: Tensor, features: Tensor) -> bool:
     """Whether flattening is left to weights that are packed for predictions: they may have any order of inputs."""
-    bare = not (plan.training or plan.unit is not None or any(image.border) or image.planar)
+    bare = not (plan.training or plan.units.dense is not None or any(image.border) or image.planar)
     return bare and bool(features.readers) and all(_is_packed(operation) for operation in features.readers)
 
 
@@ -175,10 +175,11 @@ def dense(plan: Plan, operation: Operation) -> Served:
     """Dense layer with activation."""
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
     weights, N = _weights(operation), plan.capacity
-    if plan.unit is not None and weights >= TILES_PAY:
-        operation.because(f"{UNITS[plan.unit]}: bf16, {weights:,} weights")
-        return dense_on_tiles(plan, operation, plan.unit)
-    why = "fp32" if plan.unit is None else f"{weights:,} weights, bf16 pays from {TILES_PAY:,}"
+    unit = plan.units.dense
+    if unit is not None and weights >= TILES_PAY:
+        operation.because(f"{UNITS[unit]}: bf16, {weights:,} weights")
+        return dense_on_tiles(plan, operation, unit)
+    why = "fp32" if unit is None else f"{weights:,} weights, bf16 pays from {TILES_PAY:,}"
     operation.because(f"{plan.isa.name} vectors: {why}")
     label = operation.label
     weight = plan.parameter(operation, "weight")
@@ -196,7 +197,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
         spec, chunks = _dense_spec(plan, operation, run), -(-layer.in_features // run)
         parts = plan.address(f"parts of {operation.names[0]}", chunks * N * round_up(layer.out_features, BLOCK))
         scratch = plan.scratch(dense_panel(spec))
-        defers = plan.training and plan.unit is None and weights >= UPDATE_PAYS
+        defers = plan.training and unit is None and weights >= UPDATE_PAYS
         peaks = plan.buffer(f"peaks {operation.names[0]}", chunks + 1)[: chunks + 1] if defers else np.zeros(0)
         largest = address_of(peaks) if defers else 0
         forward = [

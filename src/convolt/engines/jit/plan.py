@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from convolt.engines.jit.buffers import SCRATCH, SHORT_LIVED, Address, Buffer, lifetimes, share
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import Operation, Tensor
-from convolt.engines.jit.isa import Isa, Unit
+from convolt.engines.jit.isa import FP32, Isa, Units
 from convolt.engines.jit.kernels.specs import ONE, STATE, UpdateSpec
 from convolt.engines.jit.phases import Argument, Call, Task, Tasks, between_calls, grouped
 from convolt.engines.jit.runtime import Phase, Program
@@ -72,7 +72,7 @@ class Plan:
     """Buffers of one model for batches of up to ``capacity`` samples, and what the kernels need to know of it.
 
     params: arrays the kernels read. grads: arrays they add to, None for prediction. learning: tensors that need a
-    gradient. unit: what multiplies in bf16, None for float32. add_ranks: replaces an array by its sum over ranks,
+    gradient. units: what multiplies in bf16. add_ranks: replaces an array by its sum over ranks,
     where BatchNorm's statistics are those of all ranks. fuses_update: whether gradients may be left to the pass that
     moves the weights; they are then ``deferred``.
     """
@@ -85,12 +85,12 @@ class Plan:
         isa: Isa,
         threads: int,
         learning: set[Tensor],
-        unit: Unit | None = None,
+        units: Units = FP32,
         add_ranks: Callable[[Array], None] | None = None,
     ) -> None:
         self.add_ranks = add_ranks
         self.params, self.grads, self.isa, self.capacity = params, grads, isa, capacity
-        self.unit = unit
+        self.units = units
         self.learning = learning
         self.images = -(-capacity // CHUNKS)
         self.chunks = -(-capacity // self.images)

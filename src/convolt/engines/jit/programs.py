@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.convolutions import reads_planes
 from convolt.engines.jit.graph import Operation, learning, operations
-from convolt.engines.jit.isa import Isa, Unit
+from convolt.engines.jit.isa import Isa, Units
 from convolt.engines.jit.kernels.specs import LossSpec
 from convolt.engines.jit.matrices import reads_half, reads_pixels
 from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
@@ -80,7 +80,7 @@ class Programs:
         grads: Params | None,
         capacity: int,
         byte_input: bool,
-        unit: Unit | None,
+        units: Units,
         isa: Isa,
         threads: int,
         compiler: Compiler,
@@ -88,7 +88,7 @@ class Programs:
         checkpoints: int = 0,
     ) -> None:
         first, found = operations(model, training=grads is not None)
-        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), unit, add_ranks)
+        self.plan = Plan(params, grads, capacity, isa, threads, learning(found), units, add_ranks)
         self._grads, self._compiler = grads, compiler
         self._model = model
         normalize = found[0].layer if found and isinstance(found[0].layer, Normalize) else None
@@ -96,12 +96,13 @@ class Programs:
         self._operations = found[1:] if normalize is not None else found
         start = found[0].output if normalize is not None else first
         self._output = self._operations[-1].output if self._operations else start
-        if unit is not None and reads_planes(start):
+        if units.conv is not None and reads_planes(start):
             start.lay_in_planes()
         for operation in self._operations:
             if operation.kind == "Flatten" and reads_pixels(self.plan, operation.inputs[0], operation.output):
                 operation.output.image = operation.inputs[0]
-            operation.output.half = unit is not None and operation.kind == "Flatten" and reads_half(operation.output)
+            flat = operation.kind == "Flatten"
+            operation.output.half = units.dense is not None and flat and reads_half(operation.output)
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
         self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]

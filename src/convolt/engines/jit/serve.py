@@ -206,7 +206,7 @@ def shaping(plan: Plan, operation: Operation) -> Served:
         operation.because("its readers take the pixels as they lie")
         return [], list
     frames = Frame.of(source), Frame.of(target)
-    native = plan.unit is not None and converts(plan.unit)
+    native = plan.units.dense is not None and converts(plan.units.dense)
     spec = MapSpec(operation.kind, *frames, plan.images, plan.isa.lanes, half=target.half, native=native)
     own = plan.scratch(math.prod(source.shape)) if target.half else 0
     forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target), own)]

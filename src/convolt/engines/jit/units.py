@@ -4,13 +4,17 @@ Tiles always win. Without them the same instructions are a gain on one CPU and a
 of float32's rate on some CPUs and twice that on others, with the same flags. So the rates are measured, in 20 ms, and
 where float32 is faster it computes, with a warning that tells both figures. Forcing a unit is for tests, and for those
 who want a bf16 run's numbers on a CPU without it.
+
+Where dot products are faster, matrices take them and convolutions do not: a dense layer gains nearly what the rates
+promise; a convolution loses it again in laying numbers out in pairs, and for 3x3 filters float32 has an algorithm with
+fewer products (docs/kernels.md has the figures).
 """
 
 import warnings
 from collections.abc import Mapping
 from typing import get_args
 
-from convolt.engines.jit.isa import Isa, Unit, units
+from convolt.engines.jit.isa import FP32, Isa, Unit, Units, units
 from convolt.engines.jit.peaks import rates
 from convolt.errors import EngineError, nearest
 
@@ -28,29 +32,29 @@ def check_unit(forced: str | None) -> None:
         raise EngineError(f"engine jit: unknown unit {forced!r}; {nearest(forced, get_args(Unit))}")
 
 
-def bf16_unit(isa: Isa, forced: str | None) -> Unit | None:
-    """The unit for bf16 products; None, with a warning, where float32 is faster.
+def bf16_units(isa: Isa, forced: str | None) -> Units:
+    """The units for bf16 products; `FP32`, with a warning, where float32 is faster.
 
-    forced: take this one. Raises EngineError where the CPU has not got it.
+    forced: take this one everywhere. Raises EngineError where the CPU has not got it.
     """
     possible = units(isa)
     if forced is not None:
         for unit in possible:
             if unit == forced:
-                return unit
+                return Units(unit, unit)
         raise EngineError(
             f"engine jit: unit={forced!r} multiplies by {UNITS[forced]}, which this CPU, its kernel or "  # type: ignore[index]
             f"isa={isa.name!r} does not offer; use one of {', '.join(possible)}, or leave it out"
         )
     if possible[0] == "amx":
-        return "amx"
+        return Units("amx", "amx")
     found, fp32 = rates(isa, possible)
     best = max(found, key=found.__getitem__)
     if found[best] > fp32:
-        return best
+        return Units(None, best)
     warnings.warn(
         f"engine jit: bf16 is computed in float32, which is faster on this CPU: {fp32:.0f} GFLOP/s on one core, "
         f"{UNITS[best]} {found[best]:.0f}; to have bf16 all the same: engine.unit={best}",
         stacklevel=2,
     )
-    return None
+    return FP32
