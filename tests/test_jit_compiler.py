@@ -86,6 +86,14 @@ def test_a_kernel_is_compiled_then_loaded(tmp_path):
     assert (warm.statistics.compiled, warm.statistics.loaded) == (0, 1)
 
 
+def test_seconds_are_those_of_compiling_alone(tmp_path):
+    cold, warm = Compiler(ISA, tmp_path), Compiler(ISA, tmp_path)
+    (kernel,) = cold.kernels([(scale, Scale(4))])
+    assert cold.statistics.seconds >= kernel.seconds > 0
+    assert warm.kernel(scale, Scale(4)).from_cache
+    assert warm.statistics.seconds == 0
+
+
 def test_kernels_outlive_their_compiler(compiled, tmp_path):
     assert doubles(Compiler(ISA, tmp_path).kernel(scale, Scale(4)))
 

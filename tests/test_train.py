@@ -1,5 +1,6 @@
 """The training loop: what it computes, what it tells, what it keeps, what it refuses before it begins."""
 
+import itertools
 import json
 import math
 import threading
@@ -17,6 +18,7 @@ from convolt.comms import BlockingSum, Serial
 from convolt.data import Dataset, Split
 from convolt.duration import Time
 from convolt.early_stopping import EarlyStopping
+from convolt.engine import Executor
 from convolt.engines.im2col import Im2col
 from convolt.errors import ConfigError, ConvoltError, EngineError, RunError
 from convolt.evaluation import evaluate
@@ -234,6 +236,15 @@ def test_history_and_result_hold_what_is_promised(tmp_path):
     expected = {"epochs": EPOCHS, "engine": "im2col", "precision": "fp32", "threads": 1, "ranks": 1, "seed": 3}
     assert run.result.items() >= {**expected, "run": str(run.folder)}.items()
     assert run.result["train_seconds"] == pytest.approx(sum(epoch.train_seconds for epoch in run.history))
+
+
+def test_compiling_is_no_part_of_a_step(tmp_path, monkeypatch):
+    """An engine that says it compiled for an hour in every step has trained for an hour a step less."""
+    hours = (3600.0 * n for n in itertools.count())
+    monkeypatch.setattr(Executor, "compile_seconds", property(lambda _: next(hours)))
+    run = trained(tmp_path)
+    assert run.result["train_seconds"] / (EPOCHS * STEPS_PER_EPOCH) == pytest.approx(-3600, abs=60)
+    assert run.result["compile_seconds"] > 0
 
 
 def test_without_validation_and_test_their_metrics_are_absent(tmp_path):

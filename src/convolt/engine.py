@@ -117,6 +117,11 @@ class Executor(ABC):
         """Whether the buffers are sound: a variance may overflow where the normalized values do not."""
         return all(np.isfinite(array).all() for array in self.statistics().values())
 
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling has taken so far: once a machine, so no part of a step's time."""
+        return 0.0
+
     def prepare(self, x: Array) -> None:
         """Make ready what training steps on such images need, as far as that takes long."""
         return

@@ -28,9 +28,9 @@ class Epoch:
     """The measurements of one epoch.
 
     epoch counts from 1; losses are means over samples; accuracies and lr are plain numbers (0.97, not 97 %), lr the
-    last one used; train_seconds is the time of the epoch's training steps alone, images_per_second = images seen /
-    train_seconds. Without a validation split valid_loss and valid_accuracy are None. skipped_steps counts batches whose
-    loss was not finite.
+    last one used; train_seconds is the time of the epoch's training steps alone, without compiling; images_per_second =
+    images seen / train_seconds. Without a validation split valid_loss and valid_accuracy are None. skipped_steps counts
+    batches whose loss was not finite.
     """
 
     epoch: int

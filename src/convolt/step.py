@@ -106,8 +106,8 @@ class Stepper:
         return outcome
 
     def _accumulated(self, batch: Batch, optimizer: Optimizer, statistics: dict[str, Array]) -> Outcome:
-        began = time.perf_counter()
         executor = self.executor
+        began, compiled = time.perf_counter(), executor.compile_seconds
         equally_often = self._most_pieces(batch) if self._synced else 0
         pieces = list(batch.pieces(self.recipe.micro_batch_size, equally_often))
         results = self._gradient(pieces, batch)
@@ -131,7 +131,7 @@ class Stepper:
         waits = (agreed - computed, summed - agreed, done - shared)
         self.seconds.waiting += waits[0]
         self.seconds.communication += waits[1] + waits[2]
-        self.seconds.compute += done - began - sum(waits)
+        self.seconds.compute += done - began - sum(waits) - (executor.compile_seconds - compiled)
         return Outcome(loss if math.isfinite(norm) else math.nan, right)
 
     def _gradient(self, pieces: list[Batch], batch: Batch) -> list[StepResult]:

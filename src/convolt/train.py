@@ -203,7 +203,7 @@ class _Training:
         if self.epoch_is_over:  # a signal came in its validation
             self.close_step()
         while self.progress.step < self.total_steps and not self.stopped_early:
-            began = clock.perf_counter()
+            began, compiled = clock.perf_counter(), self.executor.compile_seconds
             now = self.time(self.progress.step)
             self.executor.dropout = now.step >= length(recipe.dropout_from, now)
             optimizer = recipe.optimizer_at(now, self.progress.lr_factor)
@@ -219,7 +219,8 @@ class _Training:
                 self.progress.skipped += 1
             else:
                 self.state.average(self.time(self.progress.step))
-                self.progress.count(result.loss, result.right, batch.size, clock.perf_counter() - began)
+                seconds = clock.perf_counter() - began - (self.executor.compile_seconds - compiled)
+                self.progress.count(result.loss, result.right, batch.size, seconds)
             self.tell(batch, math.nan if result is None else result.loss)
             self.close_step()
 
@@ -413,6 +414,7 @@ class _Training:
             "epochs": len(self.run.history),
             "train_seconds": progress.total_seconds,
             "images_per_second": progress.total_images / progress.total_seconds if progress.total_seconds else 0.0,
+            "compile_seconds": executor.compile_seconds,
             "engine": engine.NAME,
             "precision": self.recipe.precision,
             "threads": engine.threads,

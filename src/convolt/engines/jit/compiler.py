@@ -71,13 +71,17 @@ class Kernel:
 
 @dataclass
 class Statistics:
-    """What the cache did: kernels compiled and loaded, invalid files replaced, files not written, old ones removed."""
+    """What the cache did: kernels compiled and loaded, invalid files replaced, files not written, old ones removed.
+
+    seconds: that compiling took, waiting for other processes that compile included.
+    """
 
     compiled: int = 0
     loaded: int = 0
     rebuilt: int = 0
     unsaved: int = 0
     removed: int = 0
+    seconds: float = 0.0
 
 
 def cache_folder() -> Path:
@@ -135,7 +139,9 @@ class Compiler:
         for key, (factory, spec) in pairs[start:] + pairs[:start]:
             if missing.pop(key, None):
                 tell(total - len(missing) - 1, total, _name(factory))
+            waiting = time.perf_counter()
             workers.claim(key)
+            self.statistics.seconds += time.perf_counter() - waiting
             made[key] = self.kernel(factory, spec)
         if total:
             tell(total, total, "")
@@ -162,6 +168,7 @@ class Compiler:
             if not from_cache:
                 self._save(key, code)
             seconds = time.perf_counter() - start
+            self.statistics.seconds += 0.0 if from_cache else seconds
             self._kernels[key] = Kernel(library[SYMBOL], _name(factory), seconds, from_cache, (self._jit, library))
         return self._kernels[key]
 

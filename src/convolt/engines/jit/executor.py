@@ -180,6 +180,11 @@ class JitExecutor(Executor):
         """End the threads."""
         self._team.close()
 
+    @property
+    def compile_seconds(self) -> float:
+        """Of the kernels that were not on disk."""
+        return self._compiler.statistics.seconds
+
     def prepare(self, x: Array) -> None:
         """Plan, and compile what is not yet on disk."""
         self._ready(x, training=True)
