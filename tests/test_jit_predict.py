@@ -37,7 +37,7 @@ NET = Model(
         *(Flatten(), Dense(180, 33), ReLU(), Dense(33, 5)),
     ),
 )
-SIZES = (1, 3, 9, 33, 1, 3)
+SIZES = (1, 2, 3, 5, 8, 9, 33, 1, 5)
 
 
 def images(model: Model, count: int, kind: type = np.uint8) -> np.ndarray:
