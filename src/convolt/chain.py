@@ -278,6 +278,12 @@ class TableExecutor(Executor):
             self._chain.backward(params, grads, dy, self._first, ready)
         return StepResult(total, logits)
 
+    def move(self, weights: Array, gradient: Array) -> bool:
+        """Kernels ask for arrays by name in every call."""
+        self.params.move(weights)
+        self.grads.move(gradient)
+        return True
+
     def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
         """BatchNorm's kernels add over ranks."""
         self._phase.add_ranks = add

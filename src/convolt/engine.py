@@ -149,6 +149,13 @@ class Executor(ABC):
         self.update(optimizer)
         return result
 
+    def move(self, weights: Array, gradient: Array) -> bool:
+        """Keep the flat weights and the flat gradient in this memory from now on.
+
+        False, and nothing is done, by an engine that has them in places of its own.
+        """
+        return False
+
     def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
         """From now on BatchNorm takes its statistics over all ranks; ``add`` replaces an array by its sum over them.
 

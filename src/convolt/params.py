@@ -37,16 +37,23 @@ class Params(Mapping[str, Array]):
     def __init__(self, model: Model, dtype: DTypeLike = np.float32) -> None:
         self.specs: dict[str, ParamSpec] = model.parameters()
         self._buffer_specs: dict[str, BufferSpec] = model.buffers()
-        self.flat: Array = aligned_zeros(sum(spec.size for spec in self.specs.values()), dtype)
         self.slices: dict[str, slice] = {}
-        self._views: dict[str, Array] = {}
         start = 0
         for name, spec in self.specs.items():
             self.slices[name] = slice(start, start + spec.size)
-            self._views[name] = self.flat[self.slices[name]].reshape(spec.shape)
             start += spec.size
+        self._lie_in(aligned_zeros(start, dtype))
         self._names = model.state_names()
         self._make_buffers(dtype)
+
+    def move(self, memory: Array) -> None:
+        """Lie in this memory from now on, of the same length and type; values and names stay, addresses do not."""
+        memory[...] = self.flat
+        self._lie_in(memory)
+
+    def _lie_in(self, memory: Array) -> None:
+        self.flat: Array = memory
+        self._views = {name: memory[part].reshape(self.specs[name].shape) for name, part in self.slices.items()}
 
     def _make_buffers(self, dtype: DTypeLike) -> None:
         floats = {name: spec for name, spec in self._buffer_specs.items() if not spec.integer}

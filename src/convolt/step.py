@@ -61,13 +61,17 @@ class Stepper:
 
     def join(self) -> None:
         """Take part in steps with the ranks that there are; again after ranks were lost."""
-        comm, parallel, grads = self.comm, self.parallel, self.executor.grads.flat
+        comm, parallel, executor = self.comm, self.parallel, self.executor
         self._asked: int | None = None
         self._drifted = False
         self._serial = comm.size == 1
         self._local = parallel.local_steps > 1 and not self._serial
-        self._sum = comm.summation(grads, parallel.shards, parallel.wire)
-        self._own = None if self._sum.own == slice(0, grads.size) else self._sum.own
+        moves = not self._local and parallel.wire == "fp32"
+        home = comm.home(executor.grads.flat, executor.params.flat) if moves else None
+        if home is not None and not executor.move(home.weights, home.gradient):
+            home = None
+        self._sum = comm.summation(executor.grads.flat, parallel.shards, parallel.wire, home)
+        self._own = None if self._sum.own == slice(0, executor.grads.flat.size) else self._sum.own
         self._synced = parallel.sync_batch_norm and not self._serial and bool(self.executor.params.buffers)
 
     def prepare(self, batch: Batch) -> None:

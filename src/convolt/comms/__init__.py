@@ -10,12 +10,35 @@ while the rest is still being computed, and the sum need not reach every rank wh
 import json
 import os
 import platform
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Home:
+    """Memory of every rank, by rank, for its gradient and its weights, where the others read them without a copy.
+
+    gradient, weights: those of this rank.
+    """
+
+    gradients: tuple[Array, ...]
+    all_weights: tuple[Array, ...]
+    rank: int
+
+    @property
+    def gradient(self) -> Array:
+        """Where this rank's gradient lies."""
+        return self.gradients[self.rank]
+
+    @property
+    def weights(self) -> Array:
+        """Where this rank's weights lie."""
+        return self.all_weights[self.rank]
 
 
 class Summation(Protocol):
@@ -63,10 +86,16 @@ class Communicator(Protocol):
     def allreduce(self, array: Array) -> None:
         """Replace the array on every rank by the sum over all ranks, in place; the same bits everywhere."""
 
-    def summation(self, array: Array, scattered: bool = False, wire: str = "fp32") -> Summation:
+    def home(self, gradient: Array, weights: Array) -> Home | None:
+        """New memory for arrays like these two; None where ranks have none in common."""
+
+    def summation(
+        self, array: Array, scattered: bool = False, wire: str = "fp32", home: Home | None = None
+    ) -> Summation:
         """What sums this array in every step; scattered: each rank gets its own part only.
 
-        wire: "bf16" sends two bytes a number where the array has four, and adds in float32.
+        wire: "bf16" sends two bytes a number where the array has four, and adds in float32. home: in which the array
+        is the gradient, and which may have the weights that are shared.
         """
 
     def broadcast(self, array: Array, root: int = 0) -> None:
@@ -116,7 +145,13 @@ class Serial:
     def allreduce(self, array: Array) -> None:
         """The sum over one rank is the array."""
 
-    def summation(self, array: Array, scattered: bool = False, wire: str = "fp32") -> Summation:
+    def home(self, gradient: Array, weights: Array) -> Home | None:
+        """Nobody else reads them."""
+        return None
+
+    def summation(
+        self, array: Array, scattered: bool = False, wire: str = "fp32", home: Home | None = None
+    ) -> Summation:
         """The sum over one rank is the array."""
         return BlockingSum(self, array)
 

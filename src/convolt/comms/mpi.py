@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from convolt.comms import Array, Serial, Summation
+from convolt.comms import Array, Home, Serial, Summation
 from convolt.comms.memory import shared_rows
 from convolt.comms.messages import BucketSum
-from convolt.comms.shared import SharedSum, row_bytes
+from convolt.comms.shared import SharedSum, places, row_bytes
 from convolt.errors import EngineError, MissingDependency, RanksLost
 from convolt.launch import ULFM, placement
 
@@ -56,12 +56,22 @@ class Mpi:
         with self._noticing():
             self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, array))
 
-    def summation(self, array: Array, scattered: bool = False, wire: str = "fp32") -> Summation:
+    def home(self, gradient: Array, weights: Array) -> Home | None:
+        """In shared memory, if all ranks are on one machine."""
+        if not self._on_one_machine:
+            return None
+        gradients, all_weights = (self._new_memory(array.nbytes) for array in (gradient, weights))
+        if gradients is None or all_weights is None:
+            return None
+        return Home(places(gradients, gradient), places(all_weights, weights), self.rank)
+
+    def summation(
+        self, array: Array, scattered: bool = False, wire: str = "fp32", home: Home | None = None
+    ) -> Summation:
         """Through shared memory on one machine, by messages otherwise and for bf16."""
-        one_machine = self._through_memory and self.node_size == self.size
-        rows = self._memory(row_bytes(array)) if one_machine and wire == "fp32" else None
+        rows = self._memory(row_bytes(array)) if self._on_one_machine and wire == "fp32" else None
         if rows is not None:
-            return SharedSum(array, rows, self.rank, scattered, self._meet)
+            return SharedSum(array, rows, self.rank, scattered, self._meet, home)
         return BucketSum(
             array,
             self.rank,
@@ -159,11 +169,18 @@ class Mpi:
         word = self._memory(8)
         self._failed = np.zeros(1, np.int64) if word is None else word[0][:8].view(np.int64)
 
+    @property
+    def _on_one_machine(self) -> bool:
+        return self._through_memory and self.node_size == self.size
+
     def _memory(self, size: int) -> list[Array] | None:
         """Memory that the ranks of this machine share: a row for each; the same one if asked again."""
         if size not in self._rows:
-            self._rows[size] = shared_rows(size, self.node_rank, self.node_size, self._add_on_node)
+            self._rows[size] = self._new_memory(size)
         return self._rows[size]
+
+    def _new_memory(self, size: int) -> list[Array] | None:
+        return shared_rows(size, self.node_rank, self.node_size, self._add_on_node)
 
     def _add_on_node(self, array: Array) -> None:
         with self._noticing():

@@ -5,13 +5,16 @@ adds itself stays where it is), and after a barrier it adds its own part of ever
 through the other two in turn: while a slow rank still reads one, a fast one writes the other, and it cannot be two
 ahead, for there is a barrier between. So two barriers a step are enough, and every element has one owner: the bits are
 the same on all ranks and from run to run.
+
+A gradient that lies in a `Home` is read where it is, and so are weights: two copies less. Nothing stands between such
+weights and their owner's next word about them, so nobody goes on before all have read: one barrier more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from convolt.comms import Array, part_of
+from convolt.comms import Array, Home, part_of
 
 WIDEST = 8  # bytes of a number
 BLOCK = 1 << 16  # elements added at a time: the sum stays in the cache while ranks are added to it
@@ -20,14 +23,23 @@ BLOCK = 1 << 16  # elements added at a time: the sum stays in the cache while ra
 class SharedSum:
     """The summation of one array through shared memory: ``rows`` of bytes, one a rank, as long as `row_bytes` says.
 
-    Nothing is gained by adding early: a copy takes the core's time whenever it is made.
+    home: in which the array is the gradient. Nothing is gained by adding early: a copy takes the core's time whenever
+    it is made.
     """
 
     early = False
 
-    def __init__(self, array: Array, rows: list[Array], rank: int, scattered: bool, meet: Callable[[], None]) -> None:
-        self._array, self._rows, self._rank, self._meet = array, rows, rank, meet
-        self._slots = self._place(0, array)
+    def __init__(
+        self,
+        array: Array,
+        rows: list[Array],
+        rank: int,
+        scattered: bool,
+        meet: Callable[[], None],
+        home: Home | None = None,
+    ) -> None:
+        self._array, self._rows, self._rank, self._meet, self._home = array, rows, rank, meet, home
+        self._slots = self._place(0, array) if home is None else home.gradients
         self._turn = 1
         self._partial = np.empty(BLOCK, array.dtype)
         self._parts = [part_of(array.size, each, len(rows)) for each in range(len(rows))]
@@ -36,7 +48,9 @@ class SharedSum:
         self.own = self._mine if scattered else slice(0, array.size)
 
     def add(self, part: slice) -> None:
-        """Copy what others will add."""
+        """Copy what others will add, unless they find it where it is."""
+        if self._home is not None:
+            return
         before = slice(part.start, min(part.stop, self._mine.start))
         behind = slice(max(part.start, self._mine.stop), part.stop)
         for piece in (before, behind):
@@ -56,19 +70,29 @@ class SharedSum:
             self.share(self._array)
 
     def share(self, array: Array) -> None:
-        """Own parts out, a barrier, the others' in."""
-        slots = self._place(self._turn, array)
-        self._turn = 3 - self._turn
-        slots[self._rank][self._mine] = array[self._mine]
+        """Own parts out, a barrier, the others' in; of weights at home the others' in between two barriers."""
+        at_home = self._home is not None and array is self._home.weights
+        if self._home is not None and at_home:
+            slots: Sequence[Array] = self._home.all_weights
+        else:
+            slots = self._place(self._turn, array)
+            self._turn = 3 - self._turn
+            slots[self._rank][self._mine] = array[self._mine]
         self._meet()
         for rank, part in enumerate(self._parts):
             if rank != self._rank:
                 array[part] = slots[rank][part]
+        if at_home:
+            self._meet()
 
-    def _place(self, number: int, array: Array) -> list[Array]:
+    def _place(self, number: int, array: Array) -> tuple[Array, ...]:
         """One of the places in every row, as numbers of the array's type."""
-        start = number * WIDEST * array.size
-        return [row[start : start + array.nbytes].view(array.dtype) for row in self._rows]
+        return places(self._rows, array, number * WIDEST * array.size)
+
+
+def places(rows: Sequence[Array], array: Array, start: int = 0) -> tuple[Array, ...]:
+    """In each of these rows of bytes, ``start`` bytes from its beginning, an array like this one."""
+    return tuple(row[start : start + array.nbytes].view(array.dtype) for row in rows)
 
 
 def row_bytes(array: Array) -> int:

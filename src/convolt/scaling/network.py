@@ -193,13 +193,16 @@ def measure(comm: Communicator, sizes: Sequence[int], repeats: int = REPEATS) ->
     samples = []
     for size in sizes:
         vector = np.zeros(max(comm.size, size // 4), np.float32)
-        summation, everything = comm.summation(vector), slice(0, vector.size)
+        home = comm.home(vector, vector)
+        gradient, weights = (vector, vector) if home is None else (home.gradient, home.weights)
+        summation, everything = comm.summation(gradient, scattered=True, home=home), slice(0, vector.size)
         seconds = np.zeros((1 + repeats, comm.size))
         for repeat in range(1 + repeats):
             comm.barrier()
             start = time.perf_counter()
             summation.add(everything)
             summation.finish()
+            summation.share(weights)
             seconds[repeat, comm.rank] = time.perf_counter() - start
         comm.allreduce(seconds)
         samples.append(Sample(vector.nbytes, float(np.median(seconds[1:].max(axis=1)))))

@@ -189,6 +189,14 @@ class JitExecutor(Executor):
         """Plan, and compile what is not yet on disk."""
         self._ready(x, training=True)
 
+    def move(self, weights: Array, gradient: Array) -> bool:
+        """Plans hold addresses, so they are made anew."""
+        self.params.move(weights)
+        self.grads.move(gradient)
+        self._plans.clear()
+        self._updater.moved()
+        return True
+
     def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
         """Plans are made anew, with a call between BatchNorm's sums and what is made of them."""
         self._add_ranks = add

@@ -39,6 +39,11 @@ class Updater:
         flat = self._params.flat
         self.state = {name: array.astype(flat.dtype) for name, array in state.items() if array.shape == flat.shape}
 
+    def moved(self) -> None:
+        """Weights and gradient have other addresses."""
+        self.program = None
+        self._norms.clear()
+
     def fuses(self, optimizer: Optimizer) -> bool:
         """Whether a step of this optimizer can be one pass with the gradient of a matrix."""
         return _spec(optimizer, self._plan.isa.lanes) is not None
