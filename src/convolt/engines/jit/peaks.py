@@ -7,6 +7,7 @@ short runs: whatever else the machine does can only lower a run, never raise it.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ TILE_FLOPS = 2 * 16 * 16 * 32
 BLOCK = 32  # rows and columns of a block of products
 READ_FLOATS = 1 << 18  # of a chunk: 1 MiB
 READ_CHUNKS = 256  # 256 MiB: beyond the caches
-REPEATS, READ_REPEATS = 40, 8
+REPEATS, READ_REPEATS, PACE_REPEATS = 40, 8, 15
 CHUNKS = 4  # for each thread, so that one that wakes up late takes fewer
 
 
@@ -93,6 +94,35 @@ def measure(threads: int) -> Peaks:
     finally:
         single.close()
         team.close()
+
+
+class Pace:
+    """How fast the cores are at the moment, of the fastest that was seen since this was made.
+
+    Where a hypervisor lets another guest use the other half of a core, arithmetic takes half as long again, and neither
+    the counters of processes nor the time that it took away show it.
+    """
+
+    def __init__(self, threads: int) -> None:
+        compiler = Compiler(detect())
+        self._team = Team(threads, compiler)
+        spec = MultiplyAdds(detect().lanes)
+        self._program = _program(compiler, "multiply_adds", spec, CHUNKS * threads, np.ones(1, np.float32))
+        self._shortest = _shortest(self._team, self._program, REPEATS)
+
+    def read(self) -> float:
+        """Above 0, and 1 when the cores are as fast as ever; takes some twentieth of a second."""
+        seconds = []
+        for _ in range(PACE_REPEATS):
+            start = time.perf_counter()
+            self._team.run(self._program)
+            seconds.append(time.perf_counter() - start)
+        self._shortest = min(self._shortest, *seconds)
+        return self._shortest / median(seconds)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._team.close()
 
 
 def _bf16_peak(isa: Isa, compiler: Compiler, single: Team, team: Team) -> Peak | None:
