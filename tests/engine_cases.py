@@ -225,7 +225,7 @@ CONV = (
     conv("depthwise, two filters a channel", (3, 5, 4), 6, 3, groups=3, bias=False),
     conv("depthwise, many channels", (19, 3, 3), 19, 3, groups=19, padding=1, batch=2),
     conv("depthwise, stride 2", (3, 5, 6), 3, 3, groups=3, stride=2, padding=1),
-    conv("more than one tile", (16, 14, 14), 2, 5, padding=2),
+    conv("more than one tile", (20, 14, 14), 2, 5, padding=2),
     conv("channels that fill no vector", (17, 3, 4), 9, 3, padding=1, batch=2),
 )
 DENSE = (

@@ -1,15 +1,20 @@
 """Pooling, batch innermost: each tap of the window is one strided slice over all positions.
 
 Max-pooling keeps the winner of each window as one byte, not an index; average-pooling keeps nothing. A run of
-channels is a tile: its slices stay in the cache while the taps pass over them.
+channels is a tile: its slices stay in the cache while the taps pass over them. A ReLU in front of a max-pool acts
+behind it, on a quarter of the numbers or less: a larger input never has a smaller output, so the winner is the same,
+and where it lets nothing through there is no gradient to go anywhere.
 """
 
 import numpy as np
 
 from convolt.chain import Array, Context, Kernel, Scope, Table
+from convolt.engines.im2col.elementwise import relu_backward, relu_forward
 from convolt.engines.im2col.windows import channel_runs, taps
 from convolt.engines.loops import window_counts
-from convolt.layers import AvgPool2d, GlobalAvgPool2d, MaxPool2d
+from convolt.layers import AvgPool2d, GlobalAvgPool2d, MaxPool2d, ReLU
+
+Scopes = tuple[Scope, Scope]
 
 
 def max_pool_forward(ctx: Context, layer: MaxPool2d, params: Scope, x: Array) -> Array:
@@ -43,21 +48,41 @@ def max_pool_backward(ctx: Context, layer: MaxPool2d, params: Scope, grads: Scop
     """The gradient goes to the tap that won."""
     C, P, Q, N = dy.shape
     H, W = ctx.saved["image"]
+    R, S = layer.geometry.kernel
+    apart = layer.geometry.stride == (R, S) and layer.geometry.dilation == (1, 1)  # no number is in two windows
+    whole = apart and (P * R, Q * S) == (H, W)
     dx = ctx.buffer("dx", (C, H, W, N), dy.dtype)
     codes = ctx.buffer("codes", dy.shape, np.uint8 if _taps(layer) <= 256 else np.uint16)
 
     def work(worker: int, channels: slice) -> None:
         slopes, code, image = dy[channels], codes[channels], dx[channels]
         won = ctx.buffer(f"better{worker}", slopes.shape, np.bool_)
-        share = ctx.buffer(f"share{worker}", slopes.shape, dy.dtype)
-        image[...] = 0
+        if not whole:
+            image[...] = 0
         for tap in taps(layer.geometry, range(P), Q, H, W):
             place = (slice(None), *tap.at)
-            np.equal(code[place], tap.r * layer.geometry.kernel[1] + tap.s, out=won[place])
-            image[:, *tap.image] += np.multiply(slopes[place], won[place], out=share[place])
+            np.equal(code[place], tap.r * S + tap.s, out=won[place])
+            if apart:
+                np.multiply(slopes[place], won[place], out=image[:, *tap.image])
+                continue
+            share = ctx.buffer(f"share{worker}", slopes.shape, dy.dtype)[place]
+            image[:, *tap.image] += np.multiply(slopes[place], won[place], out=share)
 
     ctx.workers.each(channel_runs(C, 2 * H * W * N * dy.itemsize), work)
     return dx
+
+
+def relu_max_pool_forward(ctx: Context, layers: tuple[ReLU, MaxPool2d], params: Scopes, x: Array) -> Array:
+    """``y = max(0, largest of the window)``."""
+    return relu_forward(ctx, layers[0], params[0], max_pool_forward(ctx, layers[1], params[1], x))
+
+
+def relu_max_pool_backward(
+    ctx: Context, layers: tuple[ReLU, MaxPool2d], params: Scopes, grads: Scopes, dy: Array
+) -> Array:
+    """The gradient where y > 0 goes to the tap that won."""
+    slopes = relu_backward(ctx, layers[0], params[0], grads[0], dy)
+    return max_pool_backward(ctx, layers[1], params[1], grads[1], slopes)
 
 
 def _taps(layer: MaxPool2d) -> int:
@@ -116,6 +141,7 @@ def global_avg_pool_backward(ctx: Context, layer: GlobalAvgPool2d, params: Scope
 
 POOLING: Table = {
     (MaxPool2d,): Kernel(max_pool_forward, max_pool_backward),
+    (ReLU, MaxPool2d): Kernel(relu_max_pool_forward, relu_max_pool_backward),
     (AvgPool2d,): Kernel(avg_pool_forward, avg_pool_backward),
     (GlobalAvgPool2d,): Kernel(global_avg_pool_forward, global_avg_pool_backward),
 }

@@ -5,11 +5,12 @@ is never materialised: for each tap the output positions that fall outside the i
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from convolt.layers import Window
 
-TILE_BYTES = 1 << 20  # scratch of a tile: half of a 2 MB L2, so that BLAS finds the columns where they were written
+TILE_BYTES = 1 << 21  # scratch of a tile: as much as an L2 cache has, or a core's share of the L3 behind a smaller one
 
 
 class Tap(NamedTuple):
@@ -22,8 +23,13 @@ class Tap(NamedTuple):
     whole: bool
 
 
-def taps(window: Window, rows: range, Q: int, H: int, W: int) -> Iterator[Tap]:
+@lru_cache(maxsize=1 << 12)  # asked for each tile of each step, and always the same
+def taps(window: Window, rows: range, Q: int, H: int, W: int) -> tuple[Tap, ...]:
     """Every tap for output rows ``rows`` (positions in ``at`` count from their first) of an H x W image."""
+    return tuple(_taps(window, rows, Q, H, W))
+
+
+def _taps(window: Window, rows: range, Q: int, H: int, W: int) -> Iterator[Tap]:
     (top, _), (left, _) = window.pads
     for r in range(window.kernel[0]):
         for s in range(window.kernel[1]):
