@@ -161,6 +161,29 @@ def test_a_killed_rank_under_our_launcher_is_told_in_one_line(tmp_path):
     assert ended.code == 128 + signal.SIGKILL
 
 
+@pytest.mark.skipif(mpi_runtime().vendor != "MPICH", reason="only MPICH's mpiexec can be told to leave ranks alone")
+def test_a_killed_rank_ends_all_where_the_launcher_does_not_care(tmp_path):
+    """As under Slurm's srun: the survivors notice by themselves."""
+    words = [*launch.launcher(2), "-disable-auto-cleanup", sys.executable, "-m", "mpi4py", str(PROGRAM)]
+    words += ["kill@1:7@" + str(tmp_path / "moment"), *TRAIN, "--out", str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGS, check=False)
+    assert time.monotonic() - float((tmp_path / "moment").read_text()) < SOON
+    assert done.returncode != 0
+    assert "another rank on this machine, died without a word" in done.stderr
+    assert not Run.load(tmp_path / "run").finished
+
+
+def test_a_launcher_that_the_library_does_not_know_is_refused(tmp_path):
+    """As by srun --mpi=none, which starts two programs that know nothing of one another."""
+    environment = {**os.environ, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    words = [sys.executable, "-m", "convolt", *TRAIN, "--out", str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGS, check=False, env=environment)
+    assert done.returncode == 1
+    (said,) = lines(done.stderr)
+    assert "the launcher started 2, and the MPI library knows of 1" in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_ranks_decide_alike_about_a_loss_that_is_not_finite(policy, tmp_path):
     folder = tmp_path / "run"

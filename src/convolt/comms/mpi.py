@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from convolt.comms import Array, Home, Serial, Summation
-from convolt.comms.memory import shared_rows
+from convolt.comms.memory import lives, shared_rows
 from convolt.comms.messages import BucketSum
 from convolt.comms.shared import SharedSum, places, row_bytes
 from convolt.errors import EngineError, MissingDependency, RanksLost
@@ -31,6 +31,7 @@ from convolt.launch import ULFM, placement
 SPINS = 2000  # questions asked before the core is given away for the first time, about half a millisecond
 YIELDS = 2000  # times it is given away before sleeping
 NAP = 5e-5  # seconds
+LOOKS = 20_000  # naps after which a rank looks whether those of its machine live: a second or two
 
 # Set by `mpiexec --with-ft ulfm` for its ranks; and what makes MPI_Finalize not wait for ranks that died long ago.
 FAULT_TOLERANT, UNSYNCHRONIZED_END = "OMPI_MCA_mpi_ft_enable", "OMPI_MCA_async_mpi_finalize"
@@ -165,9 +166,15 @@ class Mpi:
         if self._survives:
             self._agree(True)  # or one waits on its machine's communicator for another that has got none
         self._under_way: list[Any] = []
+        self._processes: list[int] = []
         self._rows: dict[int, list[Array] | None] = {}
         word = self._memory(8)
         self._failed = np.zeros(1, np.int64) if word is None else word[0][:8].view(np.int64)
+        processes = np.zeros(self.node_size, np.int64)
+        processes[self.node_rank] = os.getpid()
+        self._add_on_node(processes)
+        # Where ranks cannot see one another's memory, their numbers of processes may be those of other machines.
+        self._processes = [] if word is None else processes.tolist()
 
     @property
     def _on_one_machine(self) -> bool:
@@ -207,8 +214,21 @@ class Mpi:
                 asked += 1
                 if asked > SPINS + YIELDS:
                     time.sleep(NAP)
+                    if asked % LOOKS == 0:
+                        self._look()
                 elif asked > SPINS:
                     os.sched_yield()
+
+    def _look(self) -> None:
+        """Raise EngineError if a rank of this machine is gone: most launchers end the others then, Slurm does not."""
+        if self._survives:
+            return
+        for process in self._processes:
+            if not lives(process):
+                raise EngineError(
+                    f"process {process}, another rank on this machine, died without a word (killed, or out of memory);"
+                    " the run can be resumed from its last checkpoint, on any number of ranks"
+                )
 
     def _progress(self) -> None:
         with self._noticing():
@@ -228,9 +248,21 @@ class Mpi:
 
 
 def world() -> Mpi | Serial:
-    """All ranks that were started with this one; serial if a launcher started none. Raises MissingDependency."""
+    """All ranks that were started with this one; serial if a launcher started none.
+
+    Raises MissingDependency; EngineError where the MPI library knows of other ranks than the launcher.
+    """
     where = placement()
-    return Serial() if where is None or where.size == 1 else Mpi()
+    if where is None or where.size == 1:
+        return Serial()
+    comm = Mpi()
+    if comm.size != where.size:
+        raise EngineError(
+            f"ranks: the launcher started {where.size}, and the MPI library knows of {comm.size}: they do not speak the"
+            " same language. Take the mpiexec of that library, convolt train --ranks N, or with Slurm"
+            " srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open MPI); srun --mpi=list shows what it has"
+        )
+    return comm
 
 
 def _library() -> Any:
