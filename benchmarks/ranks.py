@@ -42,8 +42,8 @@ from convolt.rng import permutation
 from convolt.stats import paired_ratio
 
 BATCH, WARM_UP = 256, 5
-QUIET, LEAST_PACE = 0.1, 0.93  # of a core: what others may take; of the cores' own best
-TRIES, LIMIT = 12, 300  # runs; seconds of one
+QUIET, LEAST_PACE = 0.1, 0.95  # of a core: what others may take; of the cores' own best
+TRIES, LIMIT = 20, 300  # runs; seconds of one
 BASE = "1 x 1"
 LAYOUTS = {  # processes at once, ranks, threads of each, whether each rank moves its part of the weights
     BASE: (1, 1, 1, True),
