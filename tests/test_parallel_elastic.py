@@ -45,7 +45,9 @@ def elastic(ranks: int, folder: Path, faults: str = "-", *settings: str) -> subp
     """A run of killed_ranks.py in a folder; what is killed does not end it."""
     words = [*launch.launcher(ranks, elastic=True), sys.executable, "-m", "mpi4py", str(PROGRAM), str(folder), "0"]
     words += [faults, "elastic=true", *settings]
-    return subprocess.run(words, capture_output=True, text=True, timeout=HANGS, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANGS, check=False)
+    print(done.stderr)  # whole, where a test fails
+    return done
 
 
 @pytest.fixture(scope="module")

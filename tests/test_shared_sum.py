@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from engine_cases import ENGINES
 
-from convolt import engines
 from convolt.comms import Home
 from convolt.comms.shared import SharedSum, row_bytes
 from convolt.layers import Conv2d, Dense, Flatten, MaxPool2d, ReLU
@@ -115,7 +114,7 @@ def test_weights_and_gradient_move_in_the_middle_of_a_training(entry):
         np.testing.assert_array_equal(moves.predict(x), stays.predict(x))
         if step == 1:
             moved = moves.move(weights, gradient)
-    assert moved != isinstance(entry.make(1), engines.Torch)
+    assert moved != entry.name.startswith("torch")
     for executor in (stays, moves):
         executor.loss_and_grads(x, y, CrossEntropy(), 1.0, fresh=True)
     np.testing.assert_array_equal(weights if moved else moves.params.flat, stays.params.flat)
