@@ -241,6 +241,7 @@ POOLING = (
     alone(MaxPool2d(2), (2, 5, 7), note="odd size"),
     alone(MaxPool2d(3, 2, 1), (2, 5, 6)),
     alone(MaxPool2d(3, 1, 1), (2, 4, 4), batch=1),
+    alone(MaxPool2d(3, 3, 1), (2, 6, 9)),
     alone(MaxPool2d((2, 3), (1, 2), (1, 0)), (2, 4, 7)),
     alone(MaxPool2d(2, 3), (2, 8, 7)),
     alone(MaxPool2d(1), (1, 3, 2)),

@@ -264,6 +264,7 @@ IM2COL_MUTANTS = (
     ),
     Mutant("windows never overlap", pooling, MaxPool2d, MAX, "apart = layer.geometry.stride == (R, S) and", "apart ="),
     Mutant("windows cover the image", pooling, MaxPool2d, MAX, "(P * R, Q * S) == (H, W)", "True"),
+    Mutant("windows begin in the image", pooling, MaxPool2d, MAX, "layer.geometry.pads == ((0, 0), (0, 0))", "True"),
     Mutant(
         "gradient where nothing passed",
         pooling,

@@ -370,6 +370,7 @@ class _Training:
             self.restore(checkpoint)
         elif from_given or self.recipe.non_finite.policy == "rollback" or not self.total_steps:
             self.save(best=False)
+        self.comm.barrier()  # passed by all or by none: from here on the loss of a rank is an affair of `go_on`
         for callback in self.callbacks:
             callback.on_start(self.run)
 

@@ -46,10 +46,10 @@ def shared_rows(size: int, rank: int, count: int, add: Callable[[Array], None]) 
 def lives(process: int) -> bool:
     """Whether a process of this machine is there, and not only because nobody asked how it ended."""
     try:
-        words = Path(f"/proc/{process}/stat").read_text()
+        words = Path(f"/proc/{process}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return words.rpartition(")")[2].split()[0] not in "ZX"
+    return words.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
 
 
 def _nameless(size: int) -> int | None:

@@ -226,8 +226,8 @@ class Mpi:
         for process in self._processes:
             if not lives(process):
                 raise EngineError(
-                    f"process {process}, another rank on this machine, died without a word (killed, or out of memory);"
-                    " the run can be resumed from its last checkpoint, on any number of ranks"
+                    f"process {process}, another rank on this machine, is gone (killed, or out of memory); a run can be"
+                    " resumed from its last checkpoint, on any number of ranks"
                 )
 
     def _progress(self) -> None:

@@ -50,7 +50,7 @@ def max_pool_backward(ctx: Context, layer: MaxPool2d, params: Scope, grads: Scop
     H, W = ctx.saved["image"]
     R, S = layer.geometry.kernel
     apart = layer.geometry.stride == (R, S) and layer.geometry.dilation == (1, 1)  # no number is in two windows
-    whole = apart and (P * R, Q * S) == (H, W)
+    whole = apart and layer.geometry.pads == ((0, 0), (0, 0)) and (P * R, Q * S) == (H, W)
     dx = ctx.buffer("dx", (C, H, W, N), dy.dtype)
     codes = ctx.buffer("codes", dy.shape, np.uint8 if _taps(layer) <= 256 else np.uint16)
 
