@@ -153,9 +153,15 @@ class Mpi:
         try:
             yield
         except self._mpi.Exception as error:
-            if error.Get_error_class() not in self._losses:
+            if error.Get_error_class() not in self._losses and not self._is_damaged():
                 raise
             raise RanksLost("a rank that this one works with has died") from error
+
+    def _is_damaged(self) -> bool:
+        """Whether a rank is known to have failed: Open MPI 5 may then say of a sum only that it went wrong."""
+        return self._survives and any(
+            each.Is_revoked() or each.Get_failed().Get_size() > 0 for each in (self._comm, self._node)
+        )
 
     def _take(self, comm: Any) -> None:
         """These are the ranks from now on."""
