@@ -14,7 +14,7 @@ from convolt.config import to_plain
 from convolt.engines import JIT
 from convolt.engines.jit.isa import Isa, converts, detect
 from convolt.engines.jit.isa import units as units_of
-from convolt.engines.jit.peaks import rates
+from convolt.engines.jit.peaks import Pace, rates
 from convolt.engines.jit.units import UNITS as NAMES
 from convolt.engines.jit.units import bf16_units
 from convolt.errors import EngineError
@@ -149,3 +149,11 @@ def test_units_take_part_in_a_benchmark(tmp_path, capsys, monkeypatch):
     assert main([*words, "--batch-size", "4", "--contenders", "jit-bf16-unit=fma,im2col"]) == 0
     results = json.loads(capsys.readouterr().out)["benchmarks"][0]["results"]
     assert [(one["name"], one["status"]) for one in results] == [("jit-bf16-unit=fma", "timed"), ("im2col", "timed")]
+
+
+def test_the_pace_of_the_cores_is_a_part_of_their_best():
+    pace = Pace(2)
+    assert all(0 < pace.read() <= 1 for _ in range(3))
+    pace.close()
+    with pytest.raises(EngineError, match="closed"):
+        pace.read()

@@ -1,12 +1,13 @@
 """Memory shared by the ranks of a machine: it is the same on both sides, or nobody takes it."""
 
 import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from convolt.comms.memory import shared_rows
+from convolt.comms.memory import lives, shared_rows
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nameless files are Linux's")
 SIZE, MARK = 64, 12345
@@ -61,3 +62,13 @@ def test_a_file_that_is_not_the_right_one_is_not_taken(wrong, other):
 
 def test_nobody_takes_it_where_one_cannot(other):
     assert rows_beside((1, os.getpid(), other, MARK), failures=1) is None
+
+
+def test_a_process_lives_until_it_ends_whether_or_not_anybody_asked_how():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert lives(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie
+    assert not lives(process.pid)
+    process.communicate()
+    assert not lives(process.pid)

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 from engine_cases import ENGINES
 
-from convolt.comms import Home
+from convolt.comms import Home, Serial
 from convolt.comms.shared import SharedSum, row_bytes
 from convolt.layers import Conv2d, Dense, Flatten, MaxPool2d, ReLU
-from convolt.losses import CrossEntropy
+from convolt.loader import Batch
+from convolt.losses import MSE, CrossEntropy
 from convolt.model import Model
-from convolt.optimizers import Adam
+from convolt.optimizers import SGD, Adam
+from convolt.parallel import Parallel
 from convolt.recipe import Recipe
+from convolt.rng import SampleRng
+from convolt.signals import StopRequest
+from convolt.step import Stepper
 
 STEPS, LIMIT = 60, 60
 NET = Model((2, 6, 6), (Conv2d(2, 3, 3, padding=1), ReLU(), MaxPool2d(2), Flatten(), Dense(27, 4)))
@@ -119,3 +124,55 @@ def test_weights_and_gradient_move_in_the_middle_of_a_training(entry):
         executor.loss_and_grads(x, y, CrossEntropy(), 1.0, fresh=True)
     np.testing.assert_array_equal(weights if moved else moves.params.flat, stays.params.flat)
     np.testing.assert_array_equal(gradient if moved else moves.grads.flat, stays.grads.flat)
+
+
+class Rank(Serial):
+    """One of two threads that add through shared memory, at home."""
+
+    size = node_size = 2
+
+    def __init__(self, rank: int, barrier: threading.Barrier, brought: dict) -> None:
+        self.rank = self.node_rank = rank
+        self._barrier, self._brought = barrier, brought
+
+    def _gather(self, own):
+        self._brought[self.rank] = own
+        self._barrier.wait()
+        found = tuple(self._brought[rank] for rank in range(2))
+        self._barrier.wait()
+        return found
+
+    def allreduce(self, array) -> None:
+        array[...] = sum(self._gather(array.copy()))
+
+    def home(self, gradient, weights) -> Home:
+        gradients, all_weights = (self._gather(np.zeros_like(array)) for array in (gradient, weights))
+        return Home(gradients, all_weights, self.rank)
+
+    def summation(self, array, scattered=False, wire="fp32", home=None) -> SharedSum:
+        rows = list(self._gather(np.zeros(row_bytes(array), np.uint8)))
+        return SharedSum(array, rows, self.rank, scattered, lambda: self._barrier.wait() and None, home)
+
+
+@pytest.mark.parametrize(
+    "model", [NET, Model((1, 1, 1), (Flatten(), Dense(1, 1, bias=False)))], ids=["net", "a number"]
+)
+def test_two_ranks_at_home_step_as_one_process(model):
+    """Also where there is less to share out than ranks: a rank may own nothing, and another one everything."""
+    generator, classes = np.random.default_rng(0), model.output_shape[0]
+    x, y = generator.normal(size=(5, *model.input_shape)), np.arange(5) % classes
+    samples, barrier, brought = SampleRng(0, 0, np.arange(5)), threading.Barrier(2, timeout=LIMIT), {}
+
+    def steps(comm, part: slice) -> np.ndarray:
+        recipe = Recipe(precision="fp64", loss=MSE())
+        executor = ENGINES[1].make(1).executor(model, None, recipe)
+        stepper = Stepper(executor, recipe, comm, Parallel(shard_optimizer=True), StopRequest())
+        for _ in range(3):
+            stepper.step(Batch(x[part], y[part], y[part], samples[part], 5), SGD(lr=0.1, momentum=0.9))
+        return executor.params.flat.copy()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(steps, [Rank(rank, barrier, brought) for rank in range(2)], [slice(0, 2), slice(2, 5)]))
+    want = steps(Serial(), slice(0, 5))
+    for weights in found:
+        np.testing.assert_allclose(weights, want, rtol=1e-12)

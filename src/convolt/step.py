@@ -71,7 +71,7 @@ class Stepper:
         if home is not None and not executor.move(home.weights, home.gradient):
             home = None
         self._sum = comm.summation(executor.grads.flat, parallel.shards, parallel.wire, home)
-        self._own = None if self._sum.own == slice(0, executor.grads.flat.size) else self._sum.own
+        self._own = self._sum.own if self._sum.scattered else None
         self._synced = parallel.sync_batch_norm and not self._serial and bool(self.executor.params.buffers)
 
     def prepare(self, batch: Batch) -> None:

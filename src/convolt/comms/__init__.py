@@ -44,10 +44,12 @@ class Home:
 class Summation(Protocol):
     """The sum over ranks of one array that is filled anew in each step.
 
-    own: the part that this rank holds the sum of after `finish`; the whole array, unless it was asked to be scattered.
+    scattered: whether each rank gets the sum of its own part only. own: what this rank holds the sum of after `finish`;
+    the whole array, unless it is scattered.
     early: whether parts really leave when they are added; if not, a computation need not be cut to add them early.
     """
 
+    scattered: bool
     own: slice
     early: bool
 
@@ -117,7 +119,7 @@ class Communicator(Protocol):
 class BlockingSum:
     """A summation that is one allreduce at the end: for one process, and for communicators that know nothing else."""
 
-    early = False
+    early = scattered = False
 
     def __init__(self, comm: Communicator, array: Array) -> None:
         self.own = slice(0, array.size)

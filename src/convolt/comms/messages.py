@@ -41,7 +41,7 @@ class BucketSum:
         progress: Callable[[], object],
     ) -> None:
         self._array, self._rank, self._size = array, rank, size
-        self._scattered, self._half = scattered, half and array.dtype == np.float32
+        self.scattered, self._half = scattered, half and array.dtype == np.float32
         self._all_to_all, self._all_gather = start_all_to_all, start_all_gather
         self._wait, self._progress = wait, progress
         self._parts = [part_of(array.size, each, size) for each in range(size)]
@@ -71,7 +71,7 @@ class BucketSum:
             self._array[mine] = total
         self._missing = [bucket.stop - bucket.start for bucket in self._buckets]
         self._sent = []
-        if not self._scattered:
+        if not self.scattered:
             self._share_sums()
 
     def share(self, array: Array) -> None:

@@ -44,7 +44,7 @@ class SharedSum:
         self._partial = np.empty(BLOCK, array.dtype)
         self._parts = [part_of(array.size, each, len(rows)) for each in range(len(rows))]
         self._mine = self._parts[rank]
-        self._scattered = scattered
+        self.scattered = scattered
         self.own = self._mine if scattered else slice(0, array.size)
 
     def add(self, part: slice) -> None:
@@ -66,7 +66,7 @@ class SharedSum:
             total, *others = (place[block] for place in places)
             for left, term in zip(reversed(range(len(others))), others, strict=True):
                 total = np.add(total, term, out=self._partial[: len(term)] if left else self._array[block])
-        if not self._scattered:
+        if not self.scattered:
             self.share(self._array)
 
     def share(self, array: Array) -> None:
