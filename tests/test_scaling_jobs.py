@@ -113,13 +113,19 @@ def test_a_program_that_dies_is_told_apart(impatient):
         worker.run(replace(STEP, ranks=2), launcher=["sh", "-c", "exit 3"])
 
 
-def test_a_signal_ends_it_and_what_would_follow():
-    """The job interrupts the one who asked for it."""
+@pytest.mark.parametrize(
+    ("while_starting", "job"),
+    [("", "kill -INT $PPID; exec sleep 60"), ("os.kill(os.getpid(), signal.SIGINT)", "exec sleep 60")],
+    ids=["from the job", "between fork and exec"],
+)
+def test_a_signal_ends_it_and_what_would_follow(while_starting, job):
+    """Whoever asked for the job is interrupted, by the job itself or before it has begun."""
     script = (
-        f"import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_scaling_jobs as t\n"
+        f"import os, signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_scaling_jobs as t\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it\n"
+        f"os.register_at_fork(after_in_parent=lambda: {while_starting or None})\n"
         "try:\n"
-        "    t.worker.run(t.replace(t.STEP, ranks=2), launcher=['sh', '-c', 'kill -INT $PPID; exec sleep 60'])\n"
+        f"    t.worker.run(t.replace(t.STEP, ranks=2), launcher=['sh', '-c', {job!r}])\n"
         "except KeyboardInterrupt:\n"
         "    sys.exit(42)\n"
     )

@@ -21,12 +21,13 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import psutil
 
@@ -181,22 +182,23 @@ def run_command(
     all ranks were killed, and when the survivors of one ended with an error.
     """
     output, errors = _Lines(None if catch_output else sys.stdout), _Lines(None if quiet else sys.stderr)
-    process = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=None if environment is None else dict(environment),
-        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-        preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - one system call, which takes no lock
-        text=True,
-        errors="replace",
-    )
-    relays = [
-        threading.Thread(target=_relay, args=(stream, lines.take), daemon=True)
-        for stream, lines in ((process.stdout, output), (process.stderr, errors))
-    ]
-    with _signals_to(process) as passed_on:
+    with _Signals() as signals:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=None if environment is None else dict(environment),
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+            preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - two system calls, which take no lock
+            text=True,
+            errors="replace",
+        )
+        signals.go_to(process)
+        relays = [
+            threading.Thread(target=_relay, args=(stream, lines.take), daemon=True)
+            for stream, lines in ((process.stdout, output), (process.stderr, errors))
+        ]
         for relay in relays:
             relay.start()
         try:
@@ -211,7 +213,7 @@ def run_command(
     elif code == signal.SIGKILL or (must_answer and code == 0 and not output.came):
         # SIGKILL is MPICH's code when a rank was killed, and when one that has said why took its leave
         code = 1 if errors.failed else KILLED + signal.SIGKILL
-    return Ended(code, "".join(output.kept), passed_on[0] if passed_on else None)
+    return Ended(code, "".join(output.kept), signals.came[0] if signals.came else None)
 
 
 class _Lines:
@@ -255,30 +257,53 @@ def spoken(lines: Iterable[str]) -> Iterator[str]:
     yield from held
 
 
-@contextmanager
-def _signals_to(process: "subprocess.Popen[str]") -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go on to the ranks while they run; only the main thread can see to that. Gives which did."""
-    passed_on: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield passed_on
-        return
+class _Signals:
+    """SIGINT and SIGTERM go on to the ranks while they run; only the main thread can see to that. came: which did.
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        passed_on.append(number)
-        if process.poll() is not None:
-            return
-        with suppress(psutil.NoSuchProcess):
-            launcher = psutil.Process(process.pid)
-            ranks = launcher.children() if launcher.name() == ENDS_RANKS else []
-            for each in ranks or [launcher]:
-                each.send_signal(number)
+    One that comes while the launcher is being started waits for it: Python drops an exception that a handler raises
+    between fork and exec, and with it the user's wish.
+    """
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield passed_on
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self._waiting: deque[int] = deque()
+        self._process: subprocess.Popen[str] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def go_to(self, process: "subprocess.Popen[str]") -> None:
+        """The launcher has started: what came is passed on to it, and all that will come."""
+        self._process = process
+        self._pass_on()
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.came.append(number)
+        self._waiting.append(number)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        with suppress(IndexError):  # none waits; the handler may have taken the last one in the middle of this
+            while self._process is not None:
+                _send(self._process, self._waiting.popleft())
+
+
+def _send(process: "subprocess.Popen[str]", number: int) -> None:
+    """Give a signal to the launcher, or to its ranks where it would kill them."""
+    if process.poll() is not None:
+        return
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        ranks = launcher.children() if launcher.name() == ENDS_RANKS else []
+        for each in ranks or [launcher]:
+            each.send_signal(number)
 
 
 def _die_with(parent: int) -> Callable[[], Any]:
@@ -288,6 +313,7 @@ def _die_with(parent: int) -> Callable[[], Any]:
     libc = ctypes.CDLL(None)
 
     def ask() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler of the process that this is a copy of
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(1)
