@@ -5,7 +5,7 @@ from jit_mutant import JitMutant
 
 TILED, SHIFTED, BACKWARD = "kernels/tiles.py", "kernels/tiles_shifted.py", "kernels/tiles_backward.py"
 PLANE, DENSE, TILE_SPECS = "kernels/planes.py", "kernels/dense_tiles.py", "kernels/tile_specs.py"
-BLOCKS, EPILOGUE, RUNS, UPDATE = "pair_products.py", "epilogue.py", "runs.py", "update.py"
+BLOCKS, AMX, EPILOGUE, RUNS, UPDATE = "pair_products.py", "amx.py", "epilogue.py", "runs.py", "update.py"
 WIDE, IN_PAIRS = "direct rows of two blocks, stride 2", "direct rows in pairs, stride 2"
 ODD, SOME = "an odd width, channels that fill no tile", "some images at a time"
 STRIDED, GROUPS = "few channels, wide filter, stride 2", "two groups of images, the last with fewer"
@@ -298,6 +298,35 @@ BF16 = (
         unit="dot",
     ),
     JitMutant("ties away from zero", "bf16.py", "    def rounded(", "constant(0x7FFF)", "constant(0x8000)", CONVERSION),
+    # products of AMX tiles
+    JitMutant(
+        "rows of a full tile",
+        AMX,
+        "def configuration",
+        "bytes_per_row[4 + m] = tile_rows, BF16",
+        "bytes_per_row[4 + m] = TILE, BF16",
+        BLOCK_OF_C,
+        unit="amx",
+    ),
+    JitMutant(
+        "bias of the first tile", AMX, "def multiply(spec", "TILE * (tile % 2)", "TILE * 0", BLOCK_OF_C, unit="amx"
+    ),
+    JitMutant(
+        "rows of the first tile",
+        AMX,
+        "def multiply(spec",
+        "BF16 * m * spec.a",
+        "0 * m * spec.a",
+        BLOCK_OF_C,
+        unit="amx",
+    ),
+    JitMutant(
+        "columns of the first tile", AMX, "def multiply(spec", "BF16 * j * spec", "0 * j * spec", BLOCK_OF_C, unit="amx"
+    ),
+    JitMutant(
+        "one segment", AMX, "def multiply(spec", "builder.mul(s, I64", "builder.mul(I64(0), I64", BLOCK_OF_C, unit="amx"
+    ),
+    JitMutant("C not loaded", AMX, "def multiply(spec", 'if spec.start == "load"', "if False", "dense", unit="amx"),
     # dense in bf16
     JitMutant(
         "panel not cleared",
