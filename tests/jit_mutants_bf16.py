@@ -166,10 +166,8 @@ BF16 = (
         "(i + j * pitch) * wide",
         "whole tiles",
     ),
-    JitMutant("db of the first part", BACKWARD, "def reduce_parts", "range(parts)", "range(1)", ODD),
-    JitMutant(
-        "taps of whole tiles", BACKWARD, "def reduce_parts", "(r * S + s) * channels + c", "(r * S + s) * C + c", ODD
-    ),
+    JitMutant("db of the first part", "kernels/weights.py", "def bias_sum", "range(parts)", "range(1)", ODD),
+    JitMutant("taps of whole tiles", BACKWARD, "def reduce_parts", "tap * channels + c", "tap * C + c", ODD),
     # planes
     JitMutant("no border on the left", PLANE, "def unpack", "origin + h * pitch", "origin + h * W", ON_PLANES),
     JitMutant("one plane", PLANE, "def taps", "c * x.rows * x.columns + ", "", ON_PLANES),
@@ -203,7 +201,14 @@ BF16 = (
         "steps * DEPTH,",
         PLANE_ROWS,
     ),
-    JitMutant("a part not added", PLANE, "def reduce_parts", "range(1, parts)", "range(2, parts)", ON_PLANES),
+    JitMutant(
+        "parts overlap",
+        "convolutions.py",
+        "def conv_on_tiles",
+        "back.wide, back.part",
+        "back.wide, back.wide",
+        ON_PLANES,
+    ),
     JitMutant(
         "taps beyond a tile row", RUNS, "def columns(", "pixel * spec.depth + start", "pixel * spec.depth", ON_PLANES
     ),

@@ -112,18 +112,22 @@ FP32 = (
         "dw not added",
         WEIGHTS,
         "def reduce_parts",
-        "total[r, s, c, k] if accumulate else",
-        "0 * dw[k, c, r, s] if accumulate else",
+        "dw[k, c, tap] + total[k] if accumulate else",
+        "total[k] if accumulate else",
         RAGGED,
     ),
-    JitMutant(
-        "db not added", WEIGHTS, "def reduce_parts", "db[k] if accumulate", "np.float32(0) if accumulate", RAGGED
-    ),
+    JitMutant("db not added", WEIGHTS, "def bias_sum", "db[k] if accumulate", "np.float32(0) if accumulate", RAGGED),
     JitMutant(
         "not ahead", WEIGHTS, "def _sgd", "slope + mu * b[i] if nesterov", "b[i] if nesterov", repr(OPTIMIZERS[3])
     ),
     JitMutant(
-        "eps inside the root", WEIGHTS, "def _adam", "np.sqrt(v[i]) + eps", "np.sqrt(v[i] + eps)", repr(OPTIMIZERS[6])
+        "eps inside the root",
+        WEIGHTS,
+        "def _adam",
+        "np.sqrt(v[i]) + eps",
+        "np.sqrt(v[i] + eps)",
+        repr(OPTIMIZERS[6]),
+        lanes=8,
     ),
     JitMutant(
         "norms decay",
@@ -313,11 +317,11 @@ FP32 = (
         TILED_POOL,
     ),
     JitMutant(
-        "db of one chunk",
+        "db left out",
         WINOGRADED,
         "def reduce_parts(",
-        "for number in range(parts):",
-        "for number in range(1):",
+        "if chunk == 0:",
+        "if chunk < 0:",
         TILED_POOL,
     ),
     JitMutant(

@@ -1,6 +1,7 @@
 """Functions that kernels call: what they compute, and what is left of them."""
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from numba.core.errors import TypingError
 from convolt.engines.jit import codegen, compiler
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import detect
+from convolt.engines.jit.memory import view
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,44 @@ def test_a_function_is_called_with_as_many_arguments_as_it_has():
 
     with pytest.raises((TypingError, TypeError), match="too many"):
         codegen.object_code(kernel, detect("plain"), "kernel")
+
+
+NUMBERS = {
+    "int64": [-(2**62), -1, 0, 3, 2**62],
+    "uint16": [0, 1, 2**15, 2**16 - 1],
+    "float32": [-np.inf, -1.5, 0.0, 2.0, np.inf, np.nan],
+    "float64": [-1e300, 0.0, 1e-300, np.nan],
+}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    count: int
+    kind: str
+
+
+def extremes(spec):
+    count, kind = spec.count, np.dtype(spec.kind).type
+
+    def kernel(arguments, chunk, thread):
+        numbers, results = view(arguments[0], (count, 2), kind), view(arguments[1], (count, 2), kind)
+        for i in range(count):
+            results[i, 0] = min(numbers[i, 0], numbers[i, 1])
+            results[i, 1] = max(numbers[i, 0], numbers[i, 1])
+
+    return kernel
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_min_and_max_of_two_numbers_are_those_of_python(kind, tmp_path):
+    """The first one if they do not compare."""
+    pairs = np.array(list(itertools.product(NUMBERS[kind], repeat=2)), kind)
+    found = np.zeros_like(pairs)
+    kernel = compiler.Compiler(detect("plain"), tmp_path).kernel(extremes, Pairs(len(pairs), kind))
+    words = np.array([pairs.ctypes.data, found.ctypes.data])
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(kernel.address)(words.ctypes.data, 0, 0)
+    np.testing.assert_array_equal(found, np.array([(min(one, other), max(one, other)) for one, other in pairs], kind))
+
+
+def test_min_and_max_call_no_function():
+    assert "call" not in codegen.assembly(extremes(Pairs(7, "int64")), detect("plain"))

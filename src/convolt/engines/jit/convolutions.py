@@ -12,7 +12,7 @@ import numpy as np
 from convolt.engines.jit.buffers import Address
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Unit
-from convolt.engines.jit.kernels.residues import columns_of, taps_of
+from convolt.engines.jit.kernels.residues import tap_order
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
@@ -35,7 +35,6 @@ from convolt.engines.jit.kernels.tile_specs import (
 from convolt.engines.jit.kernels.winograd_specs import (
     CHANNELS_AT_ONCE,
     WinogradPack,
-    WinogradReduce,
     WinogradSpec,
     obstacle,
 )
@@ -50,11 +49,6 @@ LARGE_PART = 1 << 17  # elements of a part of dw, half a megabyte, above which a
 FEW_CHUNKS = 4
 FORWARD_CHUNKS = 8  # of a convolution by Winograd's algorithm whose filters are large
 BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackSpec: "tiles_backward"}
-REDUCE = {
-    "planes": "planes:reduce_parts",
-    "tiles_shifted": "tiles_backward:reduce_parts",
-    "tiles_backward": "tiles_backward:reduce_parts",
-}
 PLANES = 8  # channels up to which images are kept in planes
 PACKED_RUNS = 16  # of channels, in which filters are transformed
 FILTERS_AT_ONCE = 16  # filters whose gradient parts one chunk adds up
@@ -93,9 +87,10 @@ def filters(plan: Plan, operation: Operation) -> tuple[Argument, Argument, Tasks
     folded, offset = (plan.address(f"folded {operation.names[0]}", size) for size in (K * row, K))
     affine = (plan.parameter(operation, key, layer=1) if norm.affine else 0 for key in ("weight", "bias"))
     running = (plan.statistic(operation, f"running_{key}", layer=1) for key in ("mean", "var"))
-    spec = FoldSpec(K, row, layer.bias, norm.affine, norm.eps, FILTERS_AT_ONCE)
+    spec, chunks = FoldSpec(layer.bias, norm.affine, norm.eps), -(-K // FILTERS_AT_ONCE)
     arguments: tuple[Argument, ...] = (weight, bias, *affine, *running, folded, offset)
-    task = plan.whole(f"{operation.label} fold", "weights:fold_norm", spec, -(-K // FILTERS_AT_ONCE), *arguments)
+    sizes = K, row, FILTERS_AT_ONCE
+    task = plan.whole(f"{operation.label} fold", "weights:fold_norm", spec, chunks, *arguments, sizes=sizes)
     return folded, offset, [task]
 
 
@@ -131,34 +126,21 @@ def conv(plan: Plan, operation: Operation) -> Served:
 
     def backward() -> Tasks:
         back = _adding(plan, spec, source)
-        turned = PackSpec(back, turned=True)
-        order = taps_of(turned)
-        reverse_size = len(order) * spec.groups * spec.filters * columns_of(turned)
+        reverse_size = len(tap_order(back)) * spec.groups * spec.filters * back.turned_columns
         reverse = plan.address(f"turned filters {name}", reverse_size)
         parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
         bias_parts = plan.address("parts of db", plan.chunks * spec.K)
         dx = plan.slope(source) if back.wants_dx else 0
         tasks = []
         if back.wants_dx:
-            tasks.append(plan.whole(f"{label} pack turned", "weights:pack", turned, len(order), weight, reverse))
+            tasks.append(_pack(plan, f"{label} pack turned", back, weight, reverse, turned=True))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
         tasks.append(
             plan.by_image(f"{label} backward", "conv:conv_backward", back, *arguments, parts, bias_parts, scratch)
         )
-        reduce = ReduceSpec(
-            spec.K,
-            spec.channels,
-            window.R,
-            window.S,
-            plan.images,
-            FILTERS_AT_ONCE,
-            accumulate=plan.accumulate,
-            bias=spec.bias,
-        )
-        dw = plan.parameter(operation, "weight", gradient=True)
-        db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
-        chunks = -(-spec.K // FILTERS_AT_ONCE)
-        tasks.append(plan.whole(f"{label} dw", "weights:reduce_parts", reduce, chunks, parts, dw, bias_parts, db))
+        sizes = spec.K, spec.channels, taps, spec.K, taps * spec.channels * spec.K, plan.images
+        runs = spec.K, FILTERS_AT_ONCE
+        tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))
         return tasks
 
     return forward, backward
@@ -183,8 +165,37 @@ def packed_filters(plan: Plan, operation: Operation, spec: ConvSpec, weight: Arg
     """Where filters are packed for a forward pass, and what does it."""
     taps = spec.window.R * spec.window.S
     packed = plan.address(f"filters {operation.names[0]}", taps * spec.groups * spec.channels * spec.packed_columns)
-    kind = PackSpec(replace(spec, bands=1, stripes=1), turned=False)
-    return packed, plan.whole(f"{operation.label} pack", "weights:pack", kind, taps, weight, packed)
+    return packed, _pack(plan, f"{operation.label} pack", spec, weight, packed, turned=False)
+
+
+def _pack(plan: Plan, label: str, spec: ConvSpec, weight: Argument, packed: Address, turned: bool) -> Task:
+    """Filters packed in the order of their taps, or as dx wants them; depthwise, they are one matrix (taps, K)."""
+    taps = spec.window.R * spec.window.S
+    order = tap_order(spec) if turned else tuple(range(taps))
+    shape, columns = (spec.groups, spec.filters, spec.channels), spec.packed_columns
+    if turned:
+        columns = spec.turned_columns
+    if spec.depthwise:
+        shape, columns = (1, spec.K, 1), 1 if turned else spec.K
+    sizes = *shape, taps, columns, len(order), *order
+    return plan.whole(label, "weights:pack", PackSpec(turned), len(order), weight, packed, sizes=sizes)
+
+
+def _sum_of_parts(
+    plan: Plan,
+    operation: Operation,
+    module: str,
+    parts: tuple[Address, Address],
+    runs: tuple[int, int],
+    sizes: tuple[int, ...],
+) -> Task:
+    """The parts of dw and db added up. runs: filters or channels in all, and in a chunk."""
+    bias = cast(Conv2d, operation.layer).bias
+    dw = plan.parameter(operation, "weight", gradient=True)
+    db = plan.parameter(operation, "bias", gradient=True) if bias else 0
+    (count, run), (dw_parts, db_parts) = runs, parts
+    spec, label, factory = ReduceSpec(plan.accumulate, bias), f"{operation.label} dw", f"{module}:reduce_parts"
+    return plan.whole(label, factory, spec, -(-count // run), dw_parts, dw, db_parts, db, sizes=(*sizes, run))
 
 
 def _few_images(plan: Plan) -> str:
@@ -222,9 +233,10 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(winograd.scratch))
 
     def transformed(what: str, spec: WinogradSpec, turned: bool, to: Address) -> Task:
-        run = -(-spec.conv.x.C // PACKED_RUNS)
-        pack = WinogradPack(spec, turned, run)
-        return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-spec.conv.x.C // run), weight, to)
+        depth, pack = spec.conv.x.C, WinogradPack(spec.block, turned)
+        run = -(-depth // PACKED_RUNS)
+        sizes = depth, spec.conv.K, run
+        return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-depth // run), weight, to, sizes=sizes)
 
     forward = [
         *folding,
@@ -256,11 +268,8 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
             tasks.append(plan.by_image(f"{label} backward", "winograd:backward", back, *pieces))
         else:
             tasks.append(plan.whole(f"{label} backward", "winograd:backward", back, chunks, *pieces))
-        dw = plan.parameter(operation, "weight", gradient=True)
-        db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
-        reduce = WinogradReduce(back, plan.accumulate)
-        runs = -(-spec.x.C // CHANNELS_AT_ONCE)
-        tasks.append(plan.whole(f"{label} dw", "winograd:reduce_parts", reduce, runs, parts, dw, bias_parts, db))
+        sizes, runs = (spec.K, spec.x.C, images), (spec.x.C, CHANNELS_AT_ONCE)
+        tasks.append(_sum_of_parts(plan, operation, "winograd", (parts, bias_parts), runs, sizes))
         return tasks
 
     return forward, backward
@@ -285,19 +294,18 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
     forward = [
         *folding,
-        plan.whole(f"{label} pack", "tiles:pack", PackSpec(spec, turned=False), tiles.columns // BLOCK, weight, packed),
+        _pack_tiles(plan, f"{label} pack", tiles, weight, packed, turned=False),
         plan.by_image(label, "tiles:conv_forward", tiles, *arguments),
     ]
 
     def backward() -> Tasks:
-        back = backward_spec(_adding(plan, spec, source), plan.accumulate)
+        back = backward_spec(_adding(plan, spec, source))
         kernels = BACKWARD[type(back)]
         chunks = plan.chunks
         if back.part > LARGE_PART:  # fewer parts: to write and add up sixteen of them would take longer than to compute
             chunks = min(plan.chunks, FEW_CHUNKS)
             operation.because(f"{chunks} parts of dw: one has {back.part:,} elements", "backward")
             back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
-        parted = replace(back, accumulate=True)  # what becomes of the parts is another kernel's business
         parts = plan.address("parts of dw", chunks * back.part)
         bias_parts = plan.address("parts of db", chunks * spec.K)
         dx: Argument = 0
@@ -306,30 +314,31 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
         if spec.wants_dx:
             dx, inputs = plan.slope(source), input_gradient(back.conv)
             turned_filters = plan.address(f"turned filters {name}", inputs.columns * inputs.depth, np.uint16)
-            tasks.append(
-                plan.whole(
-                    f"{label} pack turned",
-                    "tiles:pack",
-                    PackSpec(back.conv, True),
-                    inputs.columns // BLOCK,
-                    weight,
-                    turned_filters,
-                )
-            )
+            tasks.append(_pack_tiles(plan, f"{label} pack turned", inputs, weight, turned_filters, turned=True))
         arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
         scratch = plan.scratch(back.scratch // FLOAT)
         pieces = (*arguments, parts, bias_parts, scratch)
         if chunks == plan.chunks:
-            tasks.append(plan.by_image(f"{label} backward", f"{kernels}:conv_backward", parted, *pieces))
+            tasks.append(plan.by_image(f"{label} backward", f"{kernels}:conv_backward", back, *pieces))
         else:
-            tasks.append(plan.whole(f"{label} backward", f"{kernels}:conv_backward", parted, chunks, *pieces))
-        dw = plan.parameter(operation, "weight", gradient=True)
-        db = plan.parameter(operation, "bias", gradient=True) if spec.bias else 0
-        filters = -(-spec.K // FILTERS_AT_ONCE)
-        tasks.append(plan.whole(f"{label} dw", REDUCE[kernels], back, filters, parts, dw, bias_parts, db))
+            tasks.append(plan.whole(f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
+        taps, runs = spec.window.R * spec.window.S, (spec.K, FILTERS_AT_ONCE)
+        if isinstance(back, PlaneBackSpec):
+            sizes: tuple[int, ...] = (spec.K, spec.x.C, taps, back.wide, back.part, back.conv.images)
+            tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))
+        else:
+            sizes = (spec.K, spec.x.C, taps, back.channels, back.depth, back.part, back.conv.images)
+            tasks.append(_sum_of_parts(plan, operation, "tiles_backward", (parts, bias_parts), runs, sizes))
         return tasks
 
     return forward, backward
+
+
+def _pack_tiles(plan: Plan, label: str, tiles: TileSpec, weight: Argument, packed: Address, turned: bool) -> Task:
+    """Filters packed as blocks of bf16 pairs for these tiles."""
+    conv = tiles.conv
+    sizes = conv.window.R, conv.window.S, conv.K, conv.x.C, tiles.channels, tiles.depth
+    return plan.whole(label, "tiles:pack", PackSpec(turned), tiles.columns // BLOCK, weight, packed, sizes=sizes)
 
 
 def _adding(plan: Plan, spec: ConvSpec, source: Tensor) -> ConvSpec:

@@ -2,6 +2,7 @@
 
 Numba's own ``njit`` optimizes every function and makes machine code of it before another one may call it. A kernel has
 some ten such parts, of which nobody calls the machine code: it took a third of the time that a kernel took to compile.
+`min` and `max` of two numbers are such functions of Numba's; in kernels they are two instructions.
 """
 
 import inspect
@@ -9,11 +10,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from numba import types
-from numba.core import compiler, typing
+from numba.core import typing
 from numba.core.codegen import AOTCodeLibrary
 from numba.core.datamodel import models
 from numba.core.registry import cpu_target
-from numba.extending import register_model, typeof_impl
+from numba.extending import intrinsic, register_model, typeof_impl
+
+from convolt.engines.jit.frontend import lower
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -71,6 +74,29 @@ class _Part(AOTCodeLibrary):  # type: ignore[misc]
         pass
 
 
+def _chosen(sign: str) -> Any:
+    """The second of two numbers where it compares with the first like this, else the first: Python's min and max."""
+
+    @intrinsic
+    def chosen(typingctx: Any, first: Any, second: Any) -> Any:
+        kind = typingctx.unify_types(types.unliteral(first), types.unliteral(second))
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            one, other = (context.cast(builder, *pair, kind) for pair in zip(args, signature.args, strict=True))
+            if isinstance(kind, types.Float):
+                compare = builder.fcmp_ordered
+            else:
+                compare = builder.icmp_signed if kind.signed else builder.icmp_unsigned
+            return builder.select(compare(sign, other, one), other, one)
+
+        return kind(first, second), generate
+
+    return chosen
+
+
+_CHOICES = {min: _chosen("<"), max: _chosen(">")}
+
+
 class Typing(typing.Context):  # type: ignore[misc]
     """Numba's context of types, in which a call of such a function compiles it for one target."""
 
@@ -79,14 +105,16 @@ class Typing(typing.Context):  # type: ignore[misc]
         self._target, self._flags = target, flags
         self._parts: dict[Any, Any] = {}
 
+    def resolve_value_type(self, val: Any) -> Any:
+        """The type of a constant; `min` and `max` are those of two numbers."""
+        return super().resolve_value_type(_CHOICES[val] if val is min or val is max else val)
+
     def part(self, inlined: _Inlined, args: Any) -> Any:
         """The signature of a function for arguments of these types."""
         key = inlined, args
         if key not in self._parts:
             library = _Part(self._target.codegen(), inlined.function.__qualname__)
-            compiled = compiler.compile_internal(
-                self, self._target, library, inlined.function, args, None, self._flags, {}
-            )
+            compiled = lower(self, self._target, library, inlined.function, args, None, self._flags)
             self._target.insert_user_function(key, compiled.fndesc, [library])
             self._parts[key] = compiled.signature
         return self._parts[key]

@@ -19,7 +19,8 @@ Argument = Address | int
 class Task:
     """A kernel at its place in the plan, and its arguments, the first of which is the plan's state.
 
-    by_image: its chunks are runs of images, so it can share a phase. section: with others of the same section.
+    by_image: its chunks are runs of images, so it can share a phase. section: with others of the same section. sizes:
+    numbers that stand behind the addresses, for kernels that serve all sizes.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Task:
     chunks: int
     by_image: bool = False
     section: int = 0
+    sizes: tuple[int, ...] = ()
 
     @cached_property
     def names(self) -> frozenset[Buffer | int]:

@@ -190,9 +190,11 @@ class Plan:
         """A task that treats images one by one."""
         return Task(label, factory, spec, (address_of(self.state), *arguments), self.chunks, by_image=True)
 
-    def whole(self, label: str, factory: str, spec: Any, chunks: int, *arguments: Argument) -> Task:
+    def whole(
+        self, label: str, factory: str, spec: Any, chunks: int, *arguments: Argument, sizes: tuple[int, ...] = ()
+    ) -> Task:
         """A task with chunks of its own, behind a barrier."""
-        return Task(label, factory, spec, (address_of(self.state), *arguments), chunks)
+        return Task(label, factory, spec, (address_of(self.state), *arguments), chunks, sizes=sizes)
 
     def lay_out(self, *orders: Iterable[Tasks]) -> None:
         """Give buffers that are never live together the same memory.
@@ -247,7 +249,7 @@ class Plan:
             for task in group:
                 kernel = compiler.kernel(f"{KERNELS}.{task.factory}", task.spec)
                 resolved = [one.resolve() if isinstance(one, Address) else one for one in task.arguments]
-                arguments = np.array(resolved, np.int64)
+                arguments = np.array([*resolved, *task.sizes], np.int64)
                 keep += [kernel, arguments, task]
                 entries.append((kernel.address, address_of(arguments)))
             phases.append(Phase(", ".join(task.label for task in group), tuple(entries), group[0].chunks))

@@ -197,35 +197,3 @@ def _weight_gradient(spec: PlaneBackSpec, rows: int) -> Callable[[int, int, int,
                 product(shifted + BF16 * d * pixels, pairs + BF16 * k // 16 * tile, dw + FLOAT * (d * wide + k), 0, 1)
 
     return weights
-
-
-def reduce_parts(spec: PlaneBackSpec) -> Callable[..., None]:
-    """``dw (+)= sum of parts``; arguments: state, parts, dw (K, C, R, S), db parts, db. A chunk is 16 filters."""
-    conv, part, wide = spec.conv, spec.part, spec.wide
-    K, C, R, S, images = conv.K, conv.x.C, conv.window.R, conv.window.S, conv.images
-    bias, accumulate = conv.bias, spec.accumulate
-
-    def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        count = view(arguments[0], (1,), np.int64)[0]
-        parts = (count + images - 1) // images
-        dw, db = view(arguments[2], (K, C, R, S), np.float32), view(arguments[4], (K,), np.float32)
-        first, last = chunk * 16, min((chunk + 1) * 16, K)
-        for r in range(R):
-            for s in range(S):
-                for c in range(C):
-                    row = arguments[1] + FLOAT * ((r * S + s) * C + c) * wide
-                    total = view(row, (wide,), np.float32)
-                    for i in range(1, parts):
-                        other = view(row + FLOAT * i * part, (wide,), np.float32)
-                        for k in range(first, last):
-                            total[k] += other[k]
-                    for k in range(first, last):
-                        dw[k, c, r, s] = dw[k, c, r, s] + total[k] if accumulate else total[k]
-        if bias:
-            for k in range(first, last):
-                value = db[k] if accumulate else np.float32(0)
-                for i in range(parts):
-                    value += view(arguments[3] + FLOAT * i * K, (K,), np.float32)[k]
-                db[k] = value
-
-    return kernel

@@ -11,7 +11,7 @@ there is one residue, and it is the whole filter turned around.
 from dataclasses import dataclass, replace
 from itertools import product
 
-from convolt.engines.jit.kernels.specs import ConvSpec, Frame, PackSpec, Windowing, round_up
+from convolt.engines.jit.kernels.specs import ConvSpec, Frame, Windowing
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,3 @@ def tap_order(spec: ConvSpec) -> tuple[int, ...]:
 def covers(spec: ConvSpec) -> bool:
     """Whether every input is met by a tap."""
     return all(one.taps for residues in _axes(spec) for one in residues)
-
-
-def taps_of(spec: PackSpec) -> tuple[int, ...]:
-    """Taps r S + s of the filter, in the order in which they are packed."""
-    conv = spec.conv
-    return tap_order(conv) if spec.turned else tuple(range(conv.window.R * conv.window.S))
-
-
-def columns_of(spec: PackSpec) -> int:
-    """Columns of packed filters, in whole vectors."""
-    return round_up(spec.conv.channels, spec.conv.lanes) if spec.turned else spec.conv.packed_columns

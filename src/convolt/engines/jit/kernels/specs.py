@@ -161,6 +161,11 @@ class ConvSpec:
         return round_up(self.filters, self.lanes)
 
     @property
+    def turned_columns(self) -> int:
+        """Those of the filters that are packed for dx."""
+        return round_up(self.channels, self.lanes)
+
+    @property
     def scratch(self) -> int:
         """Elements of scratch memory for each thread: rows to pool, and the framed dy of one image."""
         rows = self.pool[0] * self.Q * VECTORS * self.lanes + self.framed.size + VECTORS * self.lanes
@@ -334,34 +339,24 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class PackSpec:
-    """Filters (K, C, R, S) packed for a convolution; turned for its dx."""
+    """Filters of any size packed for a convolution; turned for its dx."""
 
-    conv: ConvSpec
     turned: bool
 
 
 @dataclass(frozen=True)
 class FoldSpec:
-    """BatchNorm taken into K filters of ``row`` weights each, for prediction; ``run`` filters a chunk."""
+    """BatchNorm taken into filters, for prediction; bias: of the convolution."""
 
-    K: int
-    row: int
     bias: bool
     affine: bool
     eps: float
-    run: int
 
 
 @dataclass(frozen=True)
 class ReduceSpec:
-    """Parts (chunks, R, S, C, K) summed into dw (K, C, R, S), a run of filters each chunk."""
+    """Parts of a gradient summed into dw, or added to it; bias: those of db as well."""
 
-    K: int
-    C: int
-    R: int
-    S: int
-    images: int
-    run: int
     accumulate: bool
     bias: bool
 

@@ -101,10 +101,9 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class TileBackSpec:
-    """The backward pass of a convolution in bf16; ``conv`` is the forward's. accumulate: whether dw is added."""
+    """The backward pass of a convolution in bf16; ``conv`` is the forward's."""
 
     conv: ConvSpec
-    accumulate: bool = True
 
     @property
     def gather(self) -> "TileSpec":
@@ -169,7 +168,6 @@ class ShiftedBackSpec:
     """
 
     conv: ConvSpec
-    accumulate: bool = True
 
     @property
     def channels(self) -> int:
@@ -283,13 +281,13 @@ def window_reach(conv: ConvSpec) -> int:
     return (window.R - 1) * window.dilation_h * conv.x.columns + (window.S - 1) * window.dilation_w
 
 
-def backward_spec(conv: ConvSpec, accumulate: bool = True) -> "PlaneBackSpec | ShiftedBackSpec | TileBackSpec":
+def backward_spec(conv: ConvSpec) -> "PlaneBackSpec | ShiftedBackSpec | TileBackSpec":
     """Which way back: by what the images are like, and the stride."""
     if conv.x.planar:
-        return PlaneBackSpec(conv, accumulate)
+        return PlaneBackSpec(conv)
     if (conv.window.stride_h, conv.window.stride_w) == (1, 1):
-        return ShiftedBackSpec(conv, accumulate)
-    return TileBackSpec(conv, accumulate)
+        return ShiftedBackSpec(conv)
+    return TileBackSpec(conv)
 
 
 @dataclass(frozen=True)
@@ -300,7 +298,6 @@ class PlaneBackSpec:
     """
 
     conv: ConvSpec
-    accumulate: bool = True
 
     @property
     def depth(self) -> int:

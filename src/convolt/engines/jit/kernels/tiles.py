@@ -24,7 +24,7 @@ from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.planes import columns_of_planes
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, Frame, PackSpec
-from convolt.engines.jit.kernels.tile_specs import TileSpec, input_gradient
+from convolt.engines.jit.kernels.tile_specs import TileSpec
 from convolt.engines.jit.memory import copy, view
 
 LANES = 16  # of a block; LLVM cuts vectors into what the registers hold
@@ -57,14 +57,14 @@ def product(spec: TileSpec) -> BlockGemm:
 def pack(spec: PackSpec) -> Callable[..., None]:
     """Filters (K, C, R, S) as (blocks, depth / 32, 2, 16, 16, 2) bf16; arguments: state, w, packed. A chunk is a block.
 
-    Turned, a block is of input channels and taps are in reverse.
+    Of any size: the other arguments are R, S, K, C, the channels of a tap, the depth. Turned, K are the inputs of the
+    convolution, C its outputs, and taps are in reverse.
     """
-    tiles = input_gradient(spec.conv) if spec.turned else TileSpec(spec.conv)
-    conv = tiles.conv
-    R, S, K, C, channels, depth = conv.window.R, conv.window.S, conv.K, conv.x.C, tiles.channels, tiles.depth
     back = spec.turned
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        R, S, K, C = arguments[3], arguments[4], arguments[5], arguments[6]
+        channels, depth = arguments[7], arguments[8]
         forward = view(arguments[1], (K, C, R, S), np.float32)
         reverse = view(arguments[1], (C, K, R, S), np.float32)
         packed = view(arguments[2] + BF16 * chunk * depth * BLOCK, (depth // DEPTH, 2, 16, 16, 2), np.uint16)

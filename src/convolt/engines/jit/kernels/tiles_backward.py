@@ -17,9 +17,10 @@ from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ONE, STATE, ConvSpec
-from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec, TileBackSpec
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ONE, STATE, ConvSpec, ReduceSpec
+from convolt.engines.jit.kernels.tile_specs import TileBackSpec
 from convolt.engines.jit.kernels.tiles import LANES, TILE_ELEMENTS, framed_convolution, gather_rows, load_image
+from convolt.engines.jit.kernels.weights import bias_sum
 from convolt.engines.jit.memory import copy, view
 from convolt.engines.jit.transpose import Transpose, transpose
 
@@ -190,32 +191,31 @@ def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int, in
     return inputs
 
 
-def reduce_parts(spec: TileBackSpec | ShiftedBackSpec) -> Callable[..., None]:
-    """``dw (+)= sum of parts``; arguments: state, parts, dw (K, C, R, S), db parts, db. A chunk is 16 filters."""
-    conv, depth, channels, part = spec.conv, spec.depth, spec.channels, spec.part
-    K, C, R, S, images = conv.K, conv.x.C, conv.window.R, conv.window.S, conv.images
-    bias, accumulate = conv.bias, spec.accumulate
+def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
+    """``dw (+)= sum of parts``, of any size. A chunk is some filters.
+
+    Arguments: state, parts (chunks, filters, depth), dw (K, C, taps), db parts, db, K, C, taps, channels of a tap,
+    depth, elements of a part, images of a part, filters of a chunk.
+    """
+    accumulate, add_bias = spec.accumulate, bias_sum(spec)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        K, C, taps, channels = arguments[5], arguments[6], arguments[7], arguments[8]
+        depth, part, images, run = arguments[9], arguments[10], arguments[11], arguments[12]
         count = view(arguments[0], (1,), np.int64)[0]
         parts = (count + images - 1) // images
-        dw = view(arguments[2], (K, C, R, S), np.float32)
-        for k in range(chunk * 16, min((chunk + 1) * 16, K)):
+        dw = view(arguments[2], (K, C, taps), np.float32)
+        first, last = chunk * run, min((chunk + 1) * run, K)
+        for k in range(first, last):
             total = view(arguments[1] + FLOAT * k * depth, (depth,), np.float32)
             for i in range(1, parts):
                 other = view(arguments[1] + FLOAT * (i * part + k * depth), (depth,), np.float32)
                 for d in range(depth):
                     total[d] += other[d]
             for c in range(C):
-                for r in range(R):
-                    for s in range(S):
-                        value = total[(r * S + s) * channels + c]
-                        dw[k, c, r, s] = dw[k, c, r, s] + value if accumulate else value
-            if bias:
-                db = view(arguments[4], (K,), np.float32)
-                if not accumulate:
-                    db[k] = np.float32(0)
-                for i in range(parts):
-                    db[k] += view(arguments[3] + FLOAT * i * K, (K,), np.float32)[k]
+                for tap in range(taps):
+                    value = total[tap * channels + c]
+                    dw[k, c, tap] = dw[k, c, tap] + value if accumulate else value
+        add_bias(arguments[3], arguments[4], parts, K, first, last)
 
     return kernel

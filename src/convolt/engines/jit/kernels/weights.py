@@ -2,6 +2,9 @@
 
 The master weights and gradients keep PyTorch's layout, so names, checkpoints and other engines see nothing of the
 packing. Parts of a gradient are added in chunk order: the same bits for any number of threads.
+
+Those of convolutions are compiled once for all sizes, which come as arguments: they move memory, and a network has as
+many shapes of filters as it has layers.
 """
 
 from collections.abc import Callable
@@ -11,28 +14,24 @@ import numpy as np
 
 from convolt.engines.jit.adam import LANES, adam_step
 from convolt.engines.jit.inlined import inlined
-from convolt.engines.jit.kernels.residues import columns_of, taps_of
 from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec
 from convolt.engines.jit.memory import address_of, view
 
 
 def pack(spec: PackSpec) -> Callable[..., None]:
-    """Filters (K, C/groups, R, S) to (groups, taps, depth, columns); arguments: state, w, packed.
+    """Filters (groups, K/groups, C/groups, taps) to (groups, taps', depth, columns), of any size.
 
-    Forward: depth = C/groups, columns = K/groups. Turned: depth = K/groups, columns = C/groups, taps in the order of
-    ``residues``. A chunk is one tap; columns behind the last filter stay zero.
+    Forward: depth = C/groups, columns hold K/groups. Turned: depth = K/groups, columns hold C/groups. Arguments: state,
+    w, packed, groups, K/groups, C/groups, taps, columns, taps', and which tap each of these is. A chunk is one of them;
+    columns behind the last filter stay zero.
     """
-    conv = spec.conv
-    if conv.depthwise:
-        return _pack_depthwise(spec)
-    taps, groups, C, filters = conv.window.R * conv.window.S, conv.groups, conv.channels, conv.filters
-    back, order = spec.turned, np.array(taps_of(spec), np.int64)
-    depth, columns, packed_taps = (filters if back else C), columns_of(spec), len(order)
+    back = spec.turned
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        groups, filters, C, taps = arguments[3], arguments[4], arguments[5], arguments[6]
+        columns, packed_taps, tap = arguments[7], arguments[8], arguments[9 + chunk]
         w = view(arguments[1], (groups, filters, C, taps), np.float32)
-        packed = view(arguments[2], (groups, packed_taps, depth, columns), np.float32)
-        tap = order[chunk]
+        packed = view(arguments[2], (groups, packed_taps, filters if back else C, columns), np.float32)
         for group in range(groups):
             if back:
                 for k in range(filters):
@@ -49,11 +48,12 @@ def pack(spec: PackSpec) -> Callable[..., None]:
 def fold_norm(spec: FoldSpec) -> Callable[..., None]:
     """``w' = w scale`` and ``b' = (b - mean) scale + beta``, with scale = gamma / sqrt(var + eps) of each filter.
 
-    Arguments: state, w (K, row), b, gamma, beta, running mean, running var, w', b'. A chunk is ``run`` filters.
+    Arguments: state, w (K, row), b, gamma, beta, running mean, running var, w', b', K, row, filters of a chunk.
     """
-    K, row, bias, affine, eps, run = spec.K, spec.row, spec.bias, spec.affine, spec.eps, spec.run
+    bias, affine, eps = spec.bias, spec.affine, spec.eps
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        K, row, run = arguments[9], arguments[10], arguments[11]
         w, folded = view(arguments[1], (K, row), np.float32), view(arguments[7], (K, row), np.float32)
         mean, var = view(arguments[5], (K,), np.float32), view(arguments[6], (K,), np.float32)
         for k in range(chunk * run, min((chunk + 1) * run, K)):
@@ -73,56 +73,51 @@ def fold_norm(spec: FoldSpec) -> Callable[..., None]:
     return kernel
 
 
-def _pack_depthwise(spec: PackSpec) -> Callable[..., None]:
-    """Filters (K, 1, R, S) to (taps, K)."""
-    K, taps, order = spec.conv.K, spec.conv.window.R * spec.conv.window.S, np.array(taps_of(spec), np.int64)
-    packed_taps = len(order)
-
-    def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        w, packed = view(arguments[1], (K, taps), np.float32), view(arguments[2], (packed_taps, K), np.float32)
-        tap = order[chunk]
-        for k in range(K):
-            packed[chunk, k] = w[k, tap]
-
-    return kernel
-
-
 def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
-    """``dw (+)= sum of parts``; arguments: state, parts (chunks, R, S, C, K), dw (K, C, R, S), db parts, db.
+    """``dw (+)= sum of parts``, of any size.
 
-    A chunk is ``run`` filters.
+    Arguments: state, parts (chunks, taps, C, columns), dw (K, C, taps), db parts, db, K, C, taps, columns, elements of
+    a part, images of a part, filters of a chunk.
     """
-    K, C, R, S, images, run = spec.K, spec.C, spec.R, spec.S, spec.images, spec.run
-    accumulate, bias = spec.accumulate, spec.bias
-    size = R * S * C * K
+    accumulate, add_bias = spec.accumulate, bias_sum(spec)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        K, C, taps, columns = arguments[5], arguments[6], arguments[7], arguments[8]
+        size, images, run = arguments[9], arguments[10], arguments[11]
         count = view(arguments[0], (1,), np.int64)[0]
         parts = (count + images - 1) // images
         first, last = chunk * run, min((chunk + 1) * run, K)
-        dw = view(arguments[2], (K, C, R, S), np.float32)
-        total = view(arguments[1], (R, S, C, K), np.float32)
-        for part in range(1, parts):
-            other = view(arguments[1] + FLOAT * part * size, (R, S, C, K), np.float32)
-            for r in range(R):
-                for s in range(S):
-                    for c in range(C):
-                        for k in range(first, last):
-                            total[r, s, c, k] += other[r, s, c, k]
-        for k in range(first, last):
+        dw = view(arguments[2], (K, C, taps), np.float32)
+        for tap in range(taps):
             for c in range(C):
-                for r in range(R):
-                    for s in range(S):
-                        dw[k, c, r, s] = dw[k, c, r, s] + total[r, s, c, k] if accumulate else total[r, s, c, k]
+                row = arguments[1] + FLOAT * (tap * C + c) * columns
+                total = view(row, (columns,), np.float32)
+                for part in range(1, parts):
+                    other = view(row + FLOAT * part * size, (columns,), np.float32)
+                    for k in range(first, last):
+                        total[k] += other[k]
+                for k in range(first, last):
+                    dw[k, c, tap] = dw[k, c, tap] + total[k] if accumulate else total[k]
+        add_bias(arguments[3], arguments[4], parts, K, first, last)
+
+    return kernel
+
+
+def bias_sum(spec: ReduceSpec) -> Callable[..., None]:
+    """For kernels: ``add(db parts (parts, K), db, parts, K, first filter, the one behind the last)``."""
+    accumulate, bias = spec.accumulate, spec.bias
+
+    @inlined
+    def add(source: int, target: int, parts: int, K: int, first: int, last: int) -> None:
         if bias:
-            db = view(arguments[4], (K,), np.float32)
+            db = view(target, (K,), np.float32)
             for k in range(first, last):
                 value = db[k] if accumulate else np.float32(0)
                 for part in range(parts):
-                    value += view(arguments[3] + FLOAT * part * K, (K,), np.float32)[k]
+                    value += view(source + FLOAT * part * K, (K,), np.float32)[k]
                 db[k] = value
 
-    return kernel
+    return add
 
 
 def update(spec: UpdateSpec) -> Callable[..., None]:

@@ -23,13 +23,12 @@ from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv import spread_slopes
 from convolt.engines.jit.kernels.dense import deep_rows
 from convolt.engines.jit.kernels.residues import slope_frame
-from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS
+from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ReduceSpec
+from convolt.engines.jit.kernels.weights import bias_sum
 from convolt.engines.jit.kernels.winograd_specs import (
-    CHANNELS_AT_ONCE,
     TRANSFORMED,
     Tiling,
     WinogradPack,
-    WinogradReduce,
     WinogradSpec,
 )
 from convolt.engines.jit.memory import hidden, view
@@ -241,10 +240,10 @@ def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
 def pack(spec: WinogradPack) -> Callable[..., None]:
     """Transformed filters u = G w G^T of (K, C, 3, 3), packed (16, panels, depth, block); arguments: state, w, u.
 
-    Forward: depth = C, columns = K. Turned: depth = K, columns = C, taps in reverse. A chunk is ``run`` of depth.
+    Forward: depth = C, columns = K. Turned: depth = K, columns = C, taps in reverse. Of any size: the other arguments
+    are depth, columns, and how much of depth a chunk is.
     """
-    winograd, back, run = spec.winograd, spec.turned, spec.run
-    depth, columns, block, panels = winograd.conv.x.C, winograd.conv.K, winograd.block, winograd.panels
+    back, block = spec.turned, spec.block
     half = np.float32(0.5)
 
     @inlined
@@ -253,6 +252,8 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
         return a, total + middle, total - middle, c
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        depth, columns, run = arguments[3], arguments[4], arguments[5]
+        panels = (columns + block - 1) // block
         w = view(arguments[1], (columns, depth, 9), np.float32)
         turned = view(arguments[1], (depth, columns, 9), np.float32)
         u = view(arguments[2], (16, panels, depth, block), np.float32)
@@ -286,13 +287,13 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
     return kernel
 
 
-def reduce_parts(spec: WinogradReduce) -> Callable[..., None]:
-    """``dw (+)= G^T (sum of parts) G``; arguments: state, parts (chunks, 16, C, K), dw (K, C, 3, 3), db parts, db.
+def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
+    """``dw (+)= G^T (sum of parts) G``, of any size. A chunk is some channels; the first one adds up db.
 
-    A chunk is eight channels; the first one adds up db.
+    Arguments: state, parts (chunks, 16, C, K), dw (K, C, 3, 3), db parts, db, K, C, images of a part, channels of a
+    chunk.
     """
-    conv, accumulate = spec.winograd.conv, spec.accumulate
-    C, K, images, bias, part = conv.x.C, conv.K, conv.images, conv.bias, spec.winograd.part
+    accumulate, add_bias = spec.accumulate, bias_sum(spec)
     half = np.float32(0.5)
 
     @inlined
@@ -308,13 +309,14 @@ def reduce_parts(spec: WinogradReduce) -> Callable[..., None]:
         row[2] = row[2] + third if accumulate else third
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        K, C, images, run = arguments[5], arguments[6], arguments[7], arguments[8]
         count = view(arguments[0], (1,), np.int64)[0]
         parts = (count + images - 1) // images
-        first, last = chunk * CHANNELS_AT_ONCE, min((chunk + 1) * CHANNELS_AT_ONCE, C)
+        first, last = chunk * run, min((chunk + 1) * run, C)
         total = view(arguments[1], (16, C, K), np.float32)
         dw = view(arguments[2], (K, C, 3, 3), np.float32)
         for number in range(1, parts):
-            other = view(arguments[1] + FLOAT * number * part, (16, C, K), np.float32)
+            other = view(arguments[1] + FLOAT * number * 16 * C * K, (16, C, K), np.float32)
             for plane in range(16):
                 for c in range(first, last):
                     for k in range(K):
@@ -328,12 +330,7 @@ def reduce_parts(spec: WinogradReduce) -> Callable[..., None]:
                 put(dw[k, c, 0], taps_of(a0, b0, d0, e0))
                 put(dw[k, c, 1], taps_of(a1, b1, d1, e1))
                 put(dw[k, c, 2], taps_of(a2, b2, d2, e2))
-        if bias and chunk == 0:
-            db = view(arguments[4], (K,), np.float32)
-            for k in range(K):
-                value = db[k] if accumulate else np.float32(0)
-                for number in range(parts):
-                    value += view(arguments[3] + FLOAT * number * K, (K,), np.float32)[k]
-                db[k] = value
+        if chunk == 0:
+            add_bias(arguments[3], arguments[4], parts, K, 0, K)
 
     return kernel

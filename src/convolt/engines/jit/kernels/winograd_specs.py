@@ -129,16 +129,7 @@ def _planes(tiling: Tiling, conv: ConvSpec) -> int:
 
 @dataclass(frozen=True)
 class WinogradPack:
-    """Filters (K, C, 3, 3) transformed and packed; turned around and transposed for dx. A chunk is ``run`` of depth."""
+    """Filters of any size transformed and packed in panels of ``block``; turned around and transposed for dx."""
 
-    winograd: WinogradSpec
+    block: int
     turned: bool
-    run: int
-
-
-@dataclass(frozen=True)
-class WinogradReduce:
-    """The parts of a gradient added up; ``accumulate`` adds them to what is there. A chunk is some channels."""
-
-    winograd: WinogradSpec
-    accumulate: bool
