@@ -16,6 +16,7 @@ could not remove is refused here, at compile time. So is a symbol that an ordina
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -62,6 +63,13 @@ class _Codegen(AOTCPUCodegen):  # type: ignore[misc]
 
     def _customize_tm_features(self) -> str:
         return self._features
+
+
+@cache
+def _target(isa: Isa) -> tuple[Any, Typing]:
+    """Numba's contexts of a target and of types; of new ones for each kernel a megabyte would stay behind."""
+    context = cpu_target.target_context.subtarget(_internal_codegen=_Codegen(isa))
+    return context, Typing(context, _flags())
 
 
 def _flags() -> Any:
@@ -111,8 +119,8 @@ def assembly(function: Callable[..., None], isa: Isa) -> str:
 
 def _library(function: Callable[..., None], isa: Isa, symbol: str) -> Any:
     """The optimized module, in Numba's wrapping."""
-    context = cpu_target.target_context.subtarget(_internal_codegen=_Codegen(isa))
-    typing, library = Typing(context, _flags()), _Kernel(context.codegen(), symbol)
+    context, typing = _target(isa)
+    library = _Kernel(context.codegen(), symbol)
     try:
         compiled = lower(typing, context, library, function, SIGNATURE.args, SIGNATURE.return_type, _kernel_flags())
     finally:

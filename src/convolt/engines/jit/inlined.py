@@ -123,3 +123,4 @@ class Typing(typing.Context):  # type: ignore[misc]
         """Take the functions out of the target again, which all kernels share."""
         for key in self._parts:
             self._target.remove_user_function(key)
+        self._parts.clear()
