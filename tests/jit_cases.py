@@ -90,7 +90,7 @@ TILES = {
     "a residual branch": Rounded("conv in residual", (20, 4, 6), (Residual((Conv2d(20, 20, 3, padding=1),)),)),
     "dense": Rounded("dense on tiles", (150,), (Dense(150, 130), LeakyReLU(0.25)), 9),
     "dense of rounded features": Rounded("dense behind images", (4, 8, 8), (Flatten(), Dense(256, 70, bias=False)), 33),
-    "dense in a residual branch": Rounded("dense in residual", (128,), (Residual((Dense(128, 128),)),), 5),
+    "dense in a residual branch": Rounded("dense in residual", (178,), (Residual((Dense(178, 178),)),), 5),
 }
 # First layers, of which nobody wants the gradient of the images. With few channels and stride 1 they read planes: pools
 # of an even and an odd window, rows that are cut into groups of which the last has fewer.

@@ -376,7 +376,7 @@ BF16 = (
         "def _product",
         "kernel_edge(a + block * a_step, b + across * b_step,",
         "kernel_edge(a + block * a_step, b,",
-        "dense",
+        "dense in a residual branch",
     ),
     JitMutant(
         "last rows at the top",
@@ -429,7 +429,7 @@ BF16 = (
         "    def _make",
         "self._around(tuple(one.name for one in deferred))",
         "self._around(())",
-        ONE_PASS + PLAIN,
+        ONE_PASS + KEEPS,
     ),
     JitMutant(
         "eps of another step", UPDATE, "def _numbers", "optimizer.eps * root", "optimizer.eps", repr(OPTIMIZERS[6])

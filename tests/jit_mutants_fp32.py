@@ -3,7 +3,7 @@
 from jit_cases import OPTIMIZERS
 from jit_mutant import JitMutant
 
-from convolt.layers import AvgPool2d, MaxPool2d, Normalize
+from convolt.layers import AvgPool2d, Dense, MaxPool2d, Normalize
 
 CONV, IMAGES, POOL = "kernels/conv.py", "kernels/images.py", "kernels/pooling.py"
 NORM, WEIGHTS, DENSE = "kernels/normalization.py", "kernels/weights.py", "kernels/dense.py"
@@ -20,6 +20,7 @@ TILED_POOL, PANELS = "winograd, some channels of a vector, max-pool", "winograd,
 FIRST_POOLED, WINOGRADED = "winners, one channel 5x5", "kernels/winograd.py"
 TRANSFORMS, RESIDUES, WINNING = "winograd.py", "kernels/residues.py", "winners.py"
 ONE_PASS = "one pass in float32"
+BATCHED = f"{Dense(200, 70)} of a batch"
 SCALED = f"{Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 2.0))}"
 
 FP32 = (
@@ -35,7 +36,7 @@ FP32 = (
     JitMutant(
         "bias of the first filters", CONV, "def _forward_block", "FLOAT * channel\n", "FLOAT * column\n", GROUPED
     ),
-    JitMutant("tail rows dropped", CONV, "def register_rows", "        if rest:\n", "        if rest < 0:\n", RAGGED),
+    JitMutant("tail rows dropped", CONV, "def register_rows", "        if rest:\n", "        if rest < 0:\n", BATCHED),
     JitMutant("code of a dead ReLU", CONV, "def _pool_rows", "relu=spec.slope == 0", "relu=False", POOLED, quick=True),
     JitMutant(
         "taps of the pool transposed",
@@ -67,7 +68,7 @@ FP32 = (
         "def conv_backward",
         "view(dy, (framed_size,), np.float32)[:] = np.float32(0)",
         "pass",
-        "residual projection",
+        RAGGED,
     ),
     JitMutant(
         "mask of the ReLU missing",
@@ -212,7 +213,7 @@ FP32 = (
     ),
     # depthwise convolution
     JitMutant("pixels not strided", ROWS, "def _pixels", "m * spec.x_pixel", "m * spec.channels", BY_CHANNEL),
-    JitMutant("slopes not strided", ROWS, "def _taps", "I64(spec.dy_pixel)", "I64(spec.channels)", BY_CHANNEL),
+    JitMutant("images not strided", ROWS, "def _taps", "I64(spec.x_pixel)", "I64(spec.channels)", BY_CHANNEL),
     JitMutant(
         "rows of x not strided",
         DEPTHWISE,

@@ -105,7 +105,6 @@ class DepthwiseTaps:
     S: int
     x_pixel: int
     x_tap: int
-    dy_pixel: int
     lanes: int
 
 
@@ -137,7 +136,7 @@ def _taps(spec: DepthwiseTaps, floats: Floats, places: list[Any], taps: range, u
     targets = [floats.at(dw, s * spec.channels) for s in taps]
 
     def pixel(q: Any, sums: list[Any]) -> list[Any]:
-        slope = floats.load(floats.at(dy, floats.builder.mul(q, I64(spec.dy_pixel))), used)
+        slope = floats.load(floats.at(dy, floats.builder.mul(q, I64(spec.channels))), used)
         here = floats.at(x, floats.builder.mul(q, I64(spec.x_pixel)))
         values = [floats.load(floats.at(here, s * spec.x_tap), used) for s in taps]
         return [floats.multiply_add(value, slope, total) for value, total in zip(values, sums, strict=True)]

@@ -47,7 +47,7 @@ def depthwise_weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]
     """``dw[r, s, c] += sum over p, q of x[p + r, q + s, c] dy[p, q, c]``: ``weights(x, dy, dw)``."""
     x, window, framed = spec.x, spec.window, slope_frame(spec)
     R, S, C, P = window.R, window.S, x.C, spec.P
-    taps = depthwise_taps(DepthwiseTaps(spec.Q, C, S, window.stride_w * C, window.dilation_w * C, C, spec.lanes))
+    taps = depthwise_taps(DepthwiseTaps(spec.Q, C, S, window.stride_w * C, window.dilation_w * C, spec.lanes))
     corner = x.origin - window.top * x.pitch - window.left * C
     x_step, tap_step, dy_step = window.stride_h * x.pitch, window.dilation_h * x.pitch, framed.pitch
     origin = framed.origin
