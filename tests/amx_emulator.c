@@ -164,6 +164,8 @@ static int decode(const uint8_t *at, const greg_t *registers, Instruction *found
 /* Do it; 0 if it is no tile instruction that is known here. */
 static int perform(const Instruction *i) {
     enum { NONE, P66, PF3, PF2 };
+    if (i->reg >= TILES || (i->opcode == 0x5C && (i->rm >= TILES || i->vvvv >= TILES))) return 0;
+    if (i->opcode == 0x4B && (i->rm & 7) != 4) return 0; /* rows are addressed by a SIB byte alone */
     switch (i->opcode << 8 | i->prefix) {
         case 0x49 << 8 | NONE:
             if (i->is_memory) ldtilecfg(i->address + i->stride);

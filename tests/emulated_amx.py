@@ -28,7 +28,7 @@ def missing() -> str | None:
     here = isa.detect()
     if sys.platform != "linux" or not here.bf16_convert or here.name != "avx512":
         return "emulating AMX needs Linux and a CPU with AVX512-BF16, which kernels for tiles use as well"
-    if here.amx:
+    if here.amx and isa.request_amx():
         return "this CPU has AMX: nothing is emulated"
     return None if shutil.which("cc") else "emulating AMX needs a C compiler: apt-get install gcc"
 

@@ -42,6 +42,7 @@ from jit_cases import (
 from numpy.linalg import norm
 
 from convolt.engines import JIT, Im2col, Loops, Torch
+from convolt.engines.jit import convolutions
 from convolt.errors import EngineError
 from convolt.layers import (
     BatchNorm2d,
@@ -172,6 +173,20 @@ def test_bf16_of_a_first_layer_equals_float64(name, unit):
 @pytest.mark.parametrize(("name", "unit"), cases(TILES))
 def test_bf16_adds_gradients(name, unit):
     adds_gradients(JIT(threads=2, unit=unit), "bf16", TILES[name])
+
+
+@pytest.mark.parametrize("name", ["an odd width, channels that fill no tile", "few channels, wide filter, stride 2"])
+def test_large_filters_have_few_parts_of_their_gradient(name, monkeypatch):
+    """A part is of more images then: as many as the kernel that adds them up believes."""
+    monkeypatch.setattr(convolutions, "LARGE_PART", 100)
+    case = replace(TILES[name], batch=18)
+    equals_float64(case, UNITS[0])
+    adds_gradients(JIT(threads=2, unit=UNITS[0]), "bf16", case)
+
+
+def test_large_filters_on_planes_have_few_parts_of_their_gradient(monkeypatch):
+    monkeypatch.setattr(convolutions, "LARGE_PART", 100)
+    equals_float64_as_first_layer(replace(FIRST["wide filter on planes"], batch=18), UNITS[0])
 
 
 def test_cases_of_bf16_come_to_every_kernel():

@@ -5,10 +5,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
+from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers, step_on
 from jit_cases import POOLED_FIRST, WINOGRAD, poisoned
 
 from convolt.engines import JIT
+from convolt.engines.jit import convolutions
 from convolt.engines.jit.kernels.residues import covers, parts, slope_frame, tap_order
 from convolt.engines.jit.kernels.specs import ConvSpec, Frame, Windowing
 from convolt.engines.jit.kernels.winograd_specs import WinogradSpec, obstacle, tiling
@@ -17,6 +18,7 @@ from convolt.losses import CrossEntropy
 from convolt.model import Model
 from convolt.optimizers import SGD
 from convolt.recipe import Recipe
+from convolt.rng import SampleRng
 
 CASES = list(WINOGRAD.values())
 COMPILE_AGAIN = (reuses_buffers, needs_no_input_gradient)  # these need kernels of their own
@@ -48,6 +50,26 @@ def test_winograd(case, check):
 def test_memory_that_nobody_wrote_is_not_read(case):
     with poisoned():
         equals_pytorch(JIT(threads=2), "fp32", case)
+
+
+def test_large_filters_have_few_parts_of_their_gradient(monkeypatch):
+    """A part is of more images then: as many as the kernel that adds them up believes."""
+    monkeypatch.setattr(convolutions, "LARGE_PART", 1000)
+    case = replace(CASES[0], batch=18)
+    for check in (equals_pytorch, adds_gradients):
+        check(JIT(threads=2), "fp32", case)
+
+
+def test_an_image_that_no_tap_meets_has_no_gradient():
+    """One pixel in four of the padded image is looked at, and that is never one of the image's own."""
+    model = Model((2, 2, 2), (Conv2d(2, 2, 1), Conv2d(2, 3, 1, 4, 1), Flatten()))
+    x, slopes = np.ones((3, 2, 2, 2), np.float32), np.ones((3, 3), np.float32)
+    executor = JIT(threads=1).executor(model, None, Recipe())
+    step = step_on(executor, x, slopes, SampleRng(0, 0, np.arange(3)))
+    np.testing.assert_array_equal(step.outputs, np.tile(executor.params["1.bias"], (3, 1)))
+    gradient = {name: step.gradient[part] for name, part in executor.params.slices.items()}
+    assert gradient.pop("1.bias").tolist() == [3, 3, 3]
+    assert all(not part.any() for part in gradient.values())
 
 
 @pytest.mark.parametrize("isa", ["avx2", pytest.param("plain", marks=pytest.mark.slow)])

@@ -133,6 +133,17 @@ def test_a_signal_ends_it_and_what_would_follow(while_starting, job):
     assert done.returncode == 42
 
 
+def test_a_signal_is_not_lost_when_nothing_starts():
+    script = (
+        "import os, signal; from convolt import launch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "launch.run_command(['/no/such/launcher'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, check=False, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
 def test_a_program_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(worker, "START_SECONDS", 0.2)
     with pytest.raises(EngineError, match="no answer within 0 s"):

@@ -72,7 +72,7 @@ class Placement:
 class Ended:
     """How ranks ended. code: 0 done, 75 interrupted and saved, 128 + n killed by signal n, else an error.
 
-    output: what was written to standard output, if it was caught. signal: SIGINT or SIGTERM if one was passed on.
+    output: what was written to standard output, if it was caught. signal: SIGINT or SIGTERM if one came meanwhile.
     """
 
     code: int
@@ -190,22 +190,22 @@ def run_command(
             stderr=subprocess.PIPE,
             env=None if environment is None else dict(environment),
             start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-            preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - two system calls, which take no lock
+            preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - system calls that take no lock
             text=True,
             errors="replace",
         )
-        signals.go_to(process)
-        relays = [
-            threading.Thread(target=_relay, args=(stream, lines.take), daemon=True)
-            for stream, lines in ((process.stdout, output), (process.stderr, errors))
-        ]
-        for relay in relays:
-            relay.start()
         try:
+            signals.go_to(process)
+            relays = [
+                threading.Thread(target=_relay, args=(stream, lines.take), daemon=True)
+                for stream, lines in ((process.stdout, output), (process.stderr, errors))
+            ]
+            for relay in relays:
+                relay.start()
             code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            raise
+        finally:
+            if process.poll() is None:  # whatever ends this, a timeout for one, ends the ranks
+                _kill(process)
         for relay in relays:
             relay.join()
     if code < 0:
@@ -278,6 +278,9 @@ class _Signals:
     def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._process is None:  # nothing was started that could have had them
+            for number in self.came:
+                signal.raise_signal(number)
 
     def go_to(self, process: "subprocess.Popen[str]") -> None:
         """The launcher has started: what came is passed on to it, and all that will come."""

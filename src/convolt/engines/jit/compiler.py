@@ -1,8 +1,9 @@
 """Kernels: compiled once, kept on disk, loaded in milliseconds.
 
 A kernel is the C function ``void kernel(int64_t* arguments, int64_t chunk, int64_t thread)``. It is written as a Python
-function by a *factory*, ``def relu(spec: ReluSpec) -> Callable``, in which every size and stride is a constant taken
-from the frozen dataclass `spec`. Two specs that print alike give the same kernel: ``repr(spec)`` is part of the key.
+function by a *factory*, ``def relu(spec: ReluSpec) -> Callable``, in which what the frozen dataclass `spec` tells is
+constant: every size and stride, but for kernels on filters of any size. Two specs that print alike give the same
+kernel: ``repr(spec)`` is part of the key.
 
 The cache holds one file a kernel: 32 bytes of SHA-256, then object code. The digest covers the key too, so a file under
 another's name is as invalid as one with a flipped bit; both are compiled again and replaced. The key covers whatever

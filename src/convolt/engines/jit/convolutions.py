@@ -132,7 +132,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
         bias_parts = plan.address("parts of db", plan.chunks * spec.K)
         dx = plan.slope(source) if back.wants_dx else 0
         tasks = []
-        if back.wants_dx:
+        if back.wants_dx and reverse_size:  # else no tap meets an input
             tasks.append(_pack(plan, f"{label} pack turned", back, weight, reverse, turned=True))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
         tasks.append(

@@ -80,6 +80,8 @@ def _chosen(sign: str) -> Any:
     @intrinsic
     def chosen(typingctx: Any, first: Any, second: Any) -> Any:
         kind = typingctx.unify_types(types.unliteral(first), types.unliteral(second))
+        if not isinstance(kind, types.Integer | types.Float):
+            return None
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             one, other = (context.cast(builder, *pair, kind) for pair in zip(args, signature.args, strict=True))

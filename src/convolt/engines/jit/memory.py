@@ -1,10 +1,10 @@
 """Addresses and typed views: how a compiled kernel sees its buffers.
 
 A kernel is a C function ``void kernel(int64_t* arguments, int64_t chunk, int64_t thread)``; `arguments` holds addresses
-and scalars as int64. `view` makes a NumPy-like array of an address and a constant shape: it lives in registers, owns
-nothing (no reference counts, so nothing of Numba's runtime in the compiled code) and LLVM sees every stride as a
-constant, so plain loops over views vectorize. `address_of` goes the other way, for the micro-kernels, which take int64
-addresses. An example, ReLU of the `chunk`-th image::
+and scalars as int64. `view` makes a NumPy-like array of an address and a shape: it lives in registers, owns nothing (no
+reference counts, so nothing of Numba's runtime in the compiled code) and LLVM sees every stride of a constant shape as
+a constant, so plain loops over views vectorize. `address_of` goes the other way, for the micro-kernels, which take
+int64 addresses. An example, ReLU of the `chunk`-th image::
 
     def relu(spec: ReluSpec) -> Callable[..., None]:
         H, W, C = spec.shape
