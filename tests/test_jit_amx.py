@@ -41,9 +41,12 @@ def test_layers_on_tiles():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["engine", "memory", "update", "predict", "units"])
-def test_everything_in_bf16(file):
-    pytest_passes(f"tests/test_jit_{file}.py", "-m", "slow or not slow", timeout=1700)
+@pytest.mark.parametrize(
+    ("file", "chosen"), [("engine", "amx"), ("engine", "bits"), ("memory", "bf16"), ("update", "bf16")]
+)
+def test_everything_in_bf16(file, chosen):
+    options = ("-m", "slow or not slow", "-k", chosen, "--timeout=1700")
+    pytest_passes(f"tests/test_jit_{file}.py", *options, timeout=1700)
 
 
 @pytest.mark.slow
