@@ -5,7 +5,8 @@
     kernels/      the kernels, one file a kind of layer
     gemm.py dot.py         micro-kernels, written as LLVM IR; memory.py vectors.py help them
     blocks.py units.py     products in bf16, and what multiplies them: amx.py pair_products.py; bf16.py
-    compiler.py codegen.py the kernels' cache on disk   runtime.py driver.py  the team of threads   isa.py
+    compiler.py            the kernels' cache on disk   runtime.py driver.py  the team of threads   isa.py
+    codegen.py             from Python to object code, with frontend.py and inlined.py
 
 Numba compiles the loops, LLVM IR the innermost tiles. A warm start loads object code without importing Numba.
 """

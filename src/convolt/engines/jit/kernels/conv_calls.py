@@ -14,9 +14,12 @@ def _nothing(*addresses: int) -> None:
 
 def in_turn(functions: tuple[Call, ...]) -> Call:
     """One after another on the same arguments, which are addresses; of none, nothing happens."""
-    if len(functions) == 1:
-        return functions[0]
-    first, others = (functions[0], in_turn(functions[1:])) if functions else (_nothing, _nothing)
+    if not functions:
+        return _nothing
+    first, rest = functions[0], functions[1:]
+    if not rest:
+        return first
+    others = in_turn(rest)
 
     @inlined
     def run(*addresses: int) -> None:
