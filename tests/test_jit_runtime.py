@@ -4,9 +4,13 @@ import threading
 
 import numpy as np
 import pytest
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.driver import address_of, load
+from convolt.engines.jit.driver import address_of, exchange, kept_off, load
 from convolt.engines.jit.isa import detect
 from convolt.engines.jit.runtime import Phase, Program, Team, Waiting
 from convolt.errors import EngineError
@@ -60,6 +64,20 @@ def until_released(spec):
             pass
 
     return kernel
+
+
+@intrinsic
+def nanosleep(typingctx, time):
+    """Off the core for the time at this address, a timespec."""
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(64).as_pointer()
+        kind = ir.FunctionType(ir.IntType(32), [word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "nanosleep")
+        builder.call(function, [builder.inttoptr(args[0], word), ir.Constant(word, None)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 def order(spec):
@@ -173,6 +191,73 @@ def test_a_sleeping_thread_is_woken_when_its_help_is_needed(compiler):
         team.run(program)
         assert set(words[40:42].tolist()) == {0, 1}
     team.close()
+
+
+def test_a_thread_that_sat_out_comes_back_within_a_program(compiler):
+    """One chunk is kept off its core; two later chunks of the same program meet, which takes two threads.
+
+    A host that is busy may keep a thread off once more, so one of twenty programs is enough: without a way back none
+    would do.
+    """
+
+    def blocked(spec):
+        def kernel(arguments, chunk, thread):
+            nanosleep(address_of(arguments))
+
+        return kernel
+
+    def meet(spec):
+        def kernel(arguments, chunk, thread):
+            words = address_of(arguments)
+            exchange(words + 8 * (16 + 16 * chunk), 1)
+            for _ in range(10_000_000):
+                if load(words + 8 * (16 + 16 * (1 - chunk))) != 0:
+                    exchange(words + 8 * (48 + chunk), 1)
+                    return
+
+        return kernel
+
+    words = np.zeros(64, np.int64)
+    words[1] = 20_000_000  # a timespec: seconds, nanoseconds
+    phases = (("blocked", blocked, 1), ("count", count, 4), ("meet", meet, 2))
+    counted = np.zeros(64, np.int64)
+    places = {"count": (4, counted)}
+    kernels = [(name, pair(compiler, make, *places.get(name, (None, words))), n) for name, make, n in phases]
+    program = Program([Phase(name, (kernel,), n) for name, kernel, n in kernels], keep=words)
+    team = Team(2, compiler, Waiting(rest=0))
+    met = []
+    for _ in range(20):
+        words[16:] = 0
+        team.run(program)
+        met.append(words[48:50].tolist() == [1, 1])
+    team.close()
+    assert any(met)
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "used", "expected"),
+    [
+        (2_000_000, 2_000_000, False),
+        (900_000, 0, False),
+        (8_000_000, 4_000_000, True),
+        (50_000_000, 40_000_000, False),
+        (50_000_000, 30_000_000, True),
+    ],
+)
+def test_a_long_chunk_may_lose_some_of_its_time(compiler, elapsed, used, expected):
+    """A team became smaller for a whole step of a large network when one of 50 ms was lost."""
+
+    def judge(spec):
+        def kernel(arguments, chunk, thread):
+            arguments[2] = 1 if kept_off(arguments[0], arguments[1], 1_000_000) else 0
+
+        return kernel
+
+    words = np.array([elapsed, used, -1], np.int64)
+    team = Team(1, compiler)
+    team.run(Program([Phase("judge", (pair(compiler, judge, None, words),), 1)], keep=words))
+    team.close()
+    assert words[2] == expected
 
 
 def test_programs_from_several_python_threads_take_turns(compiler):

@@ -16,8 +16,9 @@ and then looking at the words, is Dekker's handshake and needs sequential consis
 
 A thread that is put off its core in the middle of a chunk does hold up the others, for a time slice of some
 milliseconds, and on a core that another process wants this happens every few milliseconds: two threads then do less
-than one. So a thread that notices (the chunk took long, but not of its own CPU time) makes the team smaller by one
-thread for a while, and the cores that are really free work on without a stop.
+than one. So a thread that notices (a good part of the chunk's time was not its own CPU time) makes the team smaller by
+one thread for a while, and the cores that are really free work on without a stop. When the rest is over, the end of the
+next chunk brings the thread back: a phase of a large network lasts longer than a rest.
 """
 
 import platform
@@ -221,11 +222,19 @@ def publish(state: Any, ticket: Any, thread: Any) -> None:
 
 
 @inlined
+def come_back(state: Any, now: Any) -> None:
+    """Let threads that sat out for long enough take part again."""
+    threads = load(state + THREADS)
+    if load(state + ACTIVE) < threads and now > load(state + REST_UNTIL):
+        exchange(state + ACTIVE, threads)
+        wake(state, threads, threads)
+
+
+@inlined
 def start(state: Any, now: Any, program: Any) -> None:
-    """Publish the first phase of a program; threads that had to sit out for long enough may try again."""
+    """Publish the first phase of a program."""
     table, timings = words(program), load(state + TIMINGS)
-    if now > load(state + REST_UNTIL):
-        exchange(state + ACTIVE, load(state + THREADS))
+    come_back(state, now)
     if timings != 0:
         words(timings)[load(state + THREADS) * table[1]] = now
     exchange(state + PROGRAM, program)
@@ -287,6 +296,12 @@ def wait(state: Any, thread: Any, yield_after: Any, sleep_after: Any) -> None:
 
 
 @inlined
+def kept_off(elapsed: Any, used: Any, preempted: Any) -> Any:
+    """Whether another process had the core: more than `preempted` nanoseconds, and a quarter of all, were not used."""
+    return elapsed - used > preempted + elapsed // 4
+
+
+@inlined
 def step_back(state: Any, until: Any) -> None:
     """Let one thread less take part, but one always; the others wake up, for it may have been about to claim."""
     active = load(state + ACTIVE)
@@ -320,9 +335,10 @@ def driver(waiting: Waiting) -> Callable[..., None]:
                     since, cpu = began, nanoseconds(own + CLOCK, _THREAD_CPU)
                 run(state, ticket >> 32, remaining, thread)
                 now = nanoseconds(own + CLOCK, _MONOTONIC)
+                come_back(state, now)
                 if now - began > preempted:
                     used = nanoseconds(own + CLOCK, _THREAD_CPU) - cpu
-                    if now - since - used > preempted:
+                    if kept_off(now - since, used, preempted):
                         step_back(state, now + rest)
 
     return kernel
