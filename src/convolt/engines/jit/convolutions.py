@@ -37,6 +37,7 @@ from convolt.engines.jit.kernels.winograd_specs import (
     WinogradPack,
     WinogradSpec,
     obstacle,
+    odd,
 )
 from convolt.engines.jit.phases import Argument, Served, Task, Tasks
 from convolt.engines.jit.plan import Plan
@@ -98,7 +99,12 @@ def conv(plan: Plan, operation: Operation) -> Served:
     """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
     groups = cast(Conv2d, operation.layer).groups
     conv_unit, dense_unit = plan.units
-    if conv_unit is not None and groups == 1:
+    spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
+    slow = obstacle(spec) or _few_images(plan)
+    if conv_unit == "dot" and not (slow or odd(spec)):
+        operation.because(f"{UNITS[conv_unit]}: bf16, Winograd F(2x2, 3x3)")
+        return conv_by_winograd(plan, operation, replace(spec, pairs=True))
+    if conv_unit is not None and conv_unit != "dot" and groups == 1:
         operation.because(f"{UNITS[conv_unit]}: bf16, groups 1")
         return conv_on_tiles(plan, operation, conv_unit)
     why = "fp32"
@@ -107,8 +113,6 @@ def conv(plan: Plan, operation: Operation) -> Served:
     elif dense_unit is not None:
         why = f"fp32, where {UNITS[dense_unit]} gain nothing"
     operation.because(f"{plan.isa.name} vectors: {why}")
-    spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
-    slow = obstacle(spec) or _few_images(plan)
     if not slow:
         operation.because("Winograd F(2x2, 3x3)")
         return conv_by_winograd(plan, operation, spec)
@@ -233,7 +237,7 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(winograd.scratch))
 
     def transformed(what: str, spec: WinogradSpec, turned: bool, to: Address) -> Task:
-        depth, pack = spec.conv.x.C, WinogradPack(spec.block, turned)
+        depth, pack = spec.conv.x.C, WinogradPack(spec.block, turned, spec.pairs)
         run = -(-depth // PACKED_RUNS)
         sizes = depth, spec.conv.K, run
         return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-depth // run), weight, to, sizes=sizes)

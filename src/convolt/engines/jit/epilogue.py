@@ -304,9 +304,7 @@ def max_of(spec: MaxOf) -> Any:
 
 def _stored(numbers: Bf16Lanes, value: Any, half: bool) -> Any:
     """A float32 vector as it is stored."""
-    if not half:
-        return value
-    return numbers.floats.builder.trunc(numbers.rounded(value), ir.VectorType(I16, numbers.floats.lanes))
+    return numbers.narrowed(value) if half else value
 
 
 def _for_channels(builder: Any, count: int, lanes: int, each: Callable[[Any, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""The fp32 batch-reduce GEMM: one generator serves convolution forward and backward, and dense layers.
+"""The batch-reduce GEMM: one generator serves convolution forward and backward, and dense layers.
 
     C[m, j] = start + sum over s < segments, k < depth of  A[m*a_row + k*a_depth + s*a_segment]
                                                           * B[k*b_depth + s*b_segment + j]
@@ -16,15 +16,21 @@ What the letters stand for:
 Each element sums in the same order (s, then k) with one accumulator, whatever the block or the vector width: every
 blocking and every CPU with fused multiply-add gives the same bits.
 
+With ``pairs`` an element of A and of B is two bf16 numbers, neighbors in depth, in the 32 bits of a float32, and a step
+in depth adds both products by one instruction (AVX512-BF16): all sizes and strides count such elements, so what serves
+float32 serves bf16 at twice the rate. C and its sums stay float32.
+
 B is read in whole vectors, so 64 bytes behind its end must be readable; C and bias are touched only where they exist.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from numba import types
 from numba.extending import intrinsic
 
+from convolt.engines.jit.pair_products import dot_product
 from convolt.engines.jit.vectors import I64, Floats, carried_loop
 
 STRAIGHT_LINE = 512  # multiply-adds: a loop over depth that is no longer than this is unrolled whole
@@ -32,7 +38,10 @@ STRAIGHT_LINE = 512  # multiply-adds: a loop over depth that is no longer than t
 
 @dataclass(frozen=True)
 class Gemm:
-    """Sizes and strides in elements, all constants. `start`: zero, C as it is (load), or bias[columns]."""
+    """Sizes and strides in elements, all constants. `start`: zero, C as it is (load), or bias[columns].
+
+    pairs: A and B are pairs of bf16 numbers; wants 16 lanes.
+    """
 
     rows: int
     columns: int
@@ -47,6 +56,7 @@ class Gemm:
     start: Literal["zero", "load", "bias"] = "zero"
     relu: bool = False
     unroll: int = 4
+    pairs: bool = False
 
     @property
     def vectors(self) -> int:
@@ -91,6 +101,7 @@ def _emit(spec: Gemm, floats: Floats, a: Any, b: Any, c: Any, bias: Any, segment
 
 def _over_depth(spec: Gemm, floats: Floats, a: Any, b: Any, sums: list[Any]) -> list[Any]:
     """Add the outer products of one segment."""
+    add = partial(dot_product, floats) if spec.pairs else floats.multiply_add
 
     def outer_product(a: Any, b: Any, k: int, sums: list[Any]) -> list[Any]:
         weights = [floats.load(floats.at(b, k * spec.b_depth + j * spec.lanes)) for j in range(spec.vectors)]
@@ -99,7 +110,7 @@ def _over_depth(spec: Gemm, floats: Floats, a: Any, b: Any, sums: list[Any]) -> 
         for m in range(spec.rows):
             pixel = floats.broadcast(floats.at(a, m * spec.a_row + k * spec.a_depth))
             row = sums[m * spec.vectors : (m + 1) * spec.vectors]
-            following += [floats.multiply_add(pixel, w, c) for w, c in zip(weights, row, strict=True)]
+            following += [add(pixel, w, c) for w, c in zip(weights, row, strict=True)]
         return following
 
     def unrolled(i: Any, sums: list[Any]) -> list[Any]:

@@ -51,7 +51,7 @@ def bf16_units(isa: Isa, forced: str | None) -> Units:
     found, fp32 = rates(isa, possible)
     best = max(found, key=found.__getitem__)
     if found[best] > fp32:
-        return Units(None, best)
+        return Units(best if best == "dot" else None, best)
     warnings.warn(
         f"engine jit: bf16 is computed in float32, which is faster on this CPU: {fp32:.0f} GFLOP/s on one core, "
         f"{UNITS[best]} {found[best]:.0f}; to have bf16 all the same: engine.unit={best}",

@@ -8,11 +8,11 @@
            0  1  0 -1           0   0   1
 
 A tile of 2x2 outputs takes 16 products of each channel and filter where the sum over taps takes 36 (Lavin and Gray
-2016). What a transform writes, it writes into 16 planes, ``plane`` elements apart; in each a tile has its channels. The
+2016). What a transform writes, it writes into 16 planes; in each a tile has its channels, in float32 or bf16. The
 gradient of the transformed filters is the product of B^T x B with A dy A^T, the transform of ``slope_tiles``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,20 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from convolt.engines.jit.vectors import I8, I64, Floats, carried_loop
+from convolt.engines.jit.bf16 import Bf16Lanes
+from convolt.engines.jit.kernels.winograd_specs import Written
+from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop
+
+Transformed = tuple[Iterator[Any], list[Any]]
+"""The 16 values of a tile, and what the next one of the row takes over."""
 
 
 @dataclass(frozen=True)
 class TileRow:
-    """A row of ``tiles``, which have ``channels``; pixels are ``pixel`` elements apart, rows of them ``pitch``."""
+    """A row of ``tiles``, which have ``channels``; pixels are ``pixel`` elements apart, rows of them ``pitch``.
+
+    Planes are ``plane`` words of 32 bits apart. written: what a transform writes into them.
+    """
 
     tiles: int
     channels: int
@@ -33,6 +41,7 @@ class TileRow:
     pitch: int
     plane: int
     lanes: int
+    written: Written = "fp32"
 
 
 def input_tiles(spec: TileRow) -> Any:
@@ -42,26 +51,22 @@ def input_tiles(spec: TileRow) -> Any:
     def kernel(typingctx: Any, x: Any, v: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, spec.lanes)
-            source, target = (floats.pointer(address) for address in args)
+            source, target = floats.pointer(args[0]), args[1]
 
             def channels(offset: Any, used: int) -> None:
-                first, planes = floats.at(source, offset), floats.at(target, offset)
+                first = floats.at(source, offset)
 
                 def column(pixel: Any) -> list[Any]:
                     place = floats.at(first, builder.mul(pixel, I64(spec.pixel)))
                     return _input(builder, [floats.load(floats.at(place, i * spec.pitch), used) for i in range(4)])
 
-                def tile(t: Any, held: list[Any]) -> list[Any]:
+                def tile(t: Any, held: list[Any]) -> Transformed:
                     left = builder.mul(t, I64(2))
                     fresh = [*column(builder.add(left, I64(2))), *column(builder.add(left, I64(3)))]
                     columns = [*held, *fresh]
-                    place = floats.at(planes, builder.mul(t, I64(spec.channels)))
-                    for i in range(4):
-                        for j, value in enumerate(_input(builder, columns[i::4])):
-                            floats.store(value, floats.at(place, (4 * i + j) * spec.plane), used)
-                    return fresh
+                    return (value for i in range(4) for value in _input(builder, columns[i::4])), fresh
 
-                carried_loop(builder, I64(spec.tiles), [*column(I64(0)), *column(I64(1))], tile)
+                _write(floats, spec, target, offset, used, [*column(I64(0)), *column(I64(1))], tile)
 
             _for_channels(builder, spec, channels)
             return context.get_dummy_value()
@@ -78,24 +83,20 @@ def slope_tiles(spec: TileRow) -> Any:
     def kernel(typingctx: Any, dy: Any, d: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, spec.lanes)
-            source, target = (floats.pointer(address) for address in args)
+            source, target = floats.pointer(args[0]), args[1]
 
             def channels(offset: Any, used: int) -> None:
-                def tile(t: Any, nothing: list[Any]) -> list[Any]:
+                def tile(t: Any, nothing: list[Any]) -> Transformed:
                     first = floats.at(source, offset, builder.mul(t, I64(2 * spec.pixel)))
-                    place = floats.at(target, offset, builder.mul(t, I64(spec.channels)))
                     columns = []
                     for j in range(2):
                         column = floats.at(first, j * spec.pixel)
                         columns += _slope(
                             floats, *(floats.load(floats.at(column, i * spec.pitch), used) for i in (0, 1))
                         )
-                    for i in range(4):
-                        for j, value in enumerate(_slope(floats, *columns[i::4])):
-                            floats.store(value, floats.at(place, (4 * i + j) * spec.plane), used)
-                    return []
+                    return (value for i in range(4) for value in _slope(floats, *columns[i::4])), []
 
-                carried_loop(builder, I64(spec.tiles), [], tile)
+                _write(floats, spec, target, offset, used, [], tile)
 
             _for_channels(builder, spec, channels)
             return context.get_dummy_value()
@@ -103,6 +104,49 @@ def slope_tiles(spec: TileRow) -> Any:
         return types.void(types.int64, types.int64), generate
 
     return kernel
+
+
+def _write(
+    floats: Floats,
+    spec: TileRow,
+    target: Any,
+    offset: Any,
+    used: int,
+    start: list[Any],
+    tile: Callable[[Any, list[Any]], Transformed],
+) -> None:
+    """Some channels of every tile of a row into the planes at ``target``: ``tile(t, held)``, from left to right.
+
+    Its values are computed as they are written, those of a pair in turns, or they would not stay in registers.
+    """
+    builder, numbers = floats.builder, Bf16Lanes(floats, native=True)
+    halves = spec.written == "channels"
+    planes = builder.gep(builder.inttoptr(target, (I16 if halves else F32).as_pointer()), [offset])
+
+    def put(entry: Any, values: Iterator[Any]) -> None:
+        place = builder.gep(planes, [builder.mul(entry, I64(spec.channels))])
+        for number, value in enumerate(values):
+            floats.store(value, floats.at(place, number * spec.plane * (2 if halves else 1)), used)
+
+    def one(t: Any, held: list[Any]) -> list[Any]:
+        values, held = tile(t, held)
+        put(t, (numbers.narrowed(value) for value in values) if halves else values)
+        return held
+
+    def two(pair: Any, held: list[Any]) -> list[Any]:
+        left = builder.mul(pair, I64(2))
+        even, held = tile(left, held)
+        odd, held = tile(builder.add(left, I64(1)), held)
+        put(pair, (numbers.rounded_pair(x, y) for x, y in zip(even, odd, strict=True)))
+        return held
+
+    if spec.written != "tiles":
+        carried_loop(builder, I64(spec.tiles), start, one)
+        return
+    held = carried_loop(builder, I64(spec.tiles // 2), start, two)
+    if spec.tiles % 2:
+        alone, _ = tile(I64(spec.tiles - 1), held)
+        put(I64(spec.tiles // 2), (numbers.rounded_pair(value, floats.zero) for value in alone))
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ GROUP = 128  # output pixels whose columns are gathered at a time
 NUMBERS = 8  # scalars of an optimizer step
 STATE = 8  # int64 words that every kernel is given: samples, address of the images, whether weights have changed
 ONE = 3  # the word of the state that is 1, which LLVM does not know: a loop of so many rounds is not unrolled
-WINOGRAD = 16  # products of a tile where filters are 3x3
-TILE_ROWS = 4  # tiles of a block of such products, at most
 DEAD = 255  # code of a pooled output that ReLU set to zero
 
 
@@ -102,8 +100,9 @@ class ConvSpec:
 
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
     pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added.
-    unit: what multiplies where products are bf16. codes: whether the pool keeps which tap won. bands, stripes: parts of
-    the output's rows and of the filters into which forward cuts the images of a chunk, each a chunk then.
+    unit: what multiplies on tiles. pairs: dot products multiply pairs of bf16 numbers. codes: whether the pool keeps
+    which tap won. bands, stripes: parts of the output's rows and of the filters into which forward cuts the images of a
+    chunk, each a chunk then.
     """
 
     x: Frame
@@ -122,6 +121,7 @@ class ConvSpec:
     wants_dx: bool = True
     add: bool = False
     unit: Unit = "fma"
+    pairs: bool = False
     codes: bool = True
     bands: int = 1
     stripes: int = 1
@@ -196,44 +196,6 @@ def turned(spec: ConvSpec) -> ConvSpec:
     return replace(
         spec, x=source, y=target, window=rows, K=x.C, P=x.H, Q=x.W, bias=False, slope=1.0, pool=(1, 1), wants_dx=False
     )
-
-
-@dataclass(frozen=True)
-class WinogradSpec:
-    """A convolution by 3x3 filters on tiles of 2x2 outputs, ``group`` tiles at a time."""
-
-    conv: ConvSpec
-    group: int = 16
-
-    @property
-    def columns(self) -> int:
-        """Filters of a panel."""
-        return min(VECTORS * self.conv.lanes, round_up(self.conv.K, self.conv.lanes))
-
-    @property
-    def rows(self) -> int:
-        """Tiles of a block of products."""
-        return min(TILE_ROWS, (self.conv.registers - VECTORS - 1) // VECTORS)
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows of tiles."""
-        return self.conv.P // 2
-
-    @property
-    def tile_columns(self) -> int:
-        """Tiles of a row."""
-        return self.conv.Q // 2
-
-    @property
-    def packed(self) -> int:
-        """Elements of the transformed filters."""
-        return WINOGRAD * self.conv.x.C * round_up(self.conv.K, self.columns)
-
-    @property
-    def scratch(self) -> int:
-        """Elements of scratch memory for each thread: transformed tiles and their products."""
-        return WINOGRAD * self.group * (self.conv.x.C + self.columns) + VECTORS * self.conv.lanes
 
 
 @dataclass(frozen=True)

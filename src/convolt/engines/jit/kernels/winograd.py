@@ -10,6 +10,10 @@ over taps, since all factors are halves and the sums four terms long.
 
 Cost: 2 * 16 K C P Q / 4 FLOPs for each image and each of the three, 4/9 of what the taps take; bytes: 16 transformed
 numbers for 4 pixels, written and read within the cache.
+
+With bf16 dot products v, u and d are rounded, once, after they are transformed in float32; m, du and all else stay in
+float32. A product's operands are sums of four terms or two, so the error is 5/3 of that of the rounded taps (of their
+variance, along each axis). Pairs lie along the sum: of channels in v and u, of tiles in v and d for dw.
 """
 
 from collections.abc import Callable
@@ -18,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from convolt.engines.jit.bf16 import bf16_of_float32
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv import spread_slopes
@@ -27,6 +32,7 @@ from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ReduceSpec
 from convolt.engines.jit.kernels.weights import bias_sum
 from convolt.engines.jit.kernels.winograd_specs import (
     TRANSFORMED,
+    Planes,
     Tiling,
     WinogradPack,
     WinogradSpec,
@@ -44,9 +50,9 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
     """
     conv, tiles, scratch = spec.conv, spec.forward, spec.scratch
     together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
-    inputs, products, outputs = _inputs(spec, tiles), _products(spec, tiles), _outputs(spec, tiles)
-    x_size = conv.x.size
-    products_at = TRANSFORMED * tiles.plane(conv.x.C)
+    transformed = spec.planes(tiles, conv.x.C)
+    inputs, products = _inputs(spec, tiles, transformed), _products(spec, tiles)
+    outputs, x_size, products_at = _outputs(spec, tiles), conv.x.size, transformed.size
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -63,12 +69,12 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
     return kernel
 
 
-def _inputs(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int, int, int], None]:
+def _inputs(spec: WinogradSpec, tiles: Tiling, planes: Planes) -> Callable[[int, int, int, int, int], None]:
     """The transformed inputs of a block: ``inputs(first image, size of one, images present, band, v)``."""
     conv, x = spec.conv, spec.conv.x
-    row = input_tiles(TileRow(tiles.wide, x.C, x.C, x.pitch, tiles.plane(x.C), conv.lanes))
+    row = input_tiles(TileRow(tiles.wide, x.C, x.C, x.pitch, planes.plane, conv.lanes, planes.written))
     corner = x.origin - conv.window.top * x.pitch - conv.window.left * x.C
-    rows, pitch, step = tiles.rows, x.pitch, tiles.wide * x.C
+    rows, pitch, step = tiles.rows, x.pitch, planes.step
 
     @inlined
     def inputs(source: int, size: int, present: int, band: int, v: int) -> None:
@@ -83,13 +89,13 @@ def _inputs(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int, int, 
 
 def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], None]:
     """``m = v u`` in each plane: ``products(v, packed filters, m)``."""
-    conv, block, panels = spec.conv, spec.block, spec.panels
-    C, K = conv.x.C, conv.K
-    shape = Gemm(0, min(block, K), C, C, 1, 0, block, 0, K, conv.lanes)
-    full = deep_rows(shape, tiles.tiles, C, conv.registers)
+    conv, block, panels, depth, K = spec.conv, spec.block, spec.panels, spec.depth, spec.conv.K
+    shape = Gemm(0, min(block, K), depth, depth, 1, 0, block, 0, K, conv.lanes, pairs=spec.pairs)
+    full = deep_rows(shape, tiles.tiles, depth, conv.registers)
     rest = K % block
-    tail = deep_rows(replace(shape, columns=rest), tiles.tiles, C, conv.registers) if rest and block < K else full
-    v_plane, m_plane, panel, whole = tiles.plane(C), tiles.plane(K), C * block, panels - (1 if rest else 0)
+    tail = deep_rows(replace(shape, columns=rest), tiles.tiles, depth, conv.registers) if rest and block < K else full
+    v_plane, m_plane = spec.planes(tiles, conv.x.C).plane, Planes.of(tiles, K).plane
+    panel, whole = depth * block, panels - (1 if rest else 0)
 
     @inlined
     def products(v: int, filters: int, m: int) -> None:
@@ -111,7 +117,7 @@ def _outputs(spec: WinogradSpec, tiles: Tiling) -> Callable[..., None]:
     conv, y, K = spec.conv, spec.conv.y, spec.conv.K
     pooled = conv.pool != (1, 1)
     row = output_tiles(
-        TileRow(tiles.wide, K, K, y.pitch, tiles.plane(K), conv.lanes),
+        TileRow(tiles.wide, K, K, y.pitch, Planes.of(tiles, K).plane, conv.lanes),
         Finish(conv.bias, conv.slope, pooled, DEAD, conv.add),
     )
     rows, step, height, image_codes = tiles.rows, tiles.wide * K, 1 if pooled else 2, tiles.high * tiles.wide * K
@@ -140,10 +146,12 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
     """
     conv, tiles, scratch = spec.conv, spec.forward, spec.back_scratch
     together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
-    spread, inputs, slopes, weights = spread_slopes(conv), _inputs(spec, tiles), _slopes(spec), _weights(spec)
+    transformed, size = spec.summed(conv.x.C), scratch - spec.frames
+    inputs, slopes, weights = _inputs(spec, tiles, transformed), _slopes(spec), _weights(spec)
+    spread, slopes_at = spread_slopes(conv), transformed.size
     input_gradient = _input_gradient(spec) if conv.wants_dx else _no_gradient
     x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv).size, spec.frames
-    K, bias, slopes_at, transformed = conv.K, conv.bias, TRANSFORMED * tiles.plane(conv.x.C), scratch - spec.frames
+    K, bias = conv.K, conv.bias
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -161,7 +169,7 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
             for image in range(present):
                 spread(arguments, first + image, dy + FLOAT * image * frame, db)
             if present < together:  # tiles of images that are not there take part in the products
-                view(v, (transformed,), np.float32)[:] = np.float32(0)
+                view(v, (size,), np.float32)[:] = np.float32(0)
             for band in range(bands):
                 inputs(arguments[1] + FLOAT * first * x_size, x_size, present, band, v)
                 slopes(dy, present, band, d)
@@ -174,8 +182,9 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
 def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, int], None]:
     """The dx of a block's images: ``gradient(frames, turned filters, dx, first image, images present, v)``."""
     back, tiles, frame = spec.back, spec.inputs, slope_frame(spec.conv).size
-    inputs, products, outputs = _inputs(back, tiles), _products(back, tiles), _outputs(back, tiles)
-    bands, products_at = tiles.high // tiles.rows, TRANSFORMED * tiles.plane(back.conv.x.C)
+    transformed = back.planes(tiles, back.conv.x.C)
+    inputs, products, outputs = _inputs(back, tiles, transformed), _products(back, tiles), _outputs(back, tiles)
+    bands, products_at = tiles.high // tiles.rows, transformed.size
 
     @inlined
     def gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
@@ -197,8 +206,9 @@ def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: in
 def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
     """The transformed dy of a block: ``slopes(frames, images present, band, d)``."""
     conv, tiles, frame, K = spec.conv, spec.forward, slope_frame(spec.conv), spec.conv.K
-    row = slope_tiles(TileRow(tiles.wide, K, K, frame.pitch, tiles.plane(K), conv.lanes))
-    size, origin, pitch, rows, step = frame.size, frame.origin, frame.pitch, tiles.rows, tiles.wide * K
+    planes = spec.summed(K)
+    row = slope_tiles(TileRow(tiles.wide, K, K, frame.pitch, planes.plane, conv.lanes, planes.written))
+    size, origin, pitch, rows, step = frame.size, frame.origin, frame.pitch, tiles.rows, planes.step
 
     @inlined
     def slopes(dy: int, present: int, band: int, d: int) -> None:
@@ -213,13 +223,14 @@ def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
 
 def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
     """``du += v^T d`` in each plane: ``weights(v, d, du)``."""
-    conv, tiles, block = spec.conv, spec.forward, VECTORS * spec.conv.lanes
-    C, K, T = conv.x.C, conv.K, tiles.tiles
+    conv, block = spec.conv, VECTORS * spec.conv.lanes
+    C, K = conv.x.C, conv.K
+    inputs, slopes = spec.summed(C), spec.summed(K)
+    T, v_plane, d_plane = inputs.count, inputs.plane, slopes.plane
     whole, rest = divmod(K, block)
-    shape = Gemm(0, block if whole else rest, T, 1, C, 0, K, 0, K, conv.lanes, start="load")
+    shape = Gemm(0, block if whole else rest, T, 1, C, 0, K, 0, K, conv.lanes, start="load", pairs=spec.pairs)
     full = deep_rows(shape, C, T, conv.registers)
     tail = deep_rows(replace(shape, columns=rest), C, T, conv.registers) if rest and whole else full
-    v_plane, d_plane = tiles.plane(C), tiles.plane(K)
 
     @inlined
     def weights(v: int, d: int, du: int) -> None:
@@ -241,9 +252,9 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
     """Transformed filters u = G w G^T of (K, C, 3, 3), packed (16, panels, depth, block); arguments: state, w, u.
 
     Forward: depth = C, columns = K. Turned: depth = K, columns = C, taps in reverse. Of any size: the other arguments
-    are depth, columns, and how much of depth a chunk is.
+    are depth, columns, and how much of depth a chunk is. In pairs: (16, panels, depth / 2, block, 2) of bf16.
     """
-    back, block = spec.turned, spec.block
+    back, block, pairs = spec.turned, spec.block, spec.pairs
     half = np.float32(0.5)
 
     @inlined
@@ -251,17 +262,33 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
         total, middle = half * (a + c), half * b
         return a, total + middle, total - middle, c
 
+    @inlined
+    def put_pairs(u: int, depth: int, panels: int, plane: int, c: int, k: int, row: Any) -> None:
+        panel = k // block
+        packed = view(u, (16, panels, depth // 2, block, 2), np.uint16)
+        i, column, side = c // 2, k - panel * block, c % 2
+        packed[plane, panel, i, column, side] = bf16_of_float32(row[0])
+        packed[plane + 1, panel, i, column, side] = bf16_of_float32(row[1])
+        packed[plane + 2, panel, i, column, side] = bf16_of_float32(row[2])
+        packed[plane + 3, panel, i, column, side] = bf16_of_float32(row[3])
+
+    @inlined
+    def put_floats(u: int, depth: int, panels: int, plane: int, c: int, k: int, row: Any) -> None:
+        panel = k // block
+        packed, column = view(u, (16, panels, depth, block), np.float32), k - panel * block
+        packed[plane, panel, c, column], packed[plane + 1, panel, c, column] = row[0], row[1]
+        packed[plane + 2, panel, c, column], packed[plane + 3, panel, c, column] = row[2], row[3]
+
+    put = put_pairs if pairs else put_floats
+
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         depth, columns, run = arguments[3], arguments[4], arguments[5]
         panels = (columns + block - 1) // block
         w = view(arguments[1], (columns, depth, 9), np.float32)
         turned = view(arguments[1], (depth, columns, 9), np.float32)
-        u = view(arguments[2], (16, panels, depth, block), np.float32)
         for c in range(chunk * run, min((chunk + 1) * run, depth)):
             for k in range(columns):
                 taps = turned[c, k] if back else w[k, c]
-                panel = k // block
-                column = k - panel * block
                 if back:
                     a = filter_rows(taps[8], taps[5], taps[2])
                     b = filter_rows(taps[7], taps[4], taps[1])
@@ -271,18 +298,10 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
                     b = filter_rows(taps[1], taps[4], taps[7])
                     d = filter_rows(taps[2], taps[5], taps[8])
                 (a0, a1, a2, a3), (b0, b1, b2, b3), (d0, d1, d2, d3) = a, b, d
-                u[0, panel, c, column], u[1, panel, c, column], u[2, panel, c, column], u[3, panel, c, column] = (
-                    filter_rows(a0, b0, d0)
-                )
-                u[4, panel, c, column], u[5, panel, c, column], u[6, panel, c, column], u[7, panel, c, column] = (
-                    filter_rows(a1, b1, d1)
-                )
-                u[8, panel, c, column], u[9, panel, c, column], u[10, panel, c, column], u[11, panel, c, column] = (
-                    filter_rows(a2, b2, d2)
-                )
-                u[12, panel, c, column], u[13, panel, c, column], u[14, panel, c, column], u[15, panel, c, column] = (
-                    filter_rows(a3, b3, d3)
-                )
+                put(arguments[2], depth, panels, 0, c, k, filter_rows(a0, b0, d0))
+                put(arguments[2], depth, panels, 4, c, k, filter_rows(a1, b1, d1))
+                put(arguments[2], depth, panels, 8, c, k, filter_rows(a2, b2, d2))
+                put(arguments[2], depth, panels, 12, c, k, filter_rows(a3, b3, d3))
 
     return kernel
 

@@ -1,6 +1,7 @@
 """Which convolutions go by Winograd's algorithm, and how their tiles are cut into blocks. No Numba, as in ``specs``."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from convolt.engines.jit.kernels.residues import parts, slope_frame
 from convolt.engines.jit.kernels.specs import VECTORS, ConvSpec, round_up
@@ -10,6 +11,9 @@ TILES, MANY_TILES = 64, 128  # of a block, about: few enough for the L2 cache; m
 LARGE_FILTERS = 1 << 15  # channels times filters from which they do: 2 MB transformed
 PAYS = 16  # channels and filters from which the transforms cost little beside the products
 CHANNELS_AT_ONCE = 8  # channels whose gradient parts one chunk adds up
+
+Written = Literal["fp32", "channels", "tiles"]
+"""Transformed numbers: float32; or bf16 in pairs, of neighboring channels, or of neighboring tiles of a row."""
 
 
 def obstacle(spec: ConvSpec) -> str:
@@ -29,6 +33,11 @@ def obstacle(spec: ConvSpec) -> str:
     return ""
 
 
+def odd(spec: ConvSpec) -> bool:
+    """Whether channels or filters do not come in pairs."""
+    return spec.x.C % 2 == 1 or spec.K % 2 == 1
+
+
 @dataclass(frozen=True)
 class Tiling:
     """An image as ``high`` x ``wide`` tiles of 2x2 pixels; a block is ``rows`` rows of them of ``images`` images."""
@@ -43,9 +52,45 @@ class Tiling:
         """Of a block."""
         return self.images * self.rows * self.wide
 
-    def plane(self, channels: int) -> int:
-        """Elements of a plane: a cache line more than its tiles have, or all planes would share a few sets."""
-        return round_up(self.tiles * channels, 16) + 16
+
+@dataclass(frozen=True)
+class Planes:
+    """The 16 planes of a block's transformed tiles, in words of 32 bits.
+
+    In each, ``rows`` rows of tiles have ``entries`` of so many ``words``: tiles, or pairs of them.
+    """
+
+    written: Written
+    rows: int
+    entries: int
+    words: int
+
+    @classmethod
+    def of(cls, tiling: Tiling, channels: int, written: Written = "fp32") -> "Planes":
+        """Of tiles with so many channels; of an odd number of tiles the last one has a pair to itself."""
+        entries = -(-tiling.wide // 2) if written == "tiles" else tiling.wide
+        words = channels // 2 if written == "channels" else channels
+        return cls(written, tiling.images * tiling.rows, entries, words)
+
+    @property
+    def count(self) -> int:
+        """Entries of a plane."""
+        return self.rows * self.entries
+
+    @property
+    def step(self) -> int:
+        """Words from a row of tiles to the next."""
+        return self.entries * self.words
+
+    @property
+    def plane(self) -> int:
+        """Words from a plane to the next: a cache line more than it has, or all planes would share a few sets."""
+        return round_up(self.count * self.words, 16) + 16
+
+    @property
+    def size(self) -> int:
+        """Words of all."""
+        return TRANSFORMED * self.plane
 
 
 def tiling(height: int, width: int, images: int, tiles: int = TILES) -> Tiling:
@@ -61,6 +106,28 @@ class WinogradSpec:
     """Everything a convolution by Winograd's algorithm is compiled for."""
 
     conv: ConvSpec
+
+    @property
+    def pairs(self) -> bool:
+        """Whether transformed numbers are rounded to bf16 and multiplied in pairs."""
+        return self.conv.pairs
+
+    def planes(self, tiling: Tiling, channels: int) -> Planes:
+        """Of tiles that are multiplied by filters: the sum goes over channels."""
+        return Planes.of(tiling, channels, "channels" if self.pairs else "fp32")
+
+    def products_size(self, tiling: Tiling) -> int:
+        """Words of a block's transformed inputs and its products."""
+        return self.planes(tiling, self.conv.x.C).size + Planes.of(tiling, self.conv.K).size
+
+    def summed(self, channels: int) -> Planes:
+        """Of tiles of ``forward`` that are multiplied by those of dy: the sum goes over tiles."""
+        return Planes.of(self.forward, channels, "tiles" if self.pairs else "fp32")
+
+    @property
+    def depth(self) -> int:
+        """Words of depth of the packed filters."""
+        return self.conv.x.C // 2 if self.pairs else self.conv.x.C
 
     @property
     def forward(self) -> Tiling:
@@ -87,7 +154,7 @@ class WinogradSpec:
 
     @property
     def block(self) -> int:
-        """Columns of a panel of transformed filters, which are packed (16, panels, depth, block)."""
+        """Columns of a panel of transformed filters, which are packed (16, panels, depth, block) words."""
         return VECTORS * self.conv.lanes
 
     @property
@@ -97,8 +164,8 @@ class WinogradSpec:
 
     @property
     def packed(self) -> int:
-        """Elements of the packed filters, and a vector more, which products may read."""
-        return TRANSFORMED * self.panels * self.conv.x.C * self.block + self.conv.lanes
+        """Words of the packed filters, and a vector more, which products may read."""
+        return TRANSFORMED * self.panels * self.depth * self.block + self.conv.lanes
 
     @property
     def part(self) -> int:
@@ -107,29 +174,34 @@ class WinogradSpec:
 
     @property
     def scratch(self) -> int:
-        """Elements of scratch memory for each thread, forward: transformed inputs and products."""
-        return _planes(self.forward, self.conv)
+        """Words of scratch memory for each thread, forward: transformed inputs and products."""
+        return self.products_size(self.forward) + self._spare
 
     @property
     def back_scratch(self) -> int:
         """The same backward, with the framed dy of a block's images in front."""
         conv = self.conv
-        inputs = _planes(self.inputs, self.back.conv) if conv.wants_dx else 0
-        return self.frames + max(_planes(self.forward, conv), inputs)
+        inputs = self.back.products_size(self.inputs) if conv.wants_dx else 0
+        return self.frames + max(self.summed(conv.x.C).size + self.summed(conv.K).size, inputs) + self._spare
 
     @property
     def frames(self) -> int:
         """Elements of the framed dy of a block's images."""
         return round_up(self.forward.images * slope_frame(self.conv).size, 16) + 16
 
-
-def _planes(tiling: Tiling, conv: ConvSpec) -> int:
-    return TRANSFORMED * (tiling.plane(conv.x.C) + tiling.plane(conv.K)) + VECTORS * conv.lanes
+    @property
+    def _spare(self) -> int:
+        """What products may read behind the end."""
+        return VECTORS * self.conv.lanes
 
 
 @dataclass(frozen=True)
 class WinogradPack:
-    """Filters of any size transformed and packed in panels of ``block``; turned around and transposed for dx."""
+    """Filters of any size transformed and packed in panels of ``block``; turned around and transposed for dx.
+
+    pairs: rounded to bf16, two neighbors in depth side by side.
+    """
 
     block: int
     turned: bool
+    pairs: bool
