@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic, register_jitable
 
 from convolt.engines.jit.memory import bits_of_float32, float32_of_bits
-from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop, declare
+from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop, declare, for_vectors
 
 Source = Literal["fp32", "bf16"]
 TILE = 16
@@ -106,14 +106,33 @@ def to_bf16(count: int, lanes: int, native: bool) -> Any:
                 narrow = Bf16Lanes(floats, native).narrowed(floats.load(floats.at(source, offset), used))
                 floats.store(narrow, builder.gep(target, [offset]), used)
 
-            def step(i: Any, nothing: list[Any]) -> list[Any]:
-                convert(builder.mul(i, I64(lanes)), lanes)
-                return []
+            for_vectors(builder, count, lanes, convert)
+            return context.get_dummy_value()
 
-            whole, rest = divmod(count, lanes)
-            carried_loop(builder, I64(whole), [], step)
-            if rest:
-                convert(I64(whole * lanes), rest)
+        return types.void(types.int64, types.int64), generate
+
+    return kernel
+
+
+def pair_up(count: int, distance: int, lanes: int) -> Any:
+    """A function for kernels: ``kernel(x, y)`` rounds x[i] and x[i + distance] to a word y[i], for `count` i.
+
+    distance 0 stands for none: zero takes the place of the second number. The CPU must convert by itself.
+    """
+
+    @intrinsic
+    def kernel(typingctx: Any, x: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, lanes)
+            source, target = (floats.pointer(address) for address in args)
+
+            def convert(offset: Any, used: int) -> None:
+                place = floats.at(source, offset)
+                second = floats.load(floats.at(place, distance), used) if distance else floats.zero
+                words = Bf16Lanes(floats, native=True).rounded_pair(floats.load(place, used), second)
+                floats.store(words, floats.at(target, offset), used)
+
+            for_vectors(builder, count, lanes, convert)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate

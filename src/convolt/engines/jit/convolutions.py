@@ -37,7 +37,6 @@ from convolt.engines.jit.kernels.winograd_specs import (
     WinogradPack,
     WinogradSpec,
     obstacle,
-    odd,
 )
 from convolt.engines.jit.phases import Argument, Served, Task, Tasks
 from convolt.engines.jit.plan import Plan
@@ -97,27 +96,25 @@ def filters(plan: Plan, operation: Operation) -> tuple[Argument, Argument, Tasks
 
 def conv(plan: Plan, operation: Operation) -> Served:
     """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
-    groups = cast(Conv2d, operation.layer).groups
-    conv_unit, dense_unit = plan.units
+    groups, conv_unit = cast(Conv2d, operation.layer).groups, plan.units.conv
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
-    slow = obstacle(spec) or _few_images(plan)
-    if conv_unit == "dot" and not (slow or odd(spec)):
-        operation.because(f"{UNITS[conv_unit]}: bf16, Winograd F(2x2, 3x3)")
-        return conv_by_winograd(plan, operation, replace(spec, pairs=True))
-    if conv_unit is not None and conv_unit != "dot" and groups == 1:
-        operation.because(f"{UNITS[conv_unit]}: bf16, groups 1")
-        return conv_on_tiles(plan, operation, conv_unit)
-    why = "fp32"
-    if conv_unit is not None:
-        why = f"groups {groups}, bf16 takes 1"
-    elif dense_unit is not None:
-        why = f"fp32, where {UNITS[dense_unit]} gain nothing"
-    operation.because(f"{plan.isa.name} vectors: {why}")
+    if plan.units.tiles is not None and groups == 1:
+        operation.because(f"{UNITS[plan.units.tiles]}: bf16, groups 1")
+        return conv_on_tiles(plan, operation, plan.units.tiles)
+    slow, single = obstacle(spec) or _few_images(plan), _unpaired(spec) or _few_images(plan)
+    if conv_unit == "dot" and not single:
+        operation.because(f"{UNITS[conv_unit]}: bf16")
+        spec = replace(spec, pairs=True)
+    elif conv_unit is not None:
+        why = single if conv_unit == "dot" else f"groups {groups}, bf16 takes 1"
+        operation.because(f"{plan.isa.name} vectors: fp32, {why}")
+    else:
+        operation.because(f"{plan.isa.name} vectors: fp32")
     if not slow:
         operation.because("Winograd F(2x2, 3x3)")
         return conv_by_winograd(plan, operation, spec)
     operation.because(f"tap by tap: {slow}")
-    if not plan.training:
+    if not plan.training and not spec.pairs:
         return conv_prediction(plan, operation, spec), list
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
@@ -126,11 +123,12 @@ def conv(plan: Plan, operation: Operation) -> Served:
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     scratch = plan.scratch(spec.scratch)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
-    forward = [*folding, pack, plan.by_image(label, "conv:conv_forward", spec, *arguments)]
+    forward = [*folding, pack, plan.by_image(label, f"{_module(spec)}:conv_forward", spec, *arguments)]
 
     def backward() -> Tasks:
-        back = _adding(plan, spec, source)
-        reverse_size = len(tap_order(back)) * spec.groups * spec.filters * back.turned_columns
+        back = _adding(plan, replace(spec, pairs=spec.pairs and not spec.sparse), source)
+        depth = spec.filters // 2 if back.pairs else spec.filters
+        reverse_size = len(tap_order(back)) * spec.groups * depth * back.turned_columns
         reverse = plan.address(f"turned filters {name}", reverse_size)
         parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
         bias_parts = plan.address("parts of db", plan.chunks * spec.K)
@@ -139,15 +137,26 @@ def conv(plan: Plan, operation: Operation) -> Served:
         if back.wants_dx and reverse_size:  # else no tap meets an input
             tasks.append(_pack(plan, f"{label} pack turned", back, weight, reverse, turned=True))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
-        tasks.append(
-            plan.by_image(f"{label} backward", "conv:conv_backward", back, *arguments, parts, bias_parts, scratch)
-        )
+        pieces, kernel = (parts, bias_parts, scratch), f"{_module(back)}:conv_backward"
+        tasks.append(plan.by_image(f"{label} backward", kernel, back, *arguments, *pieces))
         sizes = spec.K, spec.channels, taps, spec.K, taps * spec.channels * spec.K, plan.images
         runs = spec.K, FILTERS_AT_ONCE
         tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))
         return tasks
 
     return forward, backward
+
+
+def _unpaired(spec: ConvSpec) -> str:
+    """Why numbers are not multiplied in pairs; empty if they are."""
+    if spec.channels % 2 or spec.filters % 2:
+        return "an odd number of channels" if spec.channels % 2 else "an odd number of filters"
+    return ""
+
+
+def _module(spec: ConvSpec) -> str:
+    """Where the kernels for a convolution tap by tap are."""
+    return "pairs" if spec.pairs else "conv"
 
 
 def conv_prediction(plan: Plan, operation: Operation, spec: ConvSpec) -> Tasks:
@@ -168,7 +177,7 @@ def conv_prediction(plan: Plan, operation: Operation, spec: ConvSpec) -> Tasks:
 def packed_filters(plan: Plan, operation: Operation, spec: ConvSpec, weight: Argument) -> tuple[Address, Task]:
     """Where filters are packed for a forward pass, and what does it."""
     taps = spec.window.R * spec.window.S
-    packed = plan.address(f"filters {operation.names[0]}", taps * spec.groups * spec.channels * spec.packed_columns)
+    packed = plan.address(f"filters {operation.names[0]}", taps * spec.groups * spec.depth * spec.packed_columns)
     return packed, _pack(plan, f"{operation.label} pack", spec, weight, packed, turned=False)
 
 
@@ -182,7 +191,7 @@ def _pack(plan: Plan, label: str, spec: ConvSpec, weight: Argument, packed: Addr
     if spec.depthwise:
         shape, columns = (1, spec.K, 1), 1 if turned else spec.K
     sizes = *shape, taps, columns, len(order), *order
-    return plan.whole(label, "weights:pack", PackSpec(turned), len(order), weight, packed, sizes=sizes)
+    return plan.whole(label, "weights:pack", PackSpec(turned, spec.pairs), len(order), weight, packed, sizes=sizes)
 
 
 def _sum_of_parts(

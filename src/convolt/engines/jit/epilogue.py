@@ -5,7 +5,6 @@ In LLVM IR because each touches four or five arrays: LLVM, which cannot know tha
 vectorizing the loops (45 us for an image that takes 5 us here).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
-from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop
+from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, for_vectors
 
 LANES = 16  # of pairs of pixels, the right operands of blocks
 PAIR = 64  # bytes of 16 channels of two pixels
@@ -63,7 +62,7 @@ def unpool(spec: Unpool) -> Any:
                     added = builder.fadd(floats.load(sums, used), builder.select(alive, slope, floats.zero))
                     floats.store(added, sums, used)
 
-            _for_channels(builder, spec.channels, spec.lanes, channels)
+            for_vectors(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), generate
@@ -105,7 +104,7 @@ def through(spec: Through) -> Any:
                     sums = floats.at(total, offset)
                     floats.store(builder.fadd(floats.load(sums, used), value), sums, used)
 
-            _for_channels(builder, spec.channels, spec.lanes, channels)
+            for_vectors(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), generate
@@ -175,7 +174,7 @@ def pair_unpool(spec: PairUnpool) -> Any:
                     added = builder.fadd(floats.load(sums, used), builder.select(alive, slope, floats.zero))
                     floats.store(added, sums, used)
 
-            _for_channels(builder, spec.channels, LANES, channels)
+            for_vectors(builder, spec.channels, LANES, channels)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
@@ -241,7 +240,7 @@ def pair_through(spec: PairThrough) -> Any:
                         added = builder.fadd(added, value)
                     floats.store(added, sums, used)
 
-            _for_channels(builder, spec.channels, LANES, channels)
+            for_vectors(builder, spec.channels, LANES, channels)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), generate
@@ -294,7 +293,7 @@ def max_of(spec: MaxOf) -> Any:
                 if spec.codes:
                     floats.store(winner, builder.gep(code, [offset]), used)
 
-            _for_channels(builder, spec.channels, spec.lanes, channels)
+            for_vectors(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), generate
@@ -305,15 +304,3 @@ def max_of(spec: MaxOf) -> Any:
 def _stored(numbers: Bf16Lanes, value: Any, half: bool) -> Any:
     """A float32 vector as it is stored."""
     return numbers.narrowed(value) if half else value
-
-
-def _for_channels(builder: Any, count: int, lanes: int, each: Callable[[Any, int], None]) -> None:
-    whole, rest = divmod(count, lanes)
-
-    def step(i: Any, nothing: list[Any]) -> list[Any]:
-        each(builder.mul(i, I64(lanes)), lanes)
-        return []
-
-    carried_loop(builder, I64(whole), [], step)
-    if rest:
-        each(I64(whole * lanes), rest)

@@ -34,6 +34,11 @@ class Units(NamedTuple):
     conv: Unit | None = None
     dense: Unit | None = None
 
+    @property
+    def tiles(self) -> Unit | None:
+        """What multiplies convolutions on tiles; dot products take pairs of channels where float32 takes channels."""
+        return None if self.conv == "dot" else self.conv
+
 
 FP32 = Units()
 

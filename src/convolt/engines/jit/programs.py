@@ -96,7 +96,7 @@ class Programs:
         self._operations = found[1:] if normalize is not None else found
         start = found[0].output if normalize is not None else first
         self._output = self._operations[-1].output if self._operations else start
-        if units.conv is not None and reads_planes(start):
+        if units.tiles is not None and reads_planes(start):
             start.lay_in_planes()
         for operation in self._operations:
             if operation.kind == "Flatten" and reads_pixels(self.plan, operation.inputs[0], operation.output):

@@ -45,6 +45,19 @@ def carried_loop(
     return held
 
 
+def for_vectors(builder: Any, count: int, lanes: int, each: Callable[[Any, int], None]) -> None:
+    """``each(offset, used)`` for the vectors of `count` numbers; the last one may be used in part."""
+    whole, rest = divmod(count, lanes)
+
+    def step(i: Any, nothing: list[Any]) -> list[Any]:
+        each(builder.mul(i, I64(lanes)), lanes)
+        return []
+
+    carried_loop(builder, I64(whole), [], step)
+    if rest:
+        each(I64(whole * lanes), rest)
+
+
 @dataclass(frozen=True)
 class Floats:
     """Vectors of `lanes` float32 numbers."""

@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.kernels.winograd_specs import Written
-from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop
+from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop, for_vectors
 
 Transformed = tuple[Iterator[Any], list[Any]]
 """The 16 values of a tile, and what the next one of the row takes over."""
@@ -68,7 +68,7 @@ def input_tiles(spec: TileRow) -> Any:
 
                 _write(floats, spec, target, offset, used, [*column(I64(0)), *column(I64(1))], tile)
 
-            _for_channels(builder, spec, channels)
+            for_vectors(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
@@ -98,7 +98,7 @@ def slope_tiles(spec: TileRow) -> Any:
 
                 _write(floats, spec, target, offset, used, [], tile)
 
-            _for_channels(builder, spec, channels)
+            for_vectors(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
@@ -203,7 +203,7 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
 
                 carried_loop(builder, I64(spec.tiles), [], tile)
 
-            _for_channels(builder, spec, channels)
+            for_vectors(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), generate
@@ -253,15 +253,3 @@ def _largest(floats: Floats, finish: Finish, values: list[Any], shift: Any) -> t
         winner = builder.select(dead, ir.Constant(kind, [I8(finish.dead)] * floats.lanes), winner)
         best = builder.select(dead, floats.zero, best)
     return best, winner
-
-
-def _for_channels(builder: Any, spec: TileRow, each: Callable[[Any, int], None]) -> None:
-    whole, rest = divmod(spec.channels, spec.lanes)
-
-    def step(i: Any, nothing: list[Any]) -> list[Any]:
-        each(builder.mul(i, I64(spec.lanes)), spec.lanes)
-        return []
-
-    carried_loop(builder, I64(whole), [], step)
-    if rest:
-        each(I64(whole * spec.lanes), rest)

@@ -78,8 +78,8 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
         return depthwise_forward(spec)
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
-    full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
-    images, groups, rows = spec.images, spec.groups, spec.P // spec.pool[0]
+    full, tail = forward_block(spec, block), forward_block(spec, rest or block)
+    images, groups, rows, x_size = spec.images, spec.groups, spec.P // spec.pool[0], spec.x.size
     bands, stripes = spec.bands, spec.stripes
     height, width = -(-rows // bands), -(-(whole + (1 if rest else 0)) // stripes)
 
@@ -93,55 +93,56 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
         for group in range(groups):
             if whole:
                 for j in range(stripe * width, min((stripe + 1) * width, whole)):
-                    full(arguments, first, last, top, bottom, thread, group, j * block)
+                    for image in range(first, last):
+                        source = arguments[1] + FLOAT * image * x_size
+                        full(arguments, source, image, top, bottom, thread, group, j * block)
             if rest and stripe + 1 == stripes:
-                tail(arguments, first, last, top, bottom, thread, group, whole * block)
+                for image in range(first, last):
+                    source = arguments[1] + FLOAT * image * x_size
+                    tail(arguments, source, image, top, bottom, thread, group, whole * block)
 
     return kernel
 
 
-def _forward_block(spec: ConvSpec, columns: int) -> Callable[..., None]:
-    """Output channels ``column`` to ``column + columns`` of a group, a run of rows in a run of images."""
-    x, y, window = spec.x, spec.y, spec.window
-    K, Q, C = spec.K, spec.Q, spec.channels
+def forward_block(spec: ConvSpec, columns: int) -> Callable[[Any, int, int, int, int, int, int, int], None]:
+    """Rows of some filters of a group: ``block(arguments, x, image, top, bottom, thread, group, first filter)``."""
+    x, y, window = spec.read, spec.y, spec.window
+    K, Q, C = spec.K, spec.Q, spec.depth
     pool_h = spec.pool[0]
     pooled = spec.pool != (1, 1)
     row = _output_row(spec, columns, c_row=columns if pooled else K)
     finish: Callable[..., None] = _pool_rows(spec, columns) if pooled else _activate_row(spec, columns)
-    packed = spec.packed_columns
+    packed, filters_of_group = spec.packed_columns, spec.filters
     corner = x.origin - window.top * x.pitch - window.left * x.C
     group_filters = window.R * window.S * C * packed
     row_step, scratch_size = window.stride_h * x.pitch, spec.scratch
+    y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
 
     @inlined
-    def block(
-        arguments: Any, first: int, last: int, top: int, bottom: int, thread: int, group: int, column: int
-    ) -> None:
+    def block(arguments: Any, x: int, image: int, top: int, bottom: int, thread: int, group: int, column: int) -> None:
         filters = arguments[2] + FLOAT * (group * group_filters + column)
-        channel = group * (K // spec_groups) + column
+        channel = group * filters_of_group + column
         bias = arguments[3] + FLOAT * channel
         rows = arguments[6] + FLOAT * thread * scratch_size
-        for image in range(first, last):
-            source = arguments[1] + FLOAT * (image * x_size + corner + group * C)
-            if pooled:
-                for p in range(top, bottom):
-                    for i in range(pool_h):
-                        row(source + FLOAT * (p * pool_h + i) * row_step, filters, rows + FLOAT * i * Q * columns, bias)
-                    finish(rows, arguments[4], arguments[5], image, p, channel)
-            else:
-                for p in range(top, bottom):
-                    target = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
-                    row(source + FLOAT * p * row_step, filters, target, bias)
-                    finish(target)
+        source = x + FLOAT * (corner + group * C)
+        if pooled:
+            for p in range(top, bottom):
+                for i in range(pool_h):
+                    row(source + FLOAT * (p * pool_h + i) * row_step, filters, rows + FLOAT * i * Q * columns, bias)
+                finish(rows, arguments[4], arguments[5], image, p, channel)
+        else:
+            for p in range(top, bottom):
+                target = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
+                row(source + FLOAT * p * row_step, filters, target, bias)
+                finish(target)
 
-    x_size, y_size, y_origin, y_pitch, spec_groups = x.size, y.size, y.origin, y.pitch, spec.groups
-    found: Callable[..., None] = block
+    found: Callable[[Any, int, int, int, int, int, int, int], None] = block
     return found
 
 
 def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int, int, int], None]:
     """One row of Q output pixels: ``row(a, b, c, bias)``."""
-    window, C, packed = spec.window, spec.channels, spec.packed_columns
+    x, window, C, packed = spec.read, spec.window, spec.depth, spec.packed_columns
     R, S = window.R, window.S
     start: Literal["zero", "load", "bias"] = "load" if spec.add else "bias" if spec.bias else "zero"
     relu = spec.merged and spec.slope == 0
@@ -149,15 +150,16 @@ def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int,
         rows=0,
         columns=columns,
         depth=S * C if spec.merged else C,
-        a_row=window.stride_w * spec.x.C,
+        a_row=window.stride_w * x.C,
         a_depth=1,
-        a_segment=window.dilation_h * spec.x.pitch if spec.merged else window.dilation_w * spec.x.C,
+        a_segment=window.dilation_h * x.pitch if spec.merged else window.dilation_w * x.C,
         b_depth=packed,
         b_segment=(S * C if spec.merged else C) * packed,
         c_row=c_row,
         lanes=spec.lanes,
         start=start,
         relu=relu,
+        pairs=spec.pairs,
     )
     if spec.merged:
         whole = register_rows(merged, spec.Q, spec.registers)
@@ -168,7 +170,7 @@ def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int,
     else:
         begin = register_rows(merged, spec.Q, spec.registers)
         further = register_rows(replace(merged, start="load"), spec.Q, spec.registers)
-        a_step, b_step = FLOAT * window.dilation_h * spec.x.pitch, FLOAT * S * C * packed
+        a_step, b_step = FLOAT * window.dilation_h * x.pitch, FLOAT * S * C * packed
 
         @inlined
         def row(a: int, b: int, c: int, bias: int) -> None:
@@ -237,7 +239,7 @@ def conv_backward(spec: ConvSpec) -> Callable[..., None]:
     bias, K = spec.bias, spec.K
     part = spec.window.R * spec.window.S * spec.channels * K
     x_size, bare = spec.x.size, spec.x.H * spec.x.W * spec.x.C
-    rows_offset = spec.pool[0] * spec.Q * VECTORS * spec.lanes
+    rows_offset = spec.pooled_rows
     framed_size = slope_frame(spec).size
     gaps = wants_dx and not spec.add and not covers(spec)
 
@@ -294,38 +296,57 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
 
 def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     """``dw[r, s, c, k] += sum over p, q of x[p + r, q + s, c] dy[p, q, k]``: ``weights(x, dy, dw)``."""
-    x, window, framed = spec.x, spec.window, slope_frame(spec)
+    framed = slope_frame(spec)
+    product = weight_product(spec, spec.Q, 1, framed.pitch)
+    begin = FLOAT * framed.origin
+
+    @inlined
+    def weights(x: int, dy: int, dw: int) -> None:
+        product(x, dy + begin, dw)
+
+    found: Callable[[int, int, int], None] = weights
+    return found
+
+
+def weight_product(spec: ConvSpec, depth: int, every: int, pitch: int) -> Callable[[int, int, int], None]:
+    """Dw from x and the first pixel of dy: ``product(x, dy, dw)``.
+
+    A row is ``depth`` pixels of dy (or pairs of them), ``pitch`` elements from the next; in x they are ``every``
+    strides apart.
+    """
+    x, window = spec.x, spec.window
     R, S, C, K, filters = window.R, window.S, spec.channels, spec.K, spec.filters
     block = VECTORS * spec.lanes
     rows_at_once = S * C if spec.merged else C
     base = Gemm(
         rows=0,
         columns=block,
-        depth=spec.Q,
+        depth=depth,
         a_row=1,
-        a_depth=window.stride_w * x.C,
+        a_depth=every * window.stride_w * x.C,
         a_segment=window.stride_h * x.pitch,
         b_depth=K,
-        b_segment=framed.pitch,
+        b_segment=pitch,
         c_row=K,
         lanes=spec.lanes,
         start="load",
+        pairs=spec.pairs,
     )
     whole, rest = divmod(filters, block)
     full = register_rows(base, rows_at_once, spec.registers)
     tail = register_rows(replace(base, columns=rest or block), rows_at_once, spec.registers)
     corner = x.origin - window.top * x.pitch - window.left * x.C
     taps = 1 if spec.merged else S
-    groups, P, origin = spec.groups, spec.P, framed.origin
+    groups, P = spec.groups, spec.P
     row_step, tap_step = window.dilation_h * x.pitch, window.dilation_w * x.C
 
     @inlined
-    def weights(source: int, dy: int, dw: int) -> None:
+    def product(source: int, dy: int, dw: int) -> None:
         for r in range(R):
             for s in range(taps):
                 for group in range(groups):
                     a = source + FLOAT * (corner + r * row_step + s * tap_step + group * C)
-                    b = dy + FLOAT * (origin + group * filters)
+                    b = dy + FLOAT * group * filters
                     c = dw + FLOAT * ((r * S + s) * C * K + group * filters)
                     if whole:
                         for j in range(whole):
@@ -333,25 +354,25 @@ def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
                     if rest:
                         tail(a, b + FLOAT * whole * block, c + FLOAT * whole * block, 0, P)
 
-    found: Callable[[int, int, int], None] = weights
+    found: Callable[[int, int, int], None] = product
     return found
 
 
 def _input_gradients(spec: ConvSpec) -> tuple[Callable[[int, int, int], None], ...]:
     """``dx`` of one image from the framed dy: ``inputs(dy, filters, dx)`` for each residue; dx is (H, W, C)."""
-    return tuple(_input_part(spec, part) for part in parts(spec))
+    return tuple(input_part(spec, part) for part in parts(spec))
 
 
-def _input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
-    """The pixels of dx of one residue of the stride."""
+def input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
+    """The pixels of dx of one residue of the stride: ``inputs(dy, filters, dx)`` from the framed dy of one image."""
     back, window = part.conv, spec.window
     block, pixel = VECTORS * spec.lanes, window.stride_w * spec.x.C
     whole, rest = divmod(back.filters, block)
     full, tail = _output_row(back, block, c_row=pixel), _output_row(back, rest or block, c_row=pixel)
     groups, C, rows, target = spec.groups, back.filters, back.P, part.target
-    source_channels, packed = back.channels, back.packed_columns
+    source_channels, packed = back.depth, back.packed_columns
     before, group_filters = (taps * source_channels * packed for taps in (part.filters, len(tap_order(spec))))
-    pitch, target_pitch, origin = back.x.pitch, window.stride_h * spec.x.W * spec.x.C, back.x.origin
+    pitch, target_pitch, origin = back.read.pitch, window.stride_h * spec.x.W * spec.x.C, back.read.origin
 
     @inlined
     def inputs(dy: int, filters: int, dx: int) -> None:

@@ -20,6 +20,7 @@ BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
 QUARTERS = 4  # of the outputs of a dense layer that the optimizer takes one by one
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
+WORDS_APART = 16  # a cache line of float32: how arrays in scratch memory are aligned
 MOST_TAPS = 160  # of all channels, that are summed over the pixels that won a max-pool
 ROWS_MOVED, MOVED_VECTORS = 8, 3  # of a dense layer's float32 weights that the optimizer takes together
 GROUP = 128  # output pixels whose columns are gathered at a time
@@ -156,6 +157,16 @@ class ConvSpec:
         return self.K // self.groups
 
     @property
+    def read(self) -> Frame:
+        """What filters multiply: x, or with ``pairs`` x in bf16, in words of two neighboring channels."""
+        return replace(self.x, C=self.x.C // 2, origin=self.x.origin // 2) if self.pairs else self.x
+
+    @property
+    def depth(self) -> int:
+        """Elements that a tap of a group's filters multiplies: channels, or words."""
+        return self.read.C // self.groups
+
+    @property
     def packed_columns(self) -> int:
         """Columns of a group's packed forward filters: whole vectors."""
         return round_up(self.filters, self.lanes)
@@ -166,9 +177,16 @@ class ConvSpec:
         return round_up(self.channels, self.lanes)
 
     @property
+    def pooled_rows(self) -> int:
+        """Elements of the rows that a max-pool takes together, of one block of filters."""
+        return self.pool[0] * self.Q * VECTORS * self.lanes
+
+    @property
     def scratch(self) -> int:
         """Elements of scratch memory for each thread: rows to pool, and the framed dy of one image."""
-        rows = self.pool[0] * self.Q * VECTORS * self.lanes + self.framed.size + VECTORS * self.lanes
+        rows = self.pooled_rows + self.framed.size + VECTORS * self.lanes
+        if self.pairs:  # x and dy in bf16, as ``kernels.pairs`` lays them out
+            rows += self.x.size + self.framed.size // 2 + self.P * -(-self.Q // 2) * self.K + 3 * WORDS_APART
         return max(rows, 4 * self.x.size) if self.sparse else rows
 
     @property
@@ -301,9 +319,10 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class PackSpec:
-    """Filters of any size packed for a convolution; turned for its dx."""
+    """Filters of any size packed for a convolution; turned for its dx; pairs: of bf16, neighbors in depth."""
 
     turned: bool
+    pairs: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convolt.engines.jit.adam import LANES, adam_step
+from convolt.engines.jit.bf16 import bf16_of_float32
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec
 from convolt.engines.jit.memory import address_of, view
@@ -23,26 +24,35 @@ def pack(spec: PackSpec) -> Callable[..., None]:
 
     Forward: depth = C/groups, columns hold K/groups. Turned: depth = K/groups, columns hold C/groups. Arguments: state,
     w, packed, groups, K/groups, C/groups, taps, columns, taps', and which tap each of these is. A chunk is one of them;
-    columns behind the last filter stay zero.
+    columns behind the last filter stay zero. In pairs: (groups, taps', depth / 2, columns, 2) of bf16.
     """
-    back = spec.turned
+    back, together = spec.turned, 2 if spec.pairs else 1
+    number: Any = bf16_of_float32 if spec.pairs else _same
+    kind: Any = np.uint16 if spec.pairs else np.float32
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         groups, filters, C, taps = arguments[3], arguments[4], arguments[5], arguments[6]
         columns, packed_taps, tap = arguments[7], arguments[8], arguments[9 + chunk]
+        depth = (filters if back else C) // together
         w = view(arguments[1], (groups, filters, C, taps), np.float32)
-        packed = view(arguments[2], (groups, packed_taps, filters if back else C, columns), np.float32)
+        packed = view(arguments[2], (groups, packed_taps, depth, columns, together), kind)
         for group in range(groups):
             if back:
                 for k in range(filters):
                     for c in range(C):
-                        packed[group, chunk, k, c] = w[group, k, c, tap]
+                        packed[group, chunk, k // together, c, k % together] = number(w[group, k, c, tap])
             else:
                 for c in range(C):
                     for k in range(filters):
-                        packed[group, chunk, c, k] = w[group, k, c, tap]
+                        packed[group, chunk, c // together, k, c % together] = number(w[group, k, c, tap])
 
     return kernel
+
+
+@inlined
+def _same(x: Any) -> Any:
+    """A float32 number as it is."""
+    return x
 
 
 def fold_norm(spec: FoldSpec) -> Callable[..., None]:

@@ -33,11 +33,6 @@ def obstacle(spec: ConvSpec) -> str:
     return ""
 
 
-def odd(spec: ConvSpec) -> bool:
-    """Whether channels or filters do not come in pairs."""
-    return spec.x.C % 2 == 1 or spec.K % 2 == 1
-
-
 @dataclass(frozen=True)
 class Tiling:
     """An image as ``high`` x ``wide`` tiles of 2x2 pixels; a block is ``rows`` rows of them of ``images`` images."""
