@@ -12,7 +12,7 @@ import numpy as np
 from convolt.engines.jit.buffers import Address
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Unit
-from convolt.engines.jit.kernels.residues import tap_order
+from convolt.engines.jit.kernels.residues import packed_depth, packed_taps
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
     FLOAT,
@@ -101,15 +101,13 @@ def conv(plan: Plan, operation: Operation) -> Served:
     if plan.units.tiles is not None and groups == 1:
         operation.because(f"{UNITS[plan.units.tiles]}: bf16, groups 1")
         return conv_on_tiles(plan, operation, plan.units.tiles)
-    slow, single = obstacle(spec) or _few_images(plan), _unpaired(spec) or _few_images(plan)
-    if conv_unit == "dot" and not single:
+    slow, few = obstacle(spec) or _few_images(plan), _few_images(plan)
+    why = few or _unpaired(spec, slow) if conv_unit == "dot" else f"groups {groups}, bf16 takes 1"
+    if conv_unit == "dot" and not why:
         operation.because(f"{UNITS[conv_unit]}: bf16")
         spec = replace(spec, pairs=True)
-    elif conv_unit is not None:
-        why = single if conv_unit == "dot" else f"groups {groups}, bf16 takes 1"
-        operation.because(f"{plan.isa.name} vectors: fp32, {why}")
     else:
-        operation.because(f"{plan.isa.name} vectors: fp32")
+        operation.because(f"{plan.isa.name} vectors: fp32{f', {why}' if conv_unit is not None else ''}")
     if not slow:
         operation.because("Winograd F(2x2, 3x3)")
         return conv_by_winograd(plan, operation, spec)
@@ -127,8 +125,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
 
     def backward() -> Tasks:
         back = _adding(plan, replace(spec, pairs=spec.pairs and not spec.sparse), source)
-        depth = spec.filters // 2 if back.pairs else spec.filters
-        reverse_size = len(tap_order(back)) * spec.groups * depth * back.turned_columns
+        reverse_size = spec.groups * packed_depth(back, turned=True) * back.turned_columns
         reverse = plan.address(f"turned filters {name}", reverse_size)
         parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
         bias_parts = plan.address("parts of db", plan.chunks * spec.K)
@@ -147,10 +144,12 @@ def conv(plan: Plan, operation: Operation) -> Served:
     return forward, backward
 
 
-def _unpaired(spec: ConvSpec) -> str:
-    """Why numbers are not multiplied in pairs; empty if they are."""
-    if spec.channels % 2 or spec.filters % 2:
-        return "an odd number of channels" if spec.channels % 2 else "an odd number of filters"
+def _unpaired(spec: ConvSpec, slow: str) -> str:
+    """Why numbers are not multiplied in pairs; empty if they are. slow: why not by Winograd's algorithm."""
+    if spec.depthwise:
+        return "depthwise"
+    if not slow and (spec.x.C % 2 or spec.K % 2):
+        return "an odd number of channels"
     return ""
 
 
@@ -176,22 +175,23 @@ def conv_prediction(plan: Plan, operation: Operation, spec: ConvSpec) -> Tasks:
 
 def packed_filters(plan: Plan, operation: Operation, spec: ConvSpec, weight: Argument) -> tuple[Address, Task]:
     """Where filters are packed for a forward pass, and what does it."""
-    taps = spec.window.R * spec.window.S
-    packed = plan.address(f"filters {operation.names[0]}", taps * spec.groups * spec.depth * spec.packed_columns)
+    size = spec.groups * packed_depth(spec, turned=False) * spec.packed_columns
+    packed = plan.address(f"filters {operation.names[0]}", size)
     return packed, _pack(plan, f"{operation.label} pack", spec, weight, packed, turned=False)
 
 
 def _pack(plan: Plan, label: str, spec: ConvSpec, weight: Argument, packed: Address, turned: bool) -> Task:
     """Filters packed in the order of their taps, or as dx wants them; depthwise, they are one matrix (taps, K)."""
-    taps = spec.window.R * spec.window.S
-    order = tap_order(spec) if turned else tuple(range(taps))
+    taps, depth = packed_taps(spec, turned), packed_depth(spec, turned)
     shape, columns = (spec.groups, spec.filters, spec.channels), spec.packed_columns
     if turned:
         columns = spec.turned_columns
     if spec.depthwise:
-        shape, columns = (1, spec.K, 1), 1 if turned else spec.K
-    sizes = *shape, taps, columns, len(order), *order
-    return plan.whole(label, "weights:pack", PackSpec(turned, spec.pairs), len(order), weight, packed, sizes=sizes)
+        shape, columns, rows = (1, spec.K, 1), 1 if turned else spec.K, spec.K if turned else 1
+        taps, depth = tuple((tap, begin * rows) for tap, begin in taps), depth * rows
+    places = (number for place in taps for number in place)
+    sizes = *shape, spec.window.R * spec.window.S, columns, depth, *places
+    return plan.whole(label, "weights:pack", PackSpec(turned, spec.pairs), len(taps), weight, packed, sizes=sizes)
 
 
 def _sum_of_parts(
@@ -246,7 +246,7 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(winograd.scratch))
 
     def transformed(what: str, spec: WinogradSpec, turned: bool, to: Address) -> Task:
-        depth, pack = spec.conv.x.C, WinogradPack(spec.block, turned, spec.pairs)
+        depth, pack = spec.conv.x.C, WinogradPack(spec.block, turned, spec.conv.pairs)
         run = -(-depth // PACKED_RUNS)
         sizes = depth, spec.conv.K, run
         return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-depth // run), weight, to, sizes=sizes)

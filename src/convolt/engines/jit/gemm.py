@@ -17,8 +17,8 @@ Each element sums in the same order (s, then k) with one accumulator, whatever t
 blocking and every CPU with fused multiply-add gives the same bits.
 
 With ``pairs`` an element of A and of B is two bf16 numbers, neighbors in depth, in the 32 bits of a float32, and a step
-in depth adds both products by one instruction (AVX512-BF16): all sizes and strides count such elements, so what serves
-float32 serves bf16 at twice the rate. C and its sums stay float32.
+in depth adds both products by one instruction (AVX512-BF16): what serves float32 serves bf16 at twice the rate. The
+strides of A then count bf16 numbers, for a pair may begin at any; all else counts pairs. C and its sums stay float32.
 
 B is read in whole vectors, so 64 bytes behind its end must be readable; C and bias are touched only where they exist.
 """
@@ -31,7 +31,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.pair_products import dot_product
-from convolt.engines.jit.vectors import I64, Floats, carried_loop
+from convolt.engines.jit.vectors import F32, I16, I64, Floats, carried_loop
 
 STRAIGHT_LINE = 512  # multiply-adds: a loop over depth that is no longer than this is unrolled whole
 
@@ -40,7 +40,7 @@ STRAIGHT_LINE = 512  # multiply-adds: a loop over depth that is no longer than t
 class Gemm:
     """Sizes and strides in elements, all constants. `start`: zero, C as it is (load), or bias[columns].
 
-    pairs: A and B are pairs of bf16 numbers; wants 16 lanes.
+    pairs: A and B are pairs of bf16 numbers, and strides of A count numbers; wants 16 lanes.
     """
 
     rows: int
@@ -57,6 +57,11 @@ class Gemm:
     relu: bool = False
     unroll: int = 4
     pairs: bool = False
+
+    @property
+    def a_number(self) -> int:
+        """Bytes of what the strides of A count."""
+        return 2 if self.pairs else 4
 
     @property
     def vectors(self) -> int:
@@ -78,7 +83,8 @@ def gemm(spec: Gemm) -> Any:
 
 
 def _emit(spec: Gemm, floats: Floats, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> None:
-    a, b, c, bias = (floats.pointer(address) for address in (a, b, c, bias))
+    a = floats.builder.inttoptr(a, (I16 if spec.pairs else F32).as_pointer())
+    b, c, bias = (floats.pointer(address) for address in (b, c, bias))
     used = [min(spec.lanes, spec.columns - j * spec.lanes) for j in range(spec.vectors)]
     block = [(m, j) for m in range(spec.rows) for j in range(spec.vectors)]
     places = {(m, j): floats.at(c, m * spec.c_row + j * spec.lanes) for m, j in block}
@@ -108,7 +114,7 @@ def _over_depth(spec: Gemm, floats: Floats, a: Any, b: Any, sums: list[Any]) -> 
         floats.order_loads()
         following = []
         for m in range(spec.rows):
-            pixel = floats.broadcast(floats.at(a, m * spec.a_row + k * spec.a_depth))
+            pixel = floats.broadcast(floats.at(a, m * spec.a_row + k * spec.a_depth), spec.a_number)
             row = sums[m * spec.vectors : (m + 1) * spec.vectors]
             following += [add(pixel, w, c) for w, c in zip(weights, row, strict=True)]
         return following

@@ -87,10 +87,12 @@ class Floats:
             pointer = self.builder.gep(pointer, [I64(part) if isinstance(part, int) else part])
         return pointer
 
-    def broadcast(self, pointer: Any) -> Any:
-        """The number at `pointer` in every lane."""
+    def broadcast(self, pointer: Any, align: int = 4) -> Any:
+        """The 32 bits at `pointer`, a multiple of `align` bytes, in every lane."""
         undefined = ir.Constant(self.type, ir.Undefined)
-        lane = self.builder.insert_element(undefined, self.builder.load(pointer), I32(0))
+        number = self.builder.load(self.builder.bitcast(pointer, F32.as_pointer()))
+        number.align = align
+        lane = self.builder.insert_element(undefined, number, I32(0))
         return self.builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(I32, self.lanes), None))
 
     def load(self, pointer: Any, used: int | None = None) -> Any:

@@ -29,7 +29,7 @@ from convolt.engines.jit.kernels.depthwise import (
     depthwise_input_gradients,
     depthwise_weight_gradient,
 )
-from convolt.engines.jit.kernels.residues import Part, covers, parts, slope_frame, tap_order
+from convolt.engines.jit.kernels.residues import Part, covers, packed_depth, parts, slope_frame
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec
 from convolt.engines.jit.kernels.winners import winners_backward
 from convolt.engines.jit.memory import hidden, view
@@ -52,7 +52,7 @@ def register_rows(spec: Gemm, total: int, registers: int) -> Callable[[int, int,
     blocks, rest = divmod(total, rows)
     main = gemm(replace(spec, rows=rows))
     tail = gemm(replace(spec, rows=rest)) if rest else main
-    a_step, c_step = FLOAT * rows * spec.a_row, FLOAT * rows * spec.c_row
+    a_step, c_step = spec.a_number * rows * spec.a_row, FLOAT * rows * spec.c_row
 
     @inlined
     def run(a: int, b: int, c: int, bias: int, segments: int) -> None:
@@ -106,15 +106,15 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
 
 def forward_block(spec: ConvSpec, columns: int) -> Callable[[Any, int, int, int, int, int, int, int], None]:
     """Rows of some filters of a group: ``block(arguments, x, image, top, bottom, thread, group, first filter)``."""
-    x, y, window = spec.read, spec.y, spec.window
-    K, Q, C = spec.K, spec.Q, spec.depth
+    x, y, window, number = spec.x, spec.y, spec.window, spec.number
+    K, Q, C = spec.K, spec.Q, spec.channels
     pool_h = spec.pool[0]
     pooled = spec.pool != (1, 1)
     row = _output_row(spec, columns, c_row=columns if pooled else K)
     finish: Callable[..., None] = _pool_rows(spec, columns) if pooled else _activate_row(spec, columns)
     packed, filters_of_group = spec.packed_columns, spec.filters
     corner = x.origin - window.top * x.pitch - window.left * x.C
-    group_filters = window.R * window.S * C * packed
+    group_filters = spec.segments * spec.depth * packed
     row_step, scratch_size = window.stride_h * x.pitch, spec.scratch
     y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
 
@@ -124,16 +124,17 @@ def forward_block(spec: ConvSpec, columns: int) -> Callable[[Any, int, int, int,
         channel = group * filters_of_group + column
         bias = arguments[3] + FLOAT * channel
         rows = arguments[6] + FLOAT * thread * scratch_size
-        source = x + FLOAT * (corner + group * C)
+        source = x + number * (corner + group * C)
         if pooled:
             for p in range(top, bottom):
                 for i in range(pool_h):
-                    row(source + FLOAT * (p * pool_h + i) * row_step, filters, rows + FLOAT * i * Q * columns, bias)
+                    place = source + number * (p * pool_h + i) * row_step
+                    row(place, filters, rows + FLOAT * i * Q * columns, bias)
                 finish(rows, arguments[4], arguments[5], image, p, channel)
         else:
             for p in range(top, bottom):
                 target = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
-                row(source + FLOAT * p * row_step, filters, target, bias)
+                row(source + number * p * row_step, filters, target, bias)
                 finish(target)
 
     found: Callable[[Any, int, int, int, int, int, int, int], None] = block
@@ -142,19 +143,18 @@ def forward_block(spec: ConvSpec, columns: int) -> Callable[[Any, int, int, int,
 
 def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int, int, int], None]:
     """One row of Q output pixels: ``row(a, b, c, bias)``."""
-    x, window, C, packed = spec.read, spec.window, spec.depth, spec.packed_columns
-    R, S = window.R, window.S
+    x, window, packed, R = spec.x, spec.window, spec.packed_columns, spec.window.R
     start: Literal["zero", "load", "bias"] = "load" if spec.add else "bias" if spec.bias else "zero"
     relu = spec.merged and spec.slope == 0
     merged = Gemm(
         rows=0,
         columns=columns,
-        depth=S * C if spec.merged else C,
+        depth=spec.depth,
         a_row=window.stride_w * x.C,
-        a_depth=1,
+        a_depth=spec.together,
         a_segment=window.dilation_h * x.pitch if spec.merged else window.dilation_w * x.C,
         b_depth=packed,
-        b_segment=(S * C if spec.merged else C) * packed,
+        b_segment=spec.depth * packed,
         c_row=c_row,
         lanes=spec.lanes,
         start=start,
@@ -170,7 +170,8 @@ def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int,
     else:
         begin = register_rows(merged, spec.Q, spec.registers)
         further = register_rows(replace(merged, start="load"), spec.Q, spec.registers)
-        a_step, b_step = FLOAT * window.dilation_h * x.pitch, FLOAT * S * C * packed
+        S = window.S
+        a_step, b_step = spec.number * window.dilation_h * x.pitch, FLOAT * S * spec.depth * packed
 
         @inlined
         def row(a: int, b: int, c: int, bias: int) -> None:
@@ -297,7 +298,7 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
 def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     """``dw[r, s, c, k] += sum over p, q of x[p + r, q + s, c] dy[p, q, k]``: ``weights(x, dy, dw)``."""
     framed = slope_frame(spec)
-    product = weight_product(spec, spec.Q, 1, framed.pitch)
+    product = weight_product(spec, framed.pitch)
     begin = FLOAT * framed.origin
 
     @inlined
@@ -308,11 +309,10 @@ def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     return found
 
 
-def weight_product(spec: ConvSpec, depth: int, every: int, pitch: int) -> Callable[[int, int, int], None]:
-    """Dw from x and the first pixel of dy: ``product(x, dy, dw)``.
+def weight_product(spec: ConvSpec, pitch: int) -> Callable[[int, int, int], None]:
+    """``product(x, dy, dw)`` adds to dw; dy is at its first pixel, and its rows are ``pitch`` elements apart.
 
-    A row is ``depth`` pixels of dy (or pairs of them), ``pitch`` elements from the next; in x they are ``every``
-    strides apart.
+    In pairs x has a word for every number, and every other pixel of it is multiplied.
     """
     x, window = spec.x, spec.window
     R, S, C, K, filters = window.R, window.S, spec.channels, spec.K, spec.filters
@@ -321,10 +321,10 @@ def weight_product(spec: ConvSpec, depth: int, every: int, pitch: int) -> Callab
     base = Gemm(
         rows=0,
         columns=block,
-        depth=depth,
-        a_row=1,
-        a_depth=every * window.stride_w * x.C,
-        a_segment=window.stride_h * x.pitch,
+        depth=-(-spec.Q // spec.together),
+        a_row=spec.together,
+        a_depth=spec.together * spec.together * window.stride_w * x.C,
+        a_segment=spec.together * window.stride_h * x.pitch,
         b_depth=K,
         b_segment=pitch,
         c_row=K,
@@ -370,9 +370,9 @@ def input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
     whole, rest = divmod(back.filters, block)
     full, tail = _output_row(back, block, c_row=pixel), _output_row(back, rest or block, c_row=pixel)
     groups, C, rows, target = spec.groups, back.filters, back.P, part.target
-    source_channels, packed = back.depth, back.packed_columns
-    before, group_filters = (taps * source_channels * packed for taps in (part.filters, len(tap_order(spec))))
-    pitch, target_pitch, origin = back.read.pitch, window.stride_h * spec.x.W * spec.x.C, back.read.origin
+    source_channels, packed, number = back.channels, back.packed_columns, back.number
+    before, group_filters = part.filters * packed, packed_depth(spec, turned=True) * packed
+    pitch, target_pitch, origin = back.x.pitch, window.stride_h * spec.x.W * spec.x.C, back.x.origin
 
     @inlined
     def inputs(dy: int, filters: int, dx: int) -> None:
@@ -380,7 +380,7 @@ def input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
             w = filters + FLOAT * (group * group_filters + before)
             for j in range(whole + (1 if rest else 0)):
                 for h in range(rows):
-                    a = dy + FLOAT * (origin + h * pitch + group * source_channels)
+                    a = dy + number * (origin + h * pitch + group * source_channels)
                     c = dx + FLOAT * (target + h * target_pitch + group * C + j * block)
                     if whole and j < whole:
                         full(a, w + FLOAT * j * block, c, 0)

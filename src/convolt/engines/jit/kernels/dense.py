@@ -152,7 +152,7 @@ def deep_rows(spec: Gemm, rows: int, depth: int, registers: int) -> Callable[[in
         return shallow
     between = register_rows(replace(spec, depth=size, start="load"), rows, registers)
     end = between if last == size else register_rows(replace(spec, depth=last, start="load"), rows, registers)
-    a_step, b_step = FLOAT * size * spec.a_depth, FLOAT * size * spec.b_depth
+    a_step, b_step = spec.a_number * size * spec.a_depth, FLOAT * size * spec.b_depth
 
     @inlined
     def run(a: int, b: int, c: int) -> None:

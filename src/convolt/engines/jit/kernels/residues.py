@@ -49,7 +49,7 @@ def along(size: int, kernel: int, stride: int, pad: int, dilation: int) -> tuple
 class Part:
     """One of the convolutions that make dx: ``conv`` from the framed dy to its pixels of dx, as if they were dense.
 
-    target: elements from the first pixel of dx to its first one. filters: taps before its own in ``tap_order``.
+    target: elements from the first pixel of dx to its first one. filters: rows of packed filters before its own.
     """
 
     conv: ConvSpec
@@ -79,8 +79,7 @@ def parts(spec: ConvSpec) -> tuple[Part, ...]:
     x, frame = spec.x, slope_frame(spec)
     found, filters = [], 0
     for rows, columns in product(*_axes(spec)):
-        taps = len(rows.taps) * len(columns.taps)
-        if not taps:
+        if not rows.taps or not columns.taps:
             continue
         source = replace(frame, origin=frame.origin + rows.place * frame.pitch + columns.place * spec.K)
         conv = replace(
@@ -97,7 +96,7 @@ def parts(spec: ConvSpec) -> tuple[Part, ...]:
             wants_dx=False,
         )
         found.append(Part(conv, (rows.start * x.W + columns.start) * x.C, filters))
-        filters += taps
+        filters += conv.segments * conv.depth
     return tuple(found)
 
 
@@ -106,6 +105,26 @@ def tap_order(spec: ConvSpec) -> tuple[int, ...]:
     return tuple(
         r * spec.window.S + s for rows, columns in product(*_axes(spec)) for r in rows.taps for s in columns.taps
     )
+
+
+def packed_depth(spec: ConvSpec, turned: bool) -> int:
+    """Rows of a group's packed filters, each one's depth after another's; turned for dx."""
+    return sum(conv.segments * conv.depth for conv in _packed_for(spec, turned))
+
+
+def packed_taps(spec: ConvSpec, turned: bool) -> tuple[tuple[int, int], ...]:
+    """Taps in the order in which they are packed, and where in depth the numbers of each begin."""
+    order = iter(tap_order(spec) if turned else range(spec.window.R * spec.window.S))
+    found, begin = [], 0
+    for conv in _packed_for(spec, turned):
+        for _ in range(conv.segments):
+            found += [(next(order), begin + i * conv.channels) for i in range(conv.segment_taps)]
+            begin += conv.depth * conv.together
+    return tuple(found)
+
+
+def _packed_for(spec: ConvSpec, turned: bool) -> list[ConvSpec]:
+    return [part.conv for part in parts(spec)] if turned else [spec]
 
 
 def covers(spec: ConvSpec) -> bool:

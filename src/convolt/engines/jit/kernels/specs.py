@@ -157,14 +157,29 @@ class ConvSpec:
         return self.K // self.groups
 
     @property
-    def read(self) -> Frame:
-        """What filters multiply: x, or with ``pairs`` x in bf16, in words of two neighboring channels."""
-        return replace(self.x, C=self.x.C // 2, origin=self.x.origin // 2) if self.pairs else self.x
+    def together(self) -> int:
+        """Numbers that are multiplied at once."""
+        return 2 if self.pairs else 1
+
+    @property
+    def number(self) -> int:
+        """Bytes of each of them."""
+        return BF16 if self.pairs else FLOAT
+
+    @property
+    def segment_taps(self) -> int:
+        """Taps that lie contiguous in the image: those of a filter row, or one alone."""
+        return self.window.S if self.merged else 1
+
+    @property
+    def segments(self) -> int:
+        """Of a filter."""
+        return self.window.R * self.window.S // self.segment_taps
 
     @property
     def depth(self) -> int:
-        """Elements that a tap of a group's filters multiplies: channels, or words."""
-        return self.read.C // self.groups
+        """Products of a segment; an odd number has a zero as its last one's partner."""
+        return -(-self.segment_taps * self.channels // self.together)
 
     @property
     def packed_columns(self) -> int:

@@ -20,11 +20,11 @@ from convolt.engines.jit.memory import address_of, view
 
 
 def pack(spec: PackSpec) -> Callable[..., None]:
-    """Filters (groups, K/groups, C/groups, taps) to (groups, taps', depth, columns), of any size.
+    """Filters (groups, K/groups, C/groups, taps) to (groups, depth, columns), of any size; a chunk is a tap.
 
-    Forward: depth = C/groups, columns hold K/groups. Turned: depth = K/groups, columns hold C/groups. Arguments: state,
-    w, packed, groups, K/groups, C/groups, taps, columns, taps', and which tap each of these is. A chunk is one of them;
-    columns behind the last filter stay zero. In pairs: (groups, taps', depth / 2, columns, 2) of bf16.
+    Forward, C/groups of each tap lie along the depth and K/groups along the columns; turned, it is the other way round.
+    Arguments: state, w, packed, groups, K/groups, C/groups, taps, columns, depth, and for each chunk its tap and where
+    in depth that begins. In pairs: (groups, depth, columns, 2) of bf16. What is written by no tap stays zero.
     """
     back, together = spec.turned, 2 if spec.pairs else 1
     number: Any = bf16_of_float32 if spec.pairs else _same
@@ -32,19 +32,20 @@ def pack(spec: PackSpec) -> Callable[..., None]:
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         groups, filters, C, taps = arguments[3], arguments[4], arguments[5], arguments[6]
-        columns, packed_taps, tap = arguments[7], arguments[8], arguments[9 + chunk]
-        depth = (filters if back else C) // together
+        columns, depth, tap, begin = arguments[7], arguments[8], arguments[9 + 2 * chunk], arguments[10 + 2 * chunk]
         w = view(arguments[1], (groups, filters, C, taps), np.float32)
-        packed = view(arguments[2], (groups, packed_taps, depth, columns, together), kind)
+        packed = view(arguments[2], (groups, depth, columns, together), kind)
         for group in range(groups):
             if back:
                 for k in range(filters):
+                    row, side = (begin + k) // together, (begin + k) % together
                     for c in range(C):
-                        packed[group, chunk, k // together, c, k % together] = number(w[group, k, c, tap])
+                        packed[group, row, c, side] = number(w[group, k, c, tap])
             else:
                 for c in range(C):
+                    row, side = (begin + c) // together, (begin + c) % together
                     for k in range(filters):
-                        packed[group, chunk, c // together, k, c % together] = number(w[group, k, c, tap])
+                        packed[group, row, k, side] = number(w[group, k, c, tap])
 
     return kernel
 

@@ -90,7 +90,7 @@ def _inputs(spec: WinogradSpec, tiles: Tiling, planes: Planes) -> Callable[[int,
 def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], None]:
     """``m = v u`` in each plane: ``products(v, packed filters, m)``."""
     conv, block, panels, depth, K = spec.conv, spec.block, spec.panels, spec.depth, spec.conv.K
-    shape = Gemm(0, min(block, K), depth, depth, 1, 0, block, 0, K, conv.lanes, pairs=spec.pairs)
+    shape = Gemm(0, min(block, K), depth, conv.x.C, conv.together, 0, block, 0, K, conv.lanes, pairs=conv.pairs)
     full = deep_rows(shape, tiles.tiles, depth, conv.registers)
     rest = K % block
     tail = deep_rows(replace(shape, columns=rest), tiles.tiles, depth, conv.registers) if rest and block < K else full
@@ -228,7 +228,8 @@ def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
     inputs, slopes = spec.summed(C), spec.summed(K)
     T, v_plane, d_plane = inputs.count, inputs.plane, slopes.plane
     whole, rest = divmod(K, block)
-    shape = Gemm(0, block if whole else rest, T, 1, C, 0, K, 0, K, conv.lanes, start="load", pairs=spec.pairs)
+    word, tile = conv.together, conv.together * C
+    shape = Gemm(0, block if whole else rest, T, word, tile, 0, K, 0, K, conv.lanes, start="load", pairs=conv.pairs)
     full = deep_rows(shape, C, T, conv.registers)
     tail = deep_rows(replace(shape, columns=rest), C, T, conv.registers) if rest and whole else full
 

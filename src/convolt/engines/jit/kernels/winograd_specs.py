@@ -102,14 +102,9 @@ class WinogradSpec:
 
     conv: ConvSpec
 
-    @property
-    def pairs(self) -> bool:
-        """Whether transformed numbers are rounded to bf16 and multiplied in pairs."""
-        return self.conv.pairs
-
     def planes(self, tiling: Tiling, channels: int) -> Planes:
         """Of tiles that are multiplied by filters: the sum goes over channels."""
-        return Planes.of(tiling, channels, "channels" if self.pairs else "fp32")
+        return Planes.of(tiling, channels, "channels" if self.conv.pairs else "fp32")
 
     def products_size(self, tiling: Tiling) -> int:
         """Words of a block's transformed inputs and its products."""
@@ -117,12 +112,12 @@ class WinogradSpec:
 
     def summed(self, channels: int) -> Planes:
         """Of tiles of ``forward`` that are multiplied by those of dy: the sum goes over tiles."""
-        return Planes.of(self.forward, channels, "tiles" if self.pairs else "fp32")
+        return Planes.of(self.forward, channels, "tiles" if self.conv.pairs else "fp32")
 
     @property
     def depth(self) -> int:
         """Words of depth of the packed filters."""
-        return self.conv.x.C // 2 if self.pairs else self.conv.x.C
+        return self.conv.x.C // self.conv.together
 
     @property
     def forward(self) -> Tiling:
