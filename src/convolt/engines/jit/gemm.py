@@ -20,11 +20,13 @@ With ``pairs`` an element of A and of B is two bf16 numbers, neighbors in depth,
 in depth adds both products by one instruction (AVX512-BF16): what serves float32 serves bf16 at twice the rate. The
 strides of A then count bf16 numbers, for a pair may begin at any; all else counts pairs. C and its sums stay float32.
 
+Columns that fill no more than half of the last vector of 16 lanes are half a vector: where 512 bits take two passes
+through the adders they cost half as much, elsewhere the same.
+
 B is read in whole vectors, so 64 bytes behind its end must be readable; C and bias are touched only where they exist.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from numba import types
@@ -33,6 +35,7 @@ from numba.extending import intrinsic
 from convolt.engines.jit.pair_products import dot_product
 from convolt.engines.jit.vectors import F32, I16, I64, Floats, carried_loop
 
+WIDEST = 16  # lanes
 STRAIGHT_LINE = 512  # multiply-adds: a loop over depth that is no longer than this is unrolled whole
 
 
@@ -85,38 +88,48 @@ def gemm(spec: Gemm) -> Any:
 def _emit(spec: Gemm, floats: Floats, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> None:
     a = floats.builder.inttoptr(a, (I16 if spec.pairs else F32).as_pointer())
     b, c, bias = (floats.pointer(address) for address in (b, c, bias))
-    used = [min(spec.lanes, spec.columns - j * spec.lanes) for j in range(spec.vectors)]
+    vectors = _vectors(spec, floats)
+    used = [min(one.lanes, spec.columns - j * spec.lanes) for j, one in enumerate(vectors)]
     block = [(m, j) for m in range(spec.rows) for j in range(spec.vectors)]
     places = {(m, j): floats.at(c, m * spec.c_row + j * spec.lanes) for m, j in block}
     if spec.start == "load":
-        start = [floats.load(places[m, j], used[j]) for m, j in block]
+        start = [vectors[j].load(places[m, j], used[j]) for m, j in block]
     elif spec.start == "bias":
-        row = [floats.load(floats.at(bias, j * spec.lanes), used[j]) for j in range(spec.vectors)]
+        row = [one.load(floats.at(bias, j * spec.lanes), used[j]) for j, one in enumerate(vectors)]
         start = [row[j] for m, j in block]
     else:
-        start = [floats.zero] * len(block)
+        start = [vectors[j].zero for m, j in block]
 
     def segment(s: Any, sums: list[Any]) -> list[Any]:
         offset = [floats.builder.mul(s, I64(stride)) for stride in (spec.a_segment, spec.b_segment)]
-        return _over_depth(spec, floats, floats.at(a, offset[0]), floats.at(b, offset[1]), sums)
+        return _over_depth(spec, vectors, floats.at(a, offset[0]), floats.at(b, offset[1]), sums)
 
     sums = carried_loop(floats.builder, segments, start, segment)
     for (m, j), value in zip(block, sums, strict=True):
-        floats.store(floats.relu(value) if spec.relu else value, places[m, j], used[j])
+        vectors[j].store(vectors[j].relu(value) if spec.relu else value, places[m, j], used[j])
 
 
-def _over_depth(spec: Gemm, floats: Floats, a: Any, b: Any, sums: list[Any]) -> list[Any]:
+def _vectors(spec: Gemm, floats: Floats) -> list[Floats]:
+    """Those of a row of C."""
+    last = spec.columns - (spec.vectors - 1) * spec.lanes
+    half = spec.lanes == WIDEST and last <= WIDEST // 2
+    return [floats] * (spec.vectors - 1) + [Floats(floats.builder, WIDEST // 2) if half else floats]
+
+
+def _over_depth(spec: Gemm, vectors: list[Floats], a: Any, b: Any, sums: list[Any]) -> list[Any]:
     """Add the outer products of one segment."""
-    add = partial(dot_product, floats) if spec.pairs else floats.multiply_add
+    floats = vectors[0]
 
     def outer_product(a: Any, b: Any, k: int, sums: list[Any]) -> list[Any]:
-        weights = [floats.load(floats.at(b, k * spec.b_depth + j * spec.lanes)) for j in range(spec.vectors)]
+        weights = [one.load(floats.at(b, k * spec.b_depth + j * spec.lanes)) for j, one in enumerate(vectors)]
         floats.order_loads()
         following = []
         for m in range(spec.rows):
             pixel = floats.broadcast(floats.at(a, m * spec.a_row + k * spec.a_depth), spec.a_number)
             row = sums[m * spec.vectors : (m + 1) * spec.vectors]
-            following += [add(pixel, w, c) for w, c in zip(weights, row, strict=True)]
+            for one, w, c in zip(vectors, weights, row, strict=True):
+                left = pixel if one.lanes == floats.lanes else floats.low_half(pixel)
+                following.append(dot_product(one, left, w, c) if spec.pairs else one.multiply_add(left, w, c))
         return following
 
     def unrolled(i: Any, sums: list[Any]) -> list[Any]:

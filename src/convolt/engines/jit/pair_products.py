@@ -162,6 +162,7 @@ def _multiply_add(floats: Floats, left: list[Any], right: list[Any], total: Any)
 
 def dot_product(floats: Floats, left: Any, right: Any, total: Any) -> Any:
     """``total`` and, lane by lane, the products of pairs of bf16 numbers, which are given as vectors of float32."""
-    builder, kind = floats.builder, ir.VectorType(BFLOAT, 2 * LANES)
-    function = declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", floats.type, [floats.type, kind, kind])
+    builder, kind = floats.builder, ir.VectorType(BFLOAT, 2 * floats.lanes)
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * floats.lanes}"
+    function = declare(builder, name, floats.type, [floats.type, kind, kind])
     return builder.call(function, [total, builder.bitcast(left, kind), builder.bitcast(right, kind)])

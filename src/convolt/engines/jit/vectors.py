@@ -95,6 +95,11 @@ class Floats:
         lane = self.builder.insert_element(undefined, number, I32(0))
         return self.builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(I32, self.lanes), None))
 
+    def low_half(self, x: Any) -> Any:
+        """The first half of its lanes."""
+        lanes = ir.Constant(ir.VectorType(I32, self.lanes // 2), [I32(i) for i in range(self.lanes // 2)])
+        return self.builder.shuffle_vector(x, x, lanes)
+
     def load(self, pointer: Any, used: int | None = None) -> Any:
         """The vector of float32 at `pointer`; from lane `used` on it is zero and its memory is not touched."""
         return self.load_as(F32, pointer, self.lanes if used is None else used)
