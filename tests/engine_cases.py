@@ -77,6 +77,7 @@ class Entry:
 
 #: What multiplies bf16 numbers here, the widest first. Forced, it does so even where float32 is faster.
 UNITS = units(detect())
+ON_TILES = next(unit for unit in UNITS if unit != "dot")  # the widest unit whose convolutions take tiles
 ENGINES = (
     Entry("loops", lambda threads: engines.Loops(threads=threads)),
     Entry("im2col", lambda threads: engines.Im2col(threads=threads)),

@@ -15,7 +15,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import FunctionType, ModuleType
 
-from engine_cases import UNITS
+from engine_cases import ON_TILES, UNITS
 
 from convolt.engines.jit import compiler
 from convolt.engines.jit.compiler import FOLDER
@@ -39,7 +39,7 @@ class JitMutant:
     wrong: str
     by: str
     quick: bool = False
-    unit: str = UNITS[0]
+    unit: str = ON_TILES
     lanes: int = 0
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_cases import CASES, COMPILED, TOLERANCE, UNITS
+from engine_cases import CASES, COMPILED, ON_TILES, TOLERANCE, UNITS
 from engine_checks import (
     adds_gradients,
     assert_near,
@@ -63,22 +63,23 @@ from convolt.recipe import Recipe
 from convolt.rng import SampleRng
 
 every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
-every_unit = pytest.mark.parametrize("unit", UNITS)
+TILE_UNITS = tuple(unit for unit in UNITS if unit != "dot")
+every_unit = pytest.mark.parametrize("unit", TILE_UNITS)
 # The widest unit meets every case. The others share all kernels but the product itself: in every run they meet two.
 OF_ALL_UNITS = ("some images at a time, stride 2", "dense")
 
 
-def cases(names, units=UNITS[:1]):
+def cases(names, units=TILE_UNITS[:1]):
     """(name, unit) of cases; slow ones are those that a run can do without."""
     return [
         pytest.param(name, unit, marks=() if name in among else (pytest.mark.slow,))
         for unit in units
-        for among in [EVERY_RUN if unit == UNITS[0] else OF_ALL_UNITS]
+        for among in [EVERY_RUN if unit == ON_TILES else OF_ALL_UNITS]
         for name in names
     ]
 
 
-on_tiles_by_unit = pytest.mark.parametrize(("name", "unit"), cases(TILES, UNITS))
+on_tiles_by_unit = pytest.mark.parametrize(("name", "unit"), cases(TILES, TILE_UNITS))
 as_first_layer = pytest.mark.parametrize(("name", "unit"), cases(FIRST))
 LARGE = Model((1, 1, 1), (Flatten(), Dense(1, 300), Dense(300, 300)))  # more parameters than one chunk updates
 # In bf16: planes, stride 1, stride 2, a large dense matrix behind rounded features, a small one in float32.
@@ -180,18 +181,18 @@ def test_large_filters_have_few_parts_of_their_gradient(name, monkeypatch):
     """A part is of more images then: as many as the kernel that adds them up believes."""
     monkeypatch.setattr(convolutions, "LARGE_PART", 100)
     case = replace(TILES[name], batch=18)
-    equals_float64(case, UNITS[0])
-    adds_gradients(JIT(threads=2, unit=UNITS[0]), "bf16", case)
+    equals_float64(case, ON_TILES)
+    adds_gradients(JIT(threads=2, unit=ON_TILES), "bf16", case)
 
 
 def test_large_filters_on_planes_have_few_parts_of_their_gradient(monkeypatch):
     monkeypatch.setattr(convolutions, "LARGE_PART", 100)
-    equals_float64_as_first_layer(replace(FIRST["wide filter on planes"], batch=18), UNITS[0])
+    equals_float64_as_first_layer(replace(FIRST["wide filter on planes"], batch=18), ON_TILES)
 
 
 def test_cases_of_bf16_come_to_every_kernel():
     """A case that some threshold sends to float32 shows nothing."""
-    engine = JIT(threads=1, unit=UNITS[0])
+    engine = JIT(threads=1, unit=ON_TILES)
     models = [(case.model, case.batch) for case in TILES.values()] + [
         (case.bare, case.batch) for case in FIRST.values()
     ]
@@ -287,7 +288,7 @@ def test_bf16_is_near_float64(case):
 
 
 def test_bf16_first_layer_has_the_same_gradients():
-    needs_no_input_gradient(JIT(threads=2, unit=UNITS[0]), "bf16", TILES["whole tiles"])
+    needs_no_input_gradient(JIT(threads=2, unit=ON_TILES), "bf16", TILES["whole tiles"])
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -55,12 +55,19 @@ def test_rounding_by_an_instruction_goes_with_the_units_that_have_it():
     assert [converts(unit) for unit in ("amx", "dot", "fma")] == [True, True, False]
 
 
-def test_dot_products_serve_dense_layers_and_float32_convolutions():
+def test_dot_products_serve_dense_layers_and_convolutions():
     with measured({"dot": 200.0, "fma": 90.0}, 110.0):
         model = Model((1, 9, 9), (Conv2d(1, 4, 2), ReLU(), Flatten(), Dense(256, 64)))
         told = {stage.name: stage.reason for stage in JIT(threads=1).explain(model, "bf16").stages}
-    assert "vectors: fp32, where AVX512-BF16 dot products gain nothing" in told["0-1 Conv2d+ReLU"]
+    assert "AVX512-BF16 dot products: bf16; tap by tap" in told["0-1 Conv2d+ReLU"]
     assert told["3 Dense"].startswith("AVX512-BF16 dot products: bf16")
+
+
+def test_multiply_adds_serve_no_convolution_unless_they_are_forced_to():
+    """They would take tiles, whose layout costs more than it gains."""
+    with measured({"dot": 80.0, "fma": 120.0}, 110.0):
+        told = {stage.name: stage.reason for stage in JIT(threads=1).explain(TINY, "bf16").stages}
+    assert "vectors: fp32" in told["0 Conv2d"]
 
 
 def test_rates_are_measured_for_each_unit_and_for_float32():
