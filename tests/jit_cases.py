@@ -124,6 +124,7 @@ PAIRS = {
     "tiles in pairs": on_tiles((18, 6, 10), 20, 3, ReLU(), MaxPool2d(2), padding=1, batch=5),
     "one tile a row": on_tiles((16, 4, 2), 24, 3, padding=1, batch=37, bias=False),
     "two panels, padding 2": on_tiles((16, 8, 6), 70, 3, padding=2, batch=2),
+    "an odd number of channels": on_tiles((17, 6, 6), 19, 3, padding=1),
     "tiles of a residual branch": Rounded(
         "tiles in residual", (16, 4, 8), (Residual((Conv2d(16, 16, 3, padding=1),)),), 9
     ),

@@ -19,6 +19,7 @@ from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradien
 from jit_cases import (
     FIRST,
     OPTIMIZERS,
+    PAIRS,
     POOLED_FIRST,
     TILES,
     WINOGRAD,
@@ -37,6 +38,7 @@ from jit_mutant import JitMutant
 from jit_mutants_bf16 import BF16, BLOCK_OF_C, CONVERSION, FASTEST, FORCED, ONE_PASS, OVERFLOW
 from jit_mutants_fp32 import FP32
 from jit_mutants_fp32 import ONE_PASS as ONE_PASS_FP32
+from jit_mutants_pairs import PAIRS as OF_PAIRS
 
 from convolt.engines import JIT
 from convolt.engines.jit.compiler import Compiler
@@ -46,7 +48,7 @@ from convolt.optimizers import Adam
 
 # What a broken plan may raise besides a check's own AssertionError.
 BREAKDOWNS = (AssertionError, ValueError, IndexError, TypeError, KeyError, OverflowError, ConvoltError, RuntimeWarning)
-MUTANTS = (*FP32, *BF16)
+MUTANTS = (*FP32, *BF16, *OF_PAIRS)
 REPRESENTATIVE = tuple(number for number, mutant in enumerate(MUTANTS) if mutant.quick)
 
 
@@ -79,7 +81,7 @@ def _once(check: Callable[..., None], *arguments: Any) -> Callable[[str], None]:
 
 JUDGES: dict[str, Callable[[str], None]] = {
     **{case.name: partial(_layer, case) for case in (*CASES, *WINOGRAD.values(), *POOLED_FIRST.values())},
-    **{name: partial(_tiles, case) for name, case in TILES.items()},
+    **{name: partial(_tiles, case) for name, case in (TILES | PAIRS).items()},
     **{name: partial(_first, case) for name, case in FIRST.items()},
     **{repr(optimizer): _once(update_is_that_of_the_optimizer, optimizer) for optimizer in OPTIMIZERS},
     **{
