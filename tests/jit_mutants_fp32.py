@@ -26,14 +26,16 @@ SCALED = f"{Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 2.0))}"
 FP32 = (
     # convolution
     JitMutant(
-        "a pixel to the right", CONV, "def forward_block", "window.left * x.C", "(window.left - 1) * x.C", RAGGED
+        "a pixel to the right", CONV, "def _forward_block", "window.left * x.C", "(window.left - 1) * x.C", RAGGED
     ),
     JitMutant(
         "stride of the other axis", CONV, "def _output_row", "a_row=window.stride_w", "a_row=window.stride_h", OBLONG
     ),
     JitMutant("rows not dilated", CONV, "def _output_row", "number * window.dilation_h * ", "number * ", STRIDED),
     JitMutant("rows of a filter not summed", CONV, "def _output_row", 'start="load")', "start=start)", STRIDED),
-    JitMutant("bias of the first filters", CONV, "def forward_block", "FLOAT * channel\n", "FLOAT * column\n", GROUPED),
+    JitMutant(
+        "bias of the first filters", CONV, "def _forward_block", "FLOAT * channel\n", "FLOAT * column\n", GROUPED
+    ),
     JitMutant("tail rows dropped", CONV, "def register_rows", "        if rest:\n", "        if rest < 0:\n", BATCHED),
     JitMutant("code of a dead ReLU", CONV, "def _pool_rows", "relu=spec.slope == 0", "relu=False", POOLED, quick=True),
     JitMutant(
@@ -79,14 +81,16 @@ FP32 = (
     JitMutant(
         "pixels of dw not strided",
         CONV,
-        "def weight_product",
+        "def _weight_product",
         "spec.together * window.stride_w * x.C",
         "spec.together * x.C",
         STRIDED,
     ),
-    JitMutant("dw of the first group", CONV, "def weight_product", "C * K + group * filters)", "C * K)", GROUPED),
-    JitMutant("dx of the first group", CONV, "def input_part", "target_pitch + group * C", "target_pitch", GROUPED),
-    JitMutant("a row of dx too high", CONV, "def input_part", "origin + h * pitch", "origin + (h - 1) * pitch", RAGGED),
+    JitMutant("dw of the first group", CONV, "def _weight_product", "C * K + group * filters)", "C * K)", GROUPED),
+    JitMutant("dx of the first group", CONV, "def _input_part", "target_pitch + group * C", "target_pitch", GROUPED),
+    JitMutant(
+        "a row of dx too high", CONV, "def _input_part", "origin + h * pitch", "origin + (h - 1) * pitch", RAGGED
+    ),
     # weights
     JitMutant(
         "filters not turned",

@@ -91,7 +91,7 @@ def test_cases_come_to_every_kernel():
         if "AVX512-BF16" in stage.reason
         for kernel in stage.kernels
     }
-    assert kernels >= {"pairs:conv_forward", "pairs:conv_backward", "winograd:forward", "winograd:backward"}
+    assert kernels >= {"conv:conv_forward", "conv:conv_backward", "winograd:forward", "winograd:backward"}
 
 
 def test_few_images_are_predicted_in_float32():

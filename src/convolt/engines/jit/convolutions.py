@@ -121,7 +121,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     scratch = plan.scratch(spec.scratch)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
-    forward = [*folding, pack, plan.by_image(label, f"{_module(spec)}:conv_forward", spec, *arguments)]
+    forward = [*folding, pack, plan.by_image(label, "conv:conv_forward", spec, *arguments)]
 
     def backward() -> Tasks:
         back = _adding(plan, replace(spec, pairs=spec.pairs and not spec.sparse), source)
@@ -134,8 +134,8 @@ def conv(plan: Plan, operation: Operation) -> Served:
         if back.wants_dx and reverse_size:  # else no tap meets an input
             tasks.append(_pack(plan, f"{label} pack turned", back, weight, reverse, turned=True))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
-        pieces, kernel = (parts, bias_parts, scratch), f"{_module(back)}:conv_backward"
-        tasks.append(plan.by_image(f"{label} backward", kernel, back, *arguments, *pieces))
+        pieces = parts, bias_parts, scratch
+        tasks.append(plan.by_image(f"{label} backward", "conv:conv_backward", back, *arguments, *pieces))
         sizes = spec.K, spec.channels, taps, spec.K, taps * spec.channels * spec.K, plan.images
         runs = spec.K, FILTERS_AT_ONCE
         tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))
@@ -151,11 +151,6 @@ def _unpaired(spec: ConvSpec, slow: str) -> str:
     if not slow and (spec.x.C % 2 or spec.K % 2):
         return "an odd number of channels"
     return ""
-
-
-def _module(spec: ConvSpec) -> str:
-    """Where the kernels for a convolution tap by tap are."""
-    return "pairs" if spec.pairs else "conv"
 
 
 def conv_prediction(plan: Plan, operation: Operation, spec: ConvSpec) -> Tasks:

@@ -5,9 +5,8 @@ of float32's rate on some CPUs and twice that on others, with the same flags. So
 where float32 is faster it computes, with a warning that tells both figures. Forcing a unit is for tests, and for those
 who want a bf16 run's numbers on a CPU without it.
 
-Where dot products are faster, matrices take them and convolutions do not: a dense layer gains nearly what the rates
-promise; a convolution loses it again in laying numbers out in pairs, and for 3x3 filters float32 has an algorithm with
-fewer products (docs/kernels.md has the figures).
+Dot products serve convolutions by the kernels of float32, whose numbers become pairs (``gemm``), and dense layers by
+those of the tiles. Multiply-adds of bf16 numbers are for tests, and take tiles.
 """
 
 import warnings
@@ -51,7 +50,7 @@ def bf16_units(isa: Isa, forced: str | None) -> Units:
     found, fp32 = rates(isa, possible)
     best = max(found, key=found.__getitem__)
     if found[best] > fp32:
-        return Units(best if best == "dot" else None, best)
+        return Units("dot" if best == "dot" else None, best)
     warnings.warn(
         f"engine jit: bf16 is computed in float32, which is faster on this CPU: {fp32:.0f} GFLOP/s on one core, "
         f"{UNITS[best]} {found[best]:.0f}; to have bf16 all the same: engine.unit={best}",

@@ -11,6 +11,8 @@ Nothing is gathered into columns. Columns of filters (at most four vectors) are 
 in the L2 cache while the images of the chunk pass by. Bias, activation and max-pool are applied to an output row while
 it is in the L1 cache; the pool keeps which tap won, or that ReLU let nothing through, as one byte.
 
+With ``pairs`` operands are bf16, two to a word of 32 bits (``kernels.pairs``).
+
 Cost: 2 K C/groups R S P Q FLOPs for each image and each of the three.
 """
 
@@ -29,6 +31,7 @@ from convolt.engines.jit.kernels.depthwise import (
     depthwise_input_gradients,
     depthwise_weight_gradient,
 )
+from convolt.engines.jit.kernels.pairs import BehindFrame, pixel_pairs, rounded
 from convolt.engines.jit.kernels.residues import Part, covers, packed_depth, parts, slope_frame
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec
 from convolt.engines.jit.kernels.winners import winners_backward
@@ -76,9 +79,11 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
     """
     if spec.depthwise:
         return depthwise_forward(spec)
+    if spec.pairs:
+        return _forward_in_pairs(spec)
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
-    full, tail = forward_block(spec, block), forward_block(spec, rest or block)
+    full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
     images, groups, rows, x_size = spec.images, spec.groups, spec.P // spec.pool[0], spec.x.size
     bands, stripes = spec.bands, spec.stripes
     height, width = -(-rows // bands), -(-(whole + (1 if rest else 0)) // stripes)
@@ -104,7 +109,30 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
     return kernel
 
 
-def forward_block(spec: ConvSpec, columns: int) -> Callable[[Any, int, int, int, int, int, int, int], None]:
+def _forward_in_pairs(spec: ConvSpec) -> Callable[..., None]:
+    """The same in bf16, images outermost: each is rounded once, for all its filters. A chunk is a run of images."""
+    block = VECTORS * spec.lanes
+    whole, rest = divmod(spec.filters, block)
+    full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
+    images, groups, rows, x_size = spec.images, spec.groups, spec.P // spec.pool[0], spec.x.size
+    ready, scratch_size, begin = rounded(x_size, spec.lanes), spec.scratch, spec.pooled_rows
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        count = view(arguments[0], (1,), np.int64)[0]
+        x = arguments[6] + FLOAT * (thread * scratch_size + begin)
+        for image in range(chunk * images, min((chunk + 1) * images, count)):
+            ready(arguments[1] + FLOAT * image * x_size, x)
+            for group in range(groups):
+                if whole:
+                    for j in range(whole):
+                        full(arguments, x, image, 0, rows, thread, group, j * block)
+                if rest:
+                    tail(arguments, x, image, 0, rows, thread, group, whole * block)
+
+    return kernel
+
+
+def _forward_block(spec: ConvSpec, columns: int) -> Callable[[Any, int, int, int, int, int, int, int], None]:
     """Rows of some filters of a group: ``block(arguments, x, image, top, bottom, thread, group, first filter)``."""
     x, y, window, number = spec.x, spec.y, spec.window, spec.number
     K, Q, C = spec.K, spec.Q, spec.channels
@@ -297,19 +325,34 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
 
 def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
     """``dw[r, s, c, k] += sum over p, q of x[p + r, q + s, c] dy[p, q, k]``: ``weights(x, dy, dw)``."""
+    if spec.pairs:
+        return _weight_gradient_in_pairs(spec)
     framed = slope_frame(spec)
-    product = weight_product(spec, framed.pitch)
-    begin = FLOAT * framed.origin
+    product, begin = _weight_product(spec, framed.pitch), framed.origin
 
     @inlined
     def weights(x: int, dy: int, dw: int) -> None:
-        product(x, dy + begin, dw)
+        product(x, dy + FLOAT * begin, dw)
 
     found: Callable[[int, int, int], None] = weights
     return found
 
 
-def weight_product(spec: ConvSpec, pitch: int) -> Callable[[int, int, int], None]:
+def _weight_gradient_in_pairs(spec: ConvSpec) -> Callable[[int, int, int], None]:
+    """The same in bf16, q two by two."""
+    lay, places = pixel_pairs(spec), BehindFrame.of(spec)
+    product, inputs, slopes = _weight_product(spec, -(-spec.Q // 2) * spec.K), places.inputs, places.slopes
+
+    @inlined
+    def weights(x: int, dy: int, dw: int) -> None:
+        lay(x, dy)
+        product(dy + FLOAT * inputs, dy + FLOAT * slopes, dw)
+
+    found: Callable[[int, int, int], None] = weights
+    return found
+
+
+def _weight_product(spec: ConvSpec, pitch: int) -> Callable[[int, int, int], None]:
     """``product(x, dy, dw)`` adds to dw; dy is at its first pixel, and its rows are ``pitch`` elements apart.
 
     In pairs x has a word for every number, and every other pixel of it is multiplied.
@@ -360,10 +403,19 @@ def weight_product(spec: ConvSpec, pitch: int) -> Callable[[int, int, int], None
 
 def _input_gradients(spec: ConvSpec) -> tuple[Callable[[int, int, int], None], ...]:
     """``dx`` of one image from the framed dy: ``inputs(dy, filters, dx)`` for each residue; dx is (H, W, C)."""
-    return tuple(input_part(spec, part) for part in parts(spec))
+    found = tuple(_input_part(spec, part) for part in parts(spec))
+    if not spec.pairs:
+        return found
+    ready, place = rounded(slope_frame(spec).size, spec.lanes), BehindFrame.of(spec).rounded
+
+    @inlined
+    def round_slopes(dy: int, filters: int, dx: int) -> None:
+        ready(dy, dy + FLOAT * place)
+
+    return round_slopes, *found
 
 
-def input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
+def _input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
     """The pixels of dx of one residue of the stride: ``inputs(dy, filters, dx)`` from the framed dy of one image."""
     back, window = part.conv, spec.window
     block, pixel = VECTORS * spec.lanes, window.stride_w * spec.x.C
@@ -372,6 +424,7 @@ def input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
     groups, C, rows, target = spec.groups, back.filters, back.P, part.target
     source_channels, packed, number = back.channels, back.packed_columns, back.number
     before, group_filters = part.filters * packed, packed_depth(spec, turned=True) * packed
+    source = BehindFrame.of(spec).rounded if spec.pairs else 0
     pitch, target_pitch, origin = back.x.pitch, window.stride_h * spec.x.W * spec.x.C, back.x.origin
 
     @inlined
@@ -380,7 +433,7 @@ def input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
             w = filters + FLOAT * (group * group_filters + before)
             for j in range(whole + (1 if rest else 0)):
                 for h in range(rows):
-                    a = dy + number * (origin + h * pitch + group * source_channels)
+                    a = dy + FLOAT * source + number * (origin + h * pitch + group * source_channels)
                     c = dx + FLOAT * (target + h * target_pitch + group * C + j * block)
                     if whole and j < whole:
                         full(a, w + FLOAT * j * block, c, 0)
