@@ -27,11 +27,12 @@ class Tolerance:
     gradient: float
 
 
-#: By the format of the products. In half precision a ReLU or a maximum may fall the other way, which moves gradients.
+#: By the format of the products. In half precision a ReLU or a maximum may fall the other way, which moves gradients: in
+#: resnet18 by 0.3 in every engine; a kernel that read the wrong layout was off by 0.85.
 TOLERANCES = {
     "fp64": Tolerance(1e-6, 1e-6, 1e-6),
     "fp32": Tolerance(1e-4, 1e-3, 1e-2),
-    "bf16": Tolerance(2e-2, 1e-1, 3e-1),
+    "bf16": Tolerance(2e-2, 1e-1, 5e-1),
     "fp16": Tolerance(5e-3, 2e-2, 1e-1),
 }
 
