@@ -27,8 +27,8 @@ class Tolerance:
     gradient: float
 
 
-#: By the format of the products. In half precision a ReLU or a maximum may fall the other way, which moves gradients: in
-#: resnet18 by 0.3 in every engine; a kernel that read the wrong layout was off by 0.85.
+#: By the format of the products. In half precision a ReLU or a maximum may fall the other way, which moves gradients:
+#: those of resnet18 by 0.3 in every engine; a kernel that read the wrong layout was off by 0.85.
 TOLERANCES = {
     "fp64": Tolerance(1e-6, 1e-6, 1e-6),
     "fp32": Tolerance(1e-4, 1e-3, 1e-2),

@@ -5,7 +5,7 @@ The contract is that of ``serve``, whose table leads here.
 
 import math
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -127,17 +127,19 @@ def conv(plan: Plan, operation: Operation) -> Served:
         back = _adding(plan, replace(spec, pairs=spec.pairs and not spec.sparse), source)
         reverse_size = spec.groups * packed_depth(back, turned=True) * back.turned_columns
         reverse = plan.address(f"turned filters {name}", reverse_size)
-        parts = plan.address("parts of dw", plan.chunks * taps * spec.channels * spec.K)
-        bias_parts = plan.address("parts of db", plan.chunks * spec.K)
+        part = taps * spec.channels * spec.K
+        chunks, images = _parts_of_gradient(plan, operation, part)
+        back = replace(back, images=images)
+        parts = plan.address("parts of dw", chunks * part)
+        bias_parts = plan.address("parts of db", chunks * spec.K)
         dx = plan.slope(source) if back.wants_dx else 0
         tasks = []
         if back.wants_dx and reverse_size:  # else no tap meets an input
             tasks.append(_pack(plan, f"{label} pack turned", back, weight, reverse, turned=True))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
         pieces = parts, bias_parts, scratch
-        tasks.append(plan.by_image(f"{label} backward", "conv:conv_backward", back, *arguments, *pieces))
-        sizes = spec.K, spec.channels, taps, spec.K, taps * spec.channels * spec.K, plan.images
-        runs = spec.K, FILTERS_AT_ONCE
+        tasks.append(_by_part(plan, f"{label} backward", "conv:conv_backward", back, chunks, *arguments, *pieces))
+        sizes, runs = (spec.K, spec.channels, taps, spec.K, part, images), (spec.channels, CHANNELS_AT_ONCE)
         tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))
         return tasks
 
@@ -187,6 +189,26 @@ def _pack(plan: Plan, label: str, spec: ConvSpec, weight: Argument, packed: Addr
     places = (number for place in taps for number in place)
     sizes = *shape, spec.window.R * spec.window.S, columns, depth, *places
     return plan.whole(label, "weights:pack", PackSpec(turned, spec.pairs), len(taps), weight, packed, sizes=sizes)
+
+
+def _parts_of_gradient(plan: Plan, operation: Operation, size: int) -> tuple[int, int]:
+    """How many parts dw is computed in, of so many elements, and the images of each.
+
+    Fewer where they are large: to write and add up sixteen of them would take longer than to compute them.
+    """
+    if size <= LARGE_PART:
+        return plan.chunks, plan.images
+    chunks = min(plan.chunks, FEW_CHUNKS)
+    operation.because(f"{chunks} parts of dw: one has {size:,} elements", "backward")
+    images = -(-plan.capacity // chunks)
+    return -(-plan.capacity // images), images
+
+
+def _by_part(plan: Plan, label: str, factory: str, spec: Any, chunks: int, *arguments: Argument) -> Task:
+    """A backward pass whose chunks make so many parts of dw."""
+    if chunks == plan.chunks:
+        return plan.by_image(label, factory, spec, *arguments)
+    return plan.whole(label, factory, spec, chunks, *arguments)
 
 
 def _sum_of_parts(
@@ -255,12 +277,7 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
     ]
 
     def backward() -> Tasks:
-        chunks, tasks = plan.chunks, []
-        if winograd.part > LARGE_PART:
-            chunks = min(plan.chunks, FEW_CHUNKS)
-            operation.because(f"{chunks} parts of dw: one has {winograd.part:,} elements", "backward")
-        images = -(-plan.capacity // chunks)
-        chunks = -(-plan.capacity // images)
+        tasks, (chunks, images) = [], _parts_of_gradient(plan, operation, winograd.part)
         back = WinogradSpec(replace(_adding(plan, spec, source), images=images))
         parts = plan.address("parts of dw", chunks * back.part)
         bias_parts = plan.address("parts of db", chunks * spec.K)
@@ -272,10 +289,7 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
             tasks.append(transformed("pack turned", back.back, True, turned))
         arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
         pieces = (*arguments, parts, bias_parts, plan.scratch(back.back_scratch))
-        if chunks == plan.chunks:
-            tasks.append(plan.by_image(f"{label} backward", "winograd:backward", back, *pieces))
-        else:
-            tasks.append(plan.whole(f"{label} backward", "winograd:backward", back, chunks, *pieces))
+        tasks.append(_by_part(plan, f"{label} backward", "winograd:backward", back, chunks, *pieces))
         sizes, runs = (spec.K, spec.x.C, images), (spec.x.C, CHANNELS_AT_ONCE)
         tasks.append(_sum_of_parts(plan, operation, "winograd", (parts, bias_parts), runs, sizes))
         return tasks
@@ -308,12 +322,8 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
 
     def backward() -> Tasks:
         back = backward_spec(_adding(plan, spec, source))
-        kernels = BACKWARD[type(back)]
-        chunks = plan.chunks
-        if back.part > LARGE_PART:  # fewer parts: to write and add up sixteen of them would take longer than to compute
-            chunks = min(plan.chunks, FEW_CHUNKS)
-            operation.because(f"{chunks} parts of dw: one has {back.part:,} elements", "backward")
-            back = replace(back, conv=replace(back.conv, images=-(-plan.capacity // chunks)))
+        kernels, (chunks, images) = BACKWARD[type(back)], _parts_of_gradient(plan, operation, back.part)
+        back = replace(back, conv=replace(back.conv, images=images))
         parts = plan.address("parts of dw", chunks * back.part)
         bias_parts = plan.address("parts of db", chunks * spec.K)
         dx: Argument = 0
@@ -326,16 +336,15 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
         arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
         scratch = plan.scratch(back.scratch // FLOAT)
         pieces = (*arguments, parts, bias_parts, scratch)
-        if chunks == plan.chunks:
-            tasks.append(plan.by_image(f"{label} backward", f"{kernels}:conv_backward", back, *pieces))
-        else:
-            tasks.append(plan.whole(f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
-        taps, runs = spec.window.R * spec.window.S, (spec.K, FILTERS_AT_ONCE)
+        tasks.append(_by_part(plan, f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
+        taps = spec.window.R * spec.window.S
         if isinstance(back, PlaneBackSpec):
-            sizes: tuple[int, ...] = (spec.K, spec.x.C, taps, back.wide, back.part, back.conv.images)
+            sizes: tuple[int, ...] = (spec.K, spec.x.C, taps, back.wide, back.part, images)
+            runs = spec.x.C, CHANNELS_AT_ONCE
             tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))
         else:
-            sizes = (spec.K, spec.x.C, taps, back.channels, back.depth, back.part, back.conv.images)
+            sizes = (spec.K, spec.x.C, taps, back.channels, back.depth, back.part, images)
+            runs = spec.K, FILTERS_AT_ONCE
             tasks.append(_sum_of_parts(plan, operation, "tiles_backward", (parts, bias_parts), runs, sizes))
         return tasks
 

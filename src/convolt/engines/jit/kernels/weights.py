@@ -88,7 +88,7 @@ def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
     """``dw (+)= sum of parts``, of any size.
 
     Arguments: state, parts (chunks, taps, C, columns), dw (K, C, taps), db parts, db, K, C, taps, columns, elements of
-    a part, images of a part, filters of a chunk.
+    a part, images of a part, channels of a chunk; the first chunk adds up db.
     """
     accumulate, add_bias = spec.accumulate, bias_sum(spec)
 
@@ -97,19 +97,19 @@ def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
         size, images, run = arguments[9], arguments[10], arguments[11]
         count = view(arguments[0], (1,), np.int64)[0]
         parts = (count + images - 1) // images
-        first, last = chunk * run, min((chunk + 1) * run, K)
         dw = view(arguments[2], (K, C, taps), np.float32)
-        for tap in range(taps):
-            for c in range(C):
+        for c in range(chunk * run, min((chunk + 1) * run, C)):
+            for tap in range(taps):
                 row = arguments[1] + FLOAT * (tap * C + c) * columns
                 total = view(row, (columns,), np.float32)
                 for part in range(1, parts):
                     other = view(row + FLOAT * part * size, (columns,), np.float32)
-                    for k in range(first, last):
+                    for k in range(K):
                         total[k] += other[k]
-                for k in range(first, last):
+                for k in range(K):
                     dw[k, c, tap] = dw[k, c, tap] + total[k] if accumulate else total[k]
-        add_bias(arguments[3], arguments[4], parts, K, first, last)
+        if chunk == 0:
+            add_bias(arguments[3], arguments[4], parts, K, 0, K)
 
     return kernel
 
