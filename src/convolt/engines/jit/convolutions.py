@@ -138,7 +138,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
             tasks.append(_pack(plan, f"{label} pack turned", back, weight, reverse, turned=True))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
         pieces = parts, bias_parts, scratch
-        tasks.append(_by_part(plan, f"{label} backward", "conv:conv_backward", back, chunks, *arguments, *pieces))
+        tasks.append(_in_chunks(plan, f"{label} backward", "conv:conv_backward", back, chunks, *arguments, *pieces))
         sizes, runs = (spec.K, spec.channels, taps, spec.K, part, images), (spec.channels, CHANNELS_AT_ONCE)
         tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))
         return tasks
@@ -204,8 +204,8 @@ def _parts_of_gradient(plan: Plan, operation: Operation, size: int) -> tuple[int
     return -(-plan.capacity // images), images
 
 
-def _by_part(plan: Plan, label: str, factory: str, spec: Any, chunks: int, *arguments: Argument) -> Task:
-    """A backward pass whose chunks make so many parts of dw."""
+def _in_chunks(plan: Plan, label: str, factory: str, spec: Any, chunks: int, *arguments: Argument) -> Task:
+    """A task on images in so many chunks; with as many as the plan has it shares a phase with others."""
     if chunks == plan.chunks:
         return plan.by_image(label, factory, spec, *arguments)
     return plan.whole(label, factory, spec, chunks, *arguments)
@@ -215,17 +215,18 @@ def _sum_of_parts(
     plan: Plan,
     operation: Operation,
     module: str,
-    parts: tuple[Address, Address],
+    parts: tuple[Address, ...],
     runs: tuple[int, int],
     sizes: tuple[int, ...],
 ) -> Task:
-    """The parts of dw and db added up. runs: filters or channels in all, and in a chunk."""
+    """The parts of dw and db added up, perhaps in scratch memory. runs: filters or channels in all, and in a chunk."""
     bias = cast(Conv2d, operation.layer).bias
     dw = plan.parameter(operation, "weight", gradient=True)
     db = plan.parameter(operation, "bias", gradient=True) if bias else 0
-    (count, run), (dw_parts, db_parts) = runs, parts
-    spec, label, factory = ReduceSpec(plan.accumulate, bias), f"{operation.label} dw", f"{module}:reduce_parts"
-    return plan.whole(label, factory, spec, -(-count // run), dw_parts, dw, db_parts, db, sizes=(*sizes, run))
+    (count, run), (dw_parts, db_parts, *scratch) = runs, parts
+    spec, label = ReduceSpec(plan.accumulate, bias, plan.isa.lanes), f"{operation.label} dw"
+    arguments: tuple[Argument, ...] = (dw_parts, dw, db_parts, db, *scratch)
+    return plan.whole(label, f"{module}:reduce_parts", spec, -(-count // run), *arguments, sizes=(*sizes, run))
 
 
 def _few_images(plan: Plan) -> str:
@@ -263,17 +264,14 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(winograd.scratch))
 
     def transformed(what: str, spec: WinogradSpec, turned: bool, to: Address) -> Task:
-        depth, pack = spec.conv.x.C, WinogradPack(spec.block, turned, spec.conv.pairs)
-        run = -(-depth // PACKED_RUNS)
-        sizes = depth, spec.conv.K, run
-        return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-depth // run), weight, to, sizes=sizes)
+        pack, run = WinogradPack(spec.block, turned, spec.conv.pairs), -(-spec.depth // PACKED_RUNS)
+        sizes = spec.conv.x.C, spec.conv.K, run
+        return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-spec.depth // run), weight, to, sizes=sizes)
 
     forward = [
         *folding,
         transformed("pack", winograd, False, packed),
-        plan.by_image(label, "winograd:forward", winograd, *arguments)
-        if forward_chunks == plan.chunks
-        else plan.whole(label, "winograd:forward", winograd, forward_chunks, *arguments),
+        _in_chunks(plan, label, "winograd:forward", winograd, forward_chunks, *arguments),
     ]
 
     def backward() -> Tasks:
@@ -289,9 +287,10 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
             tasks.append(transformed("pack turned", back.back, True, turned))
         arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
         pieces = (*arguments, parts, bias_parts, plan.scratch(back.back_scratch))
-        tasks.append(_by_part(plan, f"{label} backward", "winograd:backward", back, chunks, *pieces))
+        tasks.append(_in_chunks(plan, f"{label} backward", "winograd:backward", back, chunks, *pieces))
         sizes, runs = (spec.K, spec.x.C, images), (spec.x.C, CHANNELS_AT_ONCE)
-        tasks.append(_sum_of_parts(plan, operation, "winograd", (parts, bias_parts), runs, sizes))
+        sums = plan.scratch(back.part_run(CHANNELS_AT_ONCE))
+        tasks.append(_sum_of_parts(plan, operation, "winograd", (parts, bias_parts, sums), runs, sizes))
         return tasks
 
     return forward, backward
@@ -336,7 +335,7 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
         arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
         scratch = plan.scratch(back.scratch // FLOAT)
         pieces = (*arguments, parts, bias_parts, scratch)
-        tasks.append(_by_part(plan, f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
+        tasks.append(_in_chunks(plan, f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
         taps = spec.window.R * spec.window.S
         if isinstance(back, PlaneBackSpec):
             sizes: tuple[int, ...] = (spec.K, spec.x.C, taps, back.wide, back.part, images)

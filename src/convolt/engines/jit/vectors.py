@@ -95,6 +95,13 @@ class Floats:
         lane = self.builder.insert_element(undefined, number, I32(0))
         return self.builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(I32, self.lanes), None))
 
+    def collect(self, pointers: Sequence[Any]) -> Any:
+        """The number at each of as many pointers as there are lanes."""
+        value = ir.Constant(self.type, ir.Undefined)
+        for lane, pointer in enumerate(pointers):
+            value = self.builder.insert_element(value, self.builder.load(pointer), I32(lane))
+        return value
+
     def low_half(self, x: Any) -> Any:
         """The first half of its lanes."""
         lanes = ir.Constant(ir.VectorType(I32, self.lanes // 2), [I32(i) for i in range(self.lanes // 2)])

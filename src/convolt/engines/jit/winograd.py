@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.kernels.winograd_specs import Written
-from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop, for_vectors
+from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors
 
 Transformed = tuple[Iterator[Any], list[Any]]
 """The 16 values of a tile, and what the next one of the row takes over."""
@@ -102,6 +102,69 @@ def slope_tiles(spec: TileRow) -> Any:
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
+
+    return kernel
+
+
+def filter_tiles(lanes: int, turned: bool, pairs: bool) -> Any:
+    """``kernel(w, other, step, last, u, plane)``: u = G w G^T of as many filters as there are lanes, ``step`` apart.
+
+    Behind the ``last`` one it is taken again. In pairs the filters at ``other``, too, each beside its neighbor at w.
+    ``plane``: words from a plane of u to the next. turned: taps in reverse.
+    """
+
+    @intrinsic
+    def kernel(typingctx: Any, w: Any, other: Any, step: Any, last: Any, u: Any, plane: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, lanes)
+            numbers = Bf16Lanes(floats, native=True)
+            w, other, step, last, u, plane = args
+            order = range(8, -1, -1) if turned else range(9)
+            offsets = [
+                builder.mul(step, builder.select(builder.icmp_signed("<", I64(i), last), I64(i), last))
+                for i in range(lanes)
+            ]
+
+            def transformed(address: Any) -> Iterator[Any]:
+                filters = [floats.at(floats.pointer(address), offset) for offset in offsets]
+                taps = [floats.collect([floats.at(one, tap) for one in filters]) for tap in order]
+                rows = [_filter(floats, taps[s::3]) for s in range(3)]
+                return (value for i in range(4) for value in _filter(floats, [row[i] for row in rows]))
+
+            values = transformed(w)
+            if pairs:
+                values = (numbers.rounded_pair(x, y) for x, y in zip(values, transformed(other), strict=True))
+            for number, value in enumerate(values):
+                floats.store(value, floats.at(floats.pointer(u), builder.mul(plane, I64(number))))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return kernel
+
+
+def filter_taps(lanes: int, accumulate: bool) -> Any:
+    """``kernel(du, plane, dw, step)``: dw (+)= G^T du G of as many filters as there are lanes.
+
+    ``plane``: words from a plane of du to the next; filters of dw are ``step`` apart.
+    """
+
+    @intrinsic
+    def kernel(typingctx: Any, du: Any, plane: Any, dw: Any, step: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, lanes)
+            source, plane, target, step = floats.pointer(args[0]), args[1], floats.pointer(args[2]), args[3]
+            planes = [floats.load(floats.at(source, builder.mul(plane, I64(number)))) for number in range(16)]
+            columns = [_taps(floats, planes[j::4]) for j in range(4)]
+            taps = [value for r in range(3) for value in _taps(floats, [column[r] for column in columns])]
+            for lane in range(lanes):
+                own = floats.at(target, builder.mul(step, I64(lane)))
+                for tap, values in enumerate(taps):
+                    value, place = builder.extract_element(values, I32(lane)), floats.at(own, tap)
+                    builder.store(builder.fadd(builder.load(place), value) if accumulate else value, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), generate
 
     return kernel
 
@@ -226,6 +289,21 @@ def _output(builder: Any, m: list[Any]) -> list[Any]:
     """A^T m of four vectors."""
     high, low = builder.fadd(m[1], m[2]), builder.fsub(m[1], m[2])
     return [builder.fadd(m[0], high), builder.fsub(low, m[3])]
+
+
+def _filter(floats: Floats, w: list[Any]) -> list[Any]:
+    """G w of three vectors."""
+    builder, half = floats.builder, floats.constant(0.5)
+    total, middle = builder.fmul(half, builder.fadd(w[0], w[2])), builder.fmul(half, w[1])
+    return [w[0], builder.fadd(total, middle), builder.fsub(total, middle), w[2]]
+
+
+def _taps(floats: Floats, u: list[Any]) -> list[Any]:
+    """G^T u of four vectors."""
+    builder, half = floats.builder, floats.constant(0.5)
+    total = builder.fmul(half, builder.fadd(u[1], u[2]))
+    difference = builder.fmul(half, builder.fsub(u[1], u[2]))
+    return [builder.fadd(u[0], total), difference, builder.fadd(total, u[3])]
 
 
 def _activated(floats: Floats, value: Any, slope: float) -> Any:

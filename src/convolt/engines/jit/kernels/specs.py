@@ -355,6 +355,7 @@ class ReduceSpec:
 
     accumulate: bool
     bias: bool
+    lanes: int
 
 
 @dataclass(frozen=True)

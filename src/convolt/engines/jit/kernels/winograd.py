@@ -18,11 +18,10 @@ variance, along each axis). Pairs lie along the sum: of channels in v and u, of 
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import bf16_of_float32
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv import spread_slopes
@@ -38,7 +37,15 @@ from convolt.engines.jit.kernels.winograd_specs import (
     WinogradSpec,
 )
 from convolt.engines.jit.memory import hidden, view
-from convolt.engines.jit.winograd import Finish, TileRow, input_tiles, output_tiles, slope_tiles
+from convolt.engines.jit.winograd import (
+    Finish,
+    TileRow,
+    filter_taps,
+    filter_tiles,
+    input_tiles,
+    output_tiles,
+    slope_tiles,
+)
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
@@ -151,12 +158,13 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
     spread, slopes_at = spread_slopes(conv), transformed.size
     input_gradient = _input_gradient(spec) if conv.wants_dx else _no_gradient
     x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv).size, spec.frames
-    K, bias = conv.K, conv.bias
+    K, bias, one_block = conv.K, conv.bias, spec.one_block
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         du, db = arguments[7] + FLOAT * chunk * part, arguments[8] + FLOAT * chunk * K
-        view(du, (part,), np.float32)[:] = np.float32(0)
+        if not one_block:
+            view(du, (part,), np.float32)[:] = np.float32(0)
         if bias:
             view(db, (K,), np.float32)[:] = np.float32(0)
         dy = arguments[9] + FLOAT * thread * scratch
@@ -222,14 +230,15 @@ def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
 
 
 def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
-    """``du += v^T d`` in each plane: ``weights(v, d, du)``."""
+    """``du += v^T d`` in each plane: ``weights(v, d, du)``; of a chunk's only block ``du = v^T d``."""
     conv, block = spec.conv, VECTORS * spec.conv.lanes
     C, K = conv.x.C, conv.K
     inputs, slopes = spec.summed(C), spec.summed(K)
     T, v_plane, d_plane = inputs.count, inputs.plane, slopes.plane
     whole, rest = divmod(K, block)
     word, tile = conv.together, conv.together * C
-    shape = Gemm(0, block if whole else rest, T, word, tile, 0, K, 0, K, conv.lanes, start="load", pairs=conv.pairs)
+    start: Literal["zero", "load"] = "zero" if spec.one_block else "load"
+    shape = Gemm(0, block if whole else rest, T, word, tile, 0, K, 0, K, conv.lanes, start, pairs=conv.pairs)
     full = deep_rows(shape, C, T, conv.registers)
     tail = deep_rows(replace(shape, columns=rest), C, T, conv.registers) if rest and whole else full
 
@@ -253,56 +262,22 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
     """Transformed filters u = G w G^T of (K, C, 3, 3), packed (16, panels, depth, block); arguments: state, w, u.
 
     Forward: depth = C, columns = K. Turned: depth = K, columns = C, taps in reverse. Of any size: the other arguments
-    are depth, columns, and how much of depth a chunk is. In pairs: (16, panels, depth / 2, block, 2) of bf16.
+    are depth, columns, and how many words of depth a chunk is. In pairs: (16, panels, depth / 2, block, 2) of bf16.
     """
-    back, block, pairs = spec.turned, spec.block, spec.pairs
-    half = np.float32(0.5)
-
-    @inlined
-    def filter_rows(a: float, b: float, c: float) -> Any:
-        total, middle = half * (a + c), half * b
-        return a, total + middle, total - middle, c
-
-    @inlined
-    def put_pairs(u: int, depth: int, panels: int, plane: int, c: int, k: int, row: Any) -> None:
-        panel = k // block
-        packed = view(u, (16, panels, depth // 2, block, 2), np.uint16)
-        i, column, side = c // 2, k - panel * block, c % 2
-        packed[plane, panel, i, column, side] = bf16_of_float32(row[0])
-        packed[plane + 1, panel, i, column, side] = bf16_of_float32(row[1])
-        packed[plane + 2, panel, i, column, side] = bf16_of_float32(row[2])
-        packed[plane + 3, panel, i, column, side] = bf16_of_float32(row[3])
-
-    @inlined
-    def put_floats(u: int, depth: int, panels: int, plane: int, c: int, k: int, row: Any) -> None:
-        panel = k // block
-        packed, column = view(u, (16, panels, depth, block), np.float32), k - panel * block
-        packed[plane, panel, c, column], packed[plane + 1, panel, c, column] = row[0], row[1]
-        packed[plane + 2, panel, c, column], packed[plane + 3, panel, c, column] = row[2], row[3]
-
-    put = put_pairs if pairs else put_floats
+    back, block, together = spec.turned, spec.block, 2 if spec.pairs else 1
+    lanes = block // VECTORS
+    transform = filter_tiles(lanes, back, spec.pairs)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         depth, columns, run = arguments[3], arguments[4], arguments[5]
-        panels = (columns + block - 1) // block
-        w = view(arguments[1], (columns, depth, 9), np.float32)
-        turned = view(arguments[1], (depth, columns, 9), np.float32)
-        for c in range(chunk * run, min((chunk + 1) * run, depth)):
-            for k in range(columns):
-                taps = turned[c, k] if back else w[k, c]
-                if back:
-                    a = filter_rows(taps[8], taps[5], taps[2])
-                    b = filter_rows(taps[7], taps[4], taps[1])
-                    d = filter_rows(taps[6], taps[3], taps[0])
-                else:
-                    a = filter_rows(taps[0], taps[3], taps[6])
-                    b = filter_rows(taps[1], taps[4], taps[7])
-                    d = filter_rows(taps[2], taps[5], taps[8])
-                (a0, a1, a2, a3), (b0, b1, b2, b3), (d0, d1, d2, d3) = a, b, d
-                put(arguments[2], depth, panels, 0, c, k, filter_rows(a0, b0, d0))
-                put(arguments[2], depth, panels, 4, c, k, filter_rows(a1, b1, d1))
-                put(arguments[2], depth, panels, 8, c, k, filter_rows(a2, b2, d2))
-                put(arguments[2], depth, panels, 12, c, k, filter_rows(a3, b3, d3))
+        words, panels = depth // together, (columns + block - 1) // block
+        column_step, depth_step = (9, 9 * columns) if back else (9 * depth, 9)
+        for first in range(0, columns, lanes):
+            last, panel = min(lanes, columns - first) - 1, first // block
+            for word in range(chunk * run, min((chunk + 1) * run, words)):
+                w = arguments[1] + FLOAT * (first * column_step + together * word * depth_step)
+                u = arguments[2] + FLOAT * ((panel * words + word) * block + first - panel * block)
+                transform(w, w + FLOAT * depth_step, column_step, last, u, panels * words * block)
 
     return kernel
 
@@ -310,46 +285,36 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
 def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
     """``dw (+)= G^T (sum of parts) G``, of any size. A chunk is some channels; the first one adds up db.
 
-    Arguments: state, parts (chunks, 16, C, K), dw (K, C, 3, 3), db parts, db, K, C, images of a part, channels of a
-    chunk.
+    Arguments: state, parts (chunks, 16, C, K), dw (K, C, 3, 3), db parts, db, scratch, K, C, images of a part, channels
+    of a chunk. A plane of each part is read in one run: pieces of all 16 together would defeat the hardware's fetching.
     """
-    accumulate, add_bias = spec.accumulate, bias_sum(spec)
-    half = np.float32(0.5)
-
-    @inlined
-    def taps_of(a: float, b: float, c: float, d: float) -> Any:
-        total, difference = half * (b + c), half * (b - c)
-        return a + total, difference, total + d
-
-    @inlined
-    def put(row: Any, taps: Any) -> None:
-        first, second, third = taps
-        row[0] = row[0] + first if accumulate else first
-        row[1] = row[1] + second if accumulate else second
-        row[2] = row[2] + third if accumulate else third
+    accumulate, add_bias, lanes = spec.accumulate, bias_sum(spec), spec.lanes
+    transform, transform_one = filter_taps(lanes, accumulate), filter_taps(1, accumulate)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        K, C, images, run = arguments[5], arguments[6], arguments[7], arguments[8]
+        K, C, images, run = arguments[6], arguments[7], arguments[8], arguments[9]
         count = view(arguments[0], (1,), np.int64)[0]
-        parts = (count + images - 1) // images
-        first, last = chunk * run, min((chunk + 1) * run, C)
-        total = view(arguments[1], (16, C, K), np.float32)
-        dw = view(arguments[2], (K, C, 3, 3), np.float32)
-        for number in range(1, parts):
-            other = view(arguments[1] + FLOAT * number * 16 * C * K, (16, C, K), np.float32)
-            for plane in range(16):
-                for c in range(first, last):
-                    for k in range(K):
-                        total[plane, c, k] += other[plane, c, k]
-        for c in range(first, last):
-            for k in range(K):
-                a0, a1, a2 = taps_of(total[0, c, k], total[4, c, k], total[8, c, k], total[12, c, k])
-                b0, b1, b2 = taps_of(total[1, c, k], total[5, c, k], total[9, c, k], total[13, c, k])
-                d0, d1, d2 = taps_of(total[2, c, k], total[6, c, k], total[10, c, k], total[14, c, k])
-                e0, e1, e2 = taps_of(total[3, c, k], total[7, c, k], total[11, c, k], total[15, c, k])
-                put(dw[k, c, 0], taps_of(a0, b0, d0, e0))
-                put(dw[k, c, 1], taps_of(a1, b1, d1, e1))
-                put(dw[k, c, 2], taps_of(a2, b2, d2, e2))
+        parts, step = (count + images - 1) // images, 9 * C
+        first = chunk * run
+        size, whole = (min(first + run, C) - first) * K, K - K % lanes
+        sums = arguments[5] + FLOAT * thread * (TRANSFORMED * run * K + lanes)
+        for plane in range(TRANSFORMED):
+            total = view(sums + FLOAT * plane * size, (size,), np.float32)
+            for part in range(parts):
+                place = arguments[1] + FLOAT * (((part * TRANSFORMED + plane) * C + first) * K)
+                other = view(place, (size,), np.float32)
+                if part == 0:
+                    for i in range(size):
+                        total[i] = other[i]
+                else:
+                    for i in range(size):
+                        total[i] += other[i]
+        for c in range(size // K):
+            du, dw = sums + FLOAT * c * K, arguments[2] + FLOAT * 9 * (first + c)
+            for k in range(0, whole, lanes):
+                transform(du + FLOAT * k, size, dw + FLOAT * k * step, step)
+            for k in range(whole, K):
+                transform_one(du + FLOAT * k, size, dw + FLOAT * k * step, step)
         if chunk == 0:
             add_bias(arguments[3], arguments[4], parts, K, 0, K)
 

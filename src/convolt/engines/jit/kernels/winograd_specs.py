@@ -125,6 +125,12 @@ class WinogradSpec:
         return tiling(self.conv.P, self.conv.Q, self.conv.images, MANY_TILES if self.large else TILES)
 
     @property
+    def one_block(self) -> bool:
+        """Whether all images of a chunk are one block."""
+        tiles = self.forward
+        return tiles.rows == tiles.high and self.conv.images <= tiles.images
+
+    @property
     def large(self) -> bool:
         """Whether its filters do not stay in the L2 cache."""
         return self.conv.x.C * self.conv.K >= LARGE_FILTERS
@@ -161,6 +167,10 @@ class WinogradSpec:
     def part(self) -> int:
         """Elements of a chunk's gradient of the transformed filters, (16, C, K)."""
         return TRANSFORMED * self.conv.x.C * self.conv.K
+
+    def part_run(self, channels: int) -> int:
+        """Elements of so many of its channels, and a vector more."""
+        return TRANSFORMED * channels * self.conv.K + self.conv.lanes
 
     @property
     def scratch(self) -> int:
