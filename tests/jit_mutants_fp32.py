@@ -311,11 +311,23 @@ FP32 = (
     ),
     JitMutant(
         "filters not turned",
-        WINOGRADED,
-        "def pack(",
-        "filter_rows(taps[8], taps[5], taps[2])",
-        "filter_rows(taps[2], taps[5], taps[8])",
+        TRANSFORMS,
+        "def filter_tiles(",
+        "range(8, -1, -1) if turned else range(9)",
+        "range(9)",
         TILED_POOL,
+    ),
+    JitMutant(
+        "dw not added", TRANSFORMS, "def filter_taps(", "builder.fadd(builder.load(place), value)", "value", TILED_POOL
+    ),
+    JitMutant("one part of dw", WINOGRADED, "def reduce_parts(", "range(parts)", "range(1)", TILED_POOL),
+    JitMutant(
+        "every chunk one block",
+        "kernels/winograd_specs.py",
+        "def one_block(",
+        "self.conv.images <= tiles.images",
+        "True",
+        PANELS,
     ),
     JitMutant(
         "db left out",

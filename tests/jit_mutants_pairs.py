@@ -91,14 +91,7 @@ PAIRS = (
         "conv.together, C",
         PANELS,
     ),
-    PairMutant(
-        "one side of a pair",
-        KERNELS,
-        "def pack",
-        "k - panel * block, c % 2",
-        "k - panel * block, 0",
-        PANELS,
-    ),
+    PairMutant("one side of a pair", TRANSFORMS, "def filter_tiles", "transformed(other)", "transformed(w)", PANELS),
     PairMutant(
         "pairs of an odd number", "convolutions.py", "def _unpaired", "spec.x.C % 2 or spec.K % 2", "False", ODD_TILES
     ),
