@@ -325,9 +325,9 @@ FP32 = (
         "every chunk one block",
         "kernels/winograd_specs.py",
         "def one_block(",
-        "self.conv.images <= tiles.images",
+        "tiles.rows == tiles.high",
         "True",
-        PANELS,
+        "winograd, dx added",
     ),
     JitMutant(
         "db left out",
