@@ -112,7 +112,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
         operation.because("Winograd F(2x2, 3x3)")
         return conv_by_winograd(plan, operation, spec)
     operation.because(f"tap by tap: {slow}")
-    if not plan.training and not spec.pairs:
+    if not plan.training:
         return conv_prediction(plan, operation, spec), list
     window, source, target = spec.window, operation.inputs[0], operation.output
     taps = window.R * window.S
@@ -160,7 +160,7 @@ def conv_prediction(plan: Plan, operation: Operation, spec: ConvSpec) -> Tasks:
     label = operation.label
     weight, bias, folding = filters(plan, operation)
     x, y = plan.value(operation.inputs[0]), plan.value(operation.output)
-    bands, stripes = parts_of_images(plan, spec)
+    bands, stripes = (1, 1) if spec.pairs else parts_of_images(plan, spec)
     spec = replace(spec, wants_dx=False, codes=False, bands=bands, stripes=stripes)
     packed, pack = packed_filters(plan, operation, spec, weight)
     tasks = [*folding, pack]

@@ -110,7 +110,10 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
 
 
 def _forward_in_pairs(spec: ConvSpec) -> Callable[..., None]:
-    """The same in bf16, images outermost: each is rounded once, for all its filters. A chunk is a run of images."""
+    """The same in bf16, images outermost: each is rounded once, for all its filters. A chunk is a run of images.
+
+    Filters are packed (groups, depth, columns, 2), as ``residues.packed_taps`` tells.
+    """
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
     full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
