@@ -21,6 +21,8 @@ from jit_cases import (
 
 from convolt.engines import JIT
 from convolt.engines.jit import convolutions
+from convolt.engines.jit.kernels.pairs import BehindFrame
+from convolt.engines.jit.kernels.specs import ConvSpec, Frame, Windowing
 from convolt.layers import Conv2d, Flatten, LeakyReLU, MaxPool2d, ReLU
 from convolt.model import Model
 from convolt.params import Params
@@ -92,6 +94,32 @@ def test_cases_come_to_every_kernel():
         for kernel in stage.kernels
     }
     assert kernels >= {"conv:conv_forward", "conv:conv_backward", "winograd:forward", "winograd:backward"}
+
+
+@pytest.mark.parametrize("name", [TAPS, TILES])
+def test_an_empty_batch_has_no_gradient(name):
+    """Though the memory is that of a batch that had one: a rank may be left without images."""
+    case = replace(PAIRS[name], batch=3)  # a plan for more would not be used again
+    executor = executor_of(engine(threads=1), "bf16", case.model, case.params())
+    step_on(executor, case.deltas, case.slopes(), case.rng)
+    step = step_on(executor, case.deltas[:0], case.slopes()[:0], case.rng[:0])
+    executor.close()
+    assert not step.gradient.any()
+
+
+def test_scratch_memory_has_room_for_what_lies_behind_the_frame():
+    """Whatever the geometry, with the vector that a product may read behind the last word."""
+    generator = np.random.default_rng(0)
+    for _ in range(2000):
+        C, K, R, stride, dilation, padding = (int(n) for n in generator.integers(1, [70, 70, 8, 5, 3, 6]))
+        size = dilation * (R - 1) + 1 + int(generator.integers(0, 30))
+        P = (size + 2 * padding - dilation * (R - 1) - 1) // stride + 1
+        high = size + 2 * padding
+        x, y = Frame(C, size, size, high, high, padding * (high + 1) * C), Frame(K, P, P, P, P, 0)
+        window = Windowing(R, R, stride, stride, padding, padding, dilation, dilation)
+        spec = ConvSpec(x, y, window, 1, K, P, P, True, 0.0, (1, 1), 4, 16, 32, pairs=True)
+        behind = BehindFrame.of(spec).slopes + P * -(-P // 2) * K + spec.lanes
+        assert spec.pooled_rows + max(behind, C * high * high // 2 + 1) <= spec.scratch
 
 
 def test_few_images_are_predicted_in_float32():

@@ -196,7 +196,7 @@ def test_a_sleeping_thread_is_woken_when_its_help_is_needed(compiler):
 def test_a_thread_that_sat_out_comes_back_within_a_program(compiler):
     """One chunk is kept off its core; two later chunks of the same program meet, which takes two threads.
 
-    A host that is busy may keep a thread off once more, so one of twenty programs is enough: without a way back none
+    A host that is busy may keep a thread off once more, so half of the programs are enough: without a way back none
     would do.
     """
 
@@ -231,7 +231,7 @@ def test_a_thread_that_sat_out_comes_back_within_a_program(compiler):
         team.run(program)
         met.append(words[48:50].tolist() == [1, 1])
     team.close()
-    assert any(met)
+    assert sum(met) >= len(met) / 2
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers, step_on
+from engine_checks import adds_gradients, equals_pytorch, executor_of, needs_no_input_gradient, reuses_buffers, step_on
 from jit_cases import POOLED_FIRST, WINOGRAD, poisoned
 
 from convolt.engines import JIT
@@ -58,6 +58,17 @@ def test_large_filters_have_few_parts_of_their_gradient(monkeypatch):
     case = replace(CASES[0], batch=18)
     for check in (equals_pytorch, adds_gradients):
         check(JIT(threads=2), "fp32", case)
+
+
+@pytest.mark.parametrize("case", CASES[:1] + list(POOLED_FIRST.values())[:1], ids=lambda case: case.name)
+def test_an_empty_batch_has_no_gradient(case):
+    """Though the memory is that of a batch that had one: a rank may be left without images."""
+    case = replace(case, batch=3)  # a plan for more would not be used again
+    executor = executor_of(JIT(threads=1), "fp32", case.model, case.params())
+    step_on(executor, case.deltas, case.slopes(), case.rng)
+    step = step_on(executor, case.deltas[:0], case.slopes()[:0], case.rng[:0])
+    executor.close()
+    assert not step.gradient.any()
 
 
 def test_an_image_that_no_tap_meets_has_no_gradient():

@@ -119,12 +119,13 @@ def conv(plan: Plan, operation: Operation) -> Served:
     weight, bias, folding = filters(plan, operation)
     packed, pack = packed_filters(plan, operation, spec, weight)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
-    scratch = plan.scratch(spec.scratch)
-    arguments = (plan.value(source), packed, bias, plan.value(target), codes, scratch)
+    arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(spec.scratch))
     forward = [*folding, pack, plan.by_image(label, "conv:conv_forward", spec, *arguments)]
 
     def backward() -> Tasks:
         back = _adding(plan, replace(spec, pairs=spec.pairs and not spec.sparse), source)
+        if spec.sparse:
+            operation.because("dw from the pixels that won the pool, in fp32", "backward")
         reverse_size = spec.groups * packed_depth(back, turned=True) * back.turned_columns
         reverse = plan.address(f"turned filters {name}", reverse_size)
         part = taps * spec.channels * spec.K
@@ -137,7 +138,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
         if back.wants_dx and reverse_size:  # else no tap meets an input
             tasks.append(_pack(plan, f"{label} pack turned", back, weight, reverse, turned=True))
         arguments = (plan.value(source), reverse, plan.slope(target), plan.value(target), codes, dx)
-        pieces = parts, bias_parts, scratch
+        pieces = parts, bias_parts, plan.scratch(back.scratch)
         tasks.append(_in_chunks(plan, f"{label} backward", "conv:conv_backward", back, chunks, *arguments, *pieces))
         sizes, runs = (spec.K, spec.channels, taps, spec.K, part, images), (spec.channels, CHANNELS_AT_ONCE)
         tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))

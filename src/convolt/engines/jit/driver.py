@@ -297,7 +297,7 @@ def wait(state: Any, thread: Any, yield_after: Any, sleep_after: Any) -> None:
 
 @inlined
 def kept_off(elapsed: Any, used: Any, preempted: Any) -> Any:
-    """Whether another process had the core: more than `preempted` nanoseconds, and a quarter of all, were not used."""
+    """Whether another process had the core: more than `preempted` nanoseconds and a quarter of all were not used."""
     return elapsed - used > preempted + elapsed // 4
 
 
@@ -305,8 +305,8 @@ def kept_off(elapsed: Any, used: Any, preempted: Any) -> Any:
 def step_back(state: Any, until: Any) -> None:
     """Let one thread less take part, but one always; the others wake up, for it may have been about to claim."""
     active = load(state + ACTIVE)
+    exchange(state + REST_UNTIL, until)  # first, or ``come_back`` would see the one before
     if active > 1 and compare_exchange(state + ACTIVE, active, active - 1):
-        exchange(state + REST_UNTIL, until)
         wake(state, active - 1, active - 1)
 
 

@@ -36,7 +36,7 @@ class Units(NamedTuple):
 
     @property
     def tiles(self) -> Unit | None:
-        """What multiplies convolutions on tiles; dot products take pairs of channels where float32 takes channels."""
+        """What multiplies convolutions on tiles; dot products take the kernels of float32, with pairs of numbers."""
         return None if self.conv == "dot" else self.conv
 
 

@@ -53,8 +53,8 @@ class Waiting:
     """When a thread gives up its core, in nanoseconds.
 
     With nothing to do it spins, lends the core out after `yield_after` and sleeps after `sleep_after`. One that was
-    `preempted` for so long, and for a quarter of the time, in the middle of a chunk makes the team smaller for the time
-    of a `rest`.
+    `preempted` for so long and a quarter of the time in the middle of a chunk makes the team smaller for the time of a
+    `rest`.
     """
 
     yield_after: int = 5_000

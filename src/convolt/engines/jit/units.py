@@ -6,7 +6,8 @@ where float32 is faster it computes, with a warning that tells both figures. For
 who want a bf16 run's numbers on a CPU without it.
 
 Dot products serve convolutions by the kernels of float32, whose numbers become pairs (``gemm``), and dense layers by
-those of the tiles. Multiply-adds of bf16 numbers are for tests, and take tiles.
+those of the tiles. Multiply-adds of bf16 numbers serve dense layers if they should be the fastest; convolutions by them
+are for tests.
 """
 
 import warnings

@@ -11,7 +11,8 @@ Nothing is gathered into columns. Columns of filters (at most four vectors) are 
 in the L2 cache while the images of the chunk pass by. Bias, activation and max-pool are applied to an output row while
 it is in the L1 cache; the pool keeps which tap won, or that ReLU let nothing through, as one byte.
 
-With ``pairs`` operands are bf16, two to a word of 32 bits (``kernels.pairs``).
+With ``pairs`` operands are bf16, two to a word of 32 bits (``kernels.pairs``), filters are packed (groups, depth,
+columns, 2), and forward has images outermost.
 
 Cost: 2 K C/groups R S P Q FLOPs for each image and each of the three.
 """
@@ -110,10 +111,7 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
 
 
 def _forward_in_pairs(spec: ConvSpec) -> Callable[..., None]:
-    """The same in bf16, images outermost: each is rounded once, for all its filters. A chunk is a run of images.
-
-    Filters are packed (groups, depth, columns, 2), as ``residues.packed_taps`` tells.
-    """
+    """The same in bf16, images outermost: each is rounded once, for all its filters. A chunk is a run of images."""
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
     full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)

@@ -8,7 +8,10 @@ A word of 32 bits holds two neighbors along the sum, and takes the place of a fl
     dw         two pixels:    x[q] and x[q + stride] for every q, so that each tap finds its pairs as it would find
                               pixels; dy[q] and dy[q + 1] for every other q, with a zero behind an odd row's end
 
-Images are rounded one by one, into scratch memory that stays in the L2 cache. Sums, dx and dw are float32.
+A number whose filter is zero must be finite: next to an infinite one, of which nothing should come, an output is NaN.
+
+Images are rounded one by one, into scratch memory that stays in the cache if they are small. Sums, dx and dw are
+float32.
 
 Bytes: x (forward), dy (dx) or both (dw) are read once more in float32; of each of their numbers 2 bytes are written, 4
 of x for dw.

@@ -300,15 +300,13 @@ def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
         sums = arguments[5] + FLOAT * thread * (TRANSFORMED * run * K + lanes)
         for plane in range(TRANSFORMED):
             total = view(sums + FLOAT * plane * size, (size,), np.float32)
-            for part in range(parts):
+            for i in range(size):
+                total[i] = np.float32(0)
+            for part in range(parts):  # of an empty batch there is none
                 place = arguments[1] + FLOAT * (((part * TRANSFORMED + plane) * C + first) * K)
                 other = view(place, (size,), np.float32)
-                if part == 0:
-                    for i in range(size):
-                        total[i] = other[i]
-                else:
-                    for i in range(size):
-                        total[i] += other[i]
+                for i in range(size):
+                    total[i] += other[i]
         for c in range(size // K):
             du, dw = sums + FLOAT * c * K, arguments[2] + FLOAT * 9 * (first + c)
             for k in range(0, whole, lanes):
