@@ -174,6 +174,16 @@ def equals_float64_as_first_layer(case: Rounded, unit: str) -> None:
     executor.close()
 
 
+def empty_batch_has_no_gradient(precision: str, case: Case, unit: str | None = None) -> None:
+    """Though the memory is that of a batch that had one: a rank may be left without images."""
+    case = replace(case, batch=3)  # a plan for more would not be used again
+    executor = executor_of(JIT(threads=1, unit=unit), precision, case.model, case.params())
+    step_on(executor, case.deltas, case.slopes(), case.rng)
+    step = step_on(executor, case.deltas[:0], case.slopes()[:0], case.rng[:0])
+    executor.close()
+    assert not step.gradient.any()
+
+
 def _sums_are_near(case: Rounded, got: Step, want: Step, first: int, unit: str) -> None:
     """Outputs, and gradients from the ``first`` parameter on, as near as float32's sums come.
 

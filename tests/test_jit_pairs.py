@@ -13,6 +13,7 @@ from jit_cases import (
     FIRST,
     PAIRS,
     Rounded,
+    empty_batch_has_no_gradient,
     equals_float64,
     equals_float64_as_first_layer,
     on_tiles,
@@ -98,13 +99,7 @@ def test_cases_come_to_every_kernel():
 
 @pytest.mark.parametrize("name", [TAPS, TILES])
 def test_an_empty_batch_has_no_gradient(name):
-    """Though the memory is that of a batch that had one: a rank may be left without images."""
-    case = replace(PAIRS[name], batch=3)  # a plan for more would not be used again
-    executor = executor_of(engine(threads=1), "bf16", case.model, case.params())
-    step_on(executor, case.deltas, case.slopes(), case.rng)
-    step = step_on(executor, case.deltas[:0], case.slopes()[:0], case.rng[:0])
-    executor.close()
-    assert not step.gradient.any()
+    empty_batch_has_no_gradient("bf16", PAIRS[name], "dot")
 
 
 def test_scratch_memory_has_room_for_what_lies_behind_the_frame():

@@ -5,8 +5,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-from engine_checks import adds_gradients, equals_pytorch, executor_of, needs_no_input_gradient, reuses_buffers, step_on
-from jit_cases import POOLED_FIRST, WINOGRAD, poisoned
+from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers, step_on
+from jit_cases import POOLED_FIRST, WINOGRAD, empty_batch_has_no_gradient, poisoned
 
 from convolt.engines import JIT
 from convolt.engines.jit import convolutions
@@ -62,13 +62,7 @@ def test_large_filters_have_few_parts_of_their_gradient(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES[:1] + list(POOLED_FIRST.values())[:1], ids=lambda case: case.name)
 def test_an_empty_batch_has_no_gradient(case):
-    """Though the memory is that of a batch that had one: a rank may be left without images."""
-    case = replace(case, batch=3)  # a plan for more would not be used again
-    executor = executor_of(JIT(threads=1), "fp32", case.model, case.params())
-    step_on(executor, case.deltas, case.slopes(), case.rng)
-    step = step_on(executor, case.deltas[:0], case.slopes()[:0], case.rng[:0])
-    executor.close()
-    assert not step.gradient.any()
+    empty_batch_has_no_gradient("fp32", case)
 
 
 def test_an_image_that_no_tap_meets_has_no_gradient():

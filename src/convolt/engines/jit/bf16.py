@@ -82,9 +82,7 @@ class Bf16Lanes:
         return builder.or_(even, builder.shl(odd, sixteen))
 
     def rounded_pair(self, even: Any, odd: Any) -> Any:
-        """`pair` of two rounded vectors of 16 float32 numbers, in two instructions where the CPU converts by itself."""
-        if not self.native:
-            return self.pair(self.rounded(even), self.rounded(odd))
+        """`pair` of two rounded vectors of 16 float32 numbers, in two instructions: the CPU must convert by itself."""
         builder, kind = self.floats.builder, ir.VectorType(BFLOAT, 2 * TILE)
         convert = declare(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, [even.type, odd.type])
         halves = builder.bitcast(builder.call(convert, [odd, even]), ir.VectorType(I16, 2 * TILE))

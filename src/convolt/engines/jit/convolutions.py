@@ -101,7 +101,8 @@ def conv(plan: Plan, operation: Operation) -> Served:
     if plan.units.tiles is not None and groups == 1:
         operation.because(f"{UNITS[plan.units.tiles]}: bf16, groups 1")
         return conv_on_tiles(plan, operation, plan.units.tiles)
-    slow, few = obstacle(spec) or _few_images(plan), _few_images(plan)
+    few = _few_images(plan)
+    slow = obstacle(spec) or few
     why = few or _unpaired(spec, slow) if conv_unit == "dot" else f"groups {groups}, bf16 takes 1"
     if conv_unit == "dot" and not why:
         operation.because(f"{UNITS[conv_unit]}: bf16")

@@ -124,9 +124,8 @@ def _forward_in_pairs(spec: ConvSpec) -> Callable[..., None]:
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             ready(arguments[1] + FLOAT * image * x_size, x)
             for group in range(groups):
-                if whole:
-                    for j in range(whole):
-                        full(arguments, x, image, 0, rows, thread, group, j * block)
+                for j in range(whole):
+                    full(arguments, x, image, 0, rows, thread, group, j * block)
                 if rest:
                     tail(arguments, x, image, 0, rows, thread, group, whole * block)
 
