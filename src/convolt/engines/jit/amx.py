@@ -79,13 +79,29 @@ def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, bias: Any,
     places = {
         2 * m + j: builder.add(c, I64(FLOAT * (m * spec.c_tile_stride + TILE * j))) for m in rows for j in columns
     }
-    for tile, place in places.items():
-        if spec.start == "load":
+
+    def loaded() -> None:
+        for tile, place in places.items():
             tiles.load(tile, place, FLOAT * spec.c_row)
-        elif spec.start == "bias":  # a stride of zero: every row of the tile is the same one
-            tiles.load(tile, builder.add(bias, I64(FLOAT * TILE * (tile % 2))), 0)
-        else:
+
+    def zero() -> None:
+        for tile in places:
             tiles.zero(tile)
+
+    match spec.start:
+        case "zero":
+            zero()
+        case "load":
+            loaded()
+        case "either":
+            with builder.if_else(builder.icmp_signed("!=", bias, I64(0))) as (goes_on, begins):
+                with goes_on:
+                    loaded()
+                with begins:
+                    zero()
+        case "bias":
+            for tile in places:  # a stride of zero: every row of the tile is the same one
+                tiles.load(tile, builder.add(bias, I64(FLOAT * TILE * (tile % 2))), 0)
 
     def product(a: Any, b: Any) -> None:
         for m in rows:

@@ -82,7 +82,9 @@ class Bf16Lanes:
         return builder.or_(even, builder.shl(odd, sixteen))
 
     def rounded_pair(self, even: Any, odd: Any) -> Any:
-        """`pair` of two rounded vectors of 16 float32 numbers, in two instructions: the CPU must convert by itself."""
+        """`pair` of two rounded vectors of 16 float32 numbers, in two instructions where the CPU converts by itself."""
+        if not self.native:
+            return self.pair(self.rounded(even), self.rounded(odd))
         builder, kind = self.floats.builder, ir.VectorType(BFLOAT, 2 * TILE)
         convert = declare(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, [even.type, odd.type])
         halves = builder.bitcast(builder.call(convert, [odd, even]), ir.VectorType(I16, 2 * TILE))
@@ -134,6 +136,28 @@ def pair_up(count: int, distance: int, lanes: int) -> Any:
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
+
+    return kernel
+
+
+def pair_lanes(native: bool) -> Any:
+    """A function for kernels: ``kernel(x, lane, further, y)`` rounds x[lane j] and x[lane j + further] to a word y[j].
+
+    x and y are addresses, for 16 j; distances count float32 numbers.
+    """
+
+    @intrinsic
+    def kernel(typingctx: Any, x: Any, lane: Any, further: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, TILE)
+            numbers, first = Bf16Lanes(floats, native), floats.pointer(args[0])
+            places = [floats.at(first, builder.mul(args[1], I64(j))) for j in range(TILE)]
+            even = floats.collect(places)
+            odd = floats.collect([floats.at(place, args[2]) for place in places])
+            floats.store(numbers.rounded_pair(even, odd), floats.pointer(args[3]))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), generate
 
     return kernel
 

@@ -29,8 +29,8 @@ class BlockGemm:
     """Sizes and strides, all constants: those of A and B count bf16 elements, `c_row` fp32 elements.
 
     unit: what multiplies. rows, columns: 1 to 32. step: the depth of one tile product, even, at most 32. steps: those
-    of a segment. b_tile: from one 16 columns to the next, within a step. start: zero, C as it is (load), or
-    bias[columns].
+    of a segment. b_tile: from one 16 columns to the next, within a step. start: zero, C as it is (load), one of these
+    as the call says (either: C where ``bias`` is not 0), or bias[columns].
     The rows lie in one tile or two; the second begins `a_tile` and `c_tile` behind the first, by default where its
     `tile` rows end. An image 8 pixels wide: rows=16, tile=8, a_tile=c_tile=one image row.
     """
@@ -47,7 +47,7 @@ class BlockGemm:
     b_tile: int
     b_segment: int
     c_row: int
-    start: Literal["zero", "load", "bias"] = "zero"
+    start: Literal["zero", "load", "either", "bias"] = "zero"
     tile: int = TILE
     a_tile: int | None = None
     c_tile: int | None = None

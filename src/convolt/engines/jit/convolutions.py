@@ -11,7 +11,7 @@ import numpy as np
 
 from convolt.engines.jit.buffers import Address
 from convolt.engines.jit.graph import Operation, Tensor
-from convolt.engines.jit.isa import Unit
+from convolt.engines.jit.isa import Unit, converts
 from convolt.engines.jit.kernels.residues import packed_depth, packed_taps
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
@@ -355,8 +355,9 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
 def _pack_tiles(plan: Plan, label: str, tiles: TileSpec, weight: Argument, packed: Address, turned: bool) -> Task:
     """Filters packed as blocks of bf16 pairs for these tiles."""
     conv = tiles.conv
-    sizes = conv.window.R, conv.window.S, conv.K, conv.x.C, tiles.channels, tiles.depth
-    return plan.whole(label, "tiles:pack", PackSpec(turned), tiles.columns // BLOCK, weight, packed, sizes=sizes)
+    sizes = conv.window.R * conv.window.S, conv.K, conv.x.C, tiles.channels, tiles.depth
+    spec = PackSpec(turned, native=converts(conv.unit))
+    return plan.whole(label, "tiles:pack", spec, tiles.columns // BLOCK, weight, packed, sizes=sizes)
 
 
 def _adding(plan: Plan, spec: ConvSpec, source: Tensor) -> ConvSpec:

@@ -13,7 +13,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
-from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, for_vectors
+from convolt.engines.jit.pixels import Block, activated, for_blocks, on_pixels
+from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors
 
 LANES = 16  # of pairs of pixels, the right operands of blocks
 PAIR = 64  # bytes of 16 channels of two pixels
@@ -299,6 +300,46 @@ def max_of(spec: MaxOf) -> Any:
         return types.void(*[types.int64] * 4), generate
 
     return kernel
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Pixels of ``columns`` of the K channels of an output, from the rows of ``row`` products.
+
+    slope: of the activation, 1 for none. adds: to what is there, in front of nothing: the gradient of an input.
+    """
+
+    columns: int
+    K: int
+    row: int
+    bias: bool
+    slope: float
+    adds: bool
+
+
+def finish(spec: Finish) -> Any:
+    """A function for kernels: ``kernel((products, bias, target), pixels)``, addresses of float32."""
+
+    def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
+        floats = Floats(builder, LANES)
+        products, bias, target = (floats.pointer(address) for address in addresses)
+
+        def block(b: Block) -> None:
+            offsets = b.load(bias) if spec.bias else []
+
+            def pixel(i: Any, nothing: list[Any]) -> list[Any]:
+                values = b.load(floats.at(products, builder.mul(i, I64(spec.row))))
+                if offsets:
+                    values = [builder.fadd(value, offset) for value, offset in zip(values, offsets, strict=True)]
+                values = [activated(floats, value, spec.slope) for value in values]
+                b.put(values, floats.at(target, builder.mul(i, I64(spec.K))), spec.adds)
+                return []
+
+            carried_loop(builder, pixels, [], pixel)
+
+        for_blocks(floats, spec.columns, 2, block)
+
+    return on_pixels(generate)
 
 
 def _stored(numbers: Bf16Lanes, value: Any, half: bool) -> Any:

@@ -334,10 +334,14 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class PackSpec:
-    """Filters of any size packed for a convolution; turned for its dx; pairs: of bf16, neighbors in depth."""
+    """Filters of any size packed for a convolution; turned for its dx; pairs: of bf16, neighbors in depth.
+
+    native: whether the CPU rounds to bf16.
+    """
 
     turned: bool
     pairs: bool = False
+    native: bool = False
 
 
 @dataclass(frozen=True)

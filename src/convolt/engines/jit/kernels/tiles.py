@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import bf16_of_float32, to_bf16
+from convolt.engines.jit.bf16 import bf16_of_float32, pair_lanes, to_bf16
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
-from convolt.engines.jit.epilogue import MaxOf, max_of
+from convolt.engines.jit.epilogue import Finish, MaxOf, finish, max_of
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.planes import columns_of_planes
@@ -57,28 +57,33 @@ def product(spec: TileSpec) -> BlockGemm:
 def pack(spec: PackSpec) -> Callable[..., None]:
     """Filters (K, C, R, S) as (blocks, depth / 32, 2, 16, 16, 2) bf16; arguments: state, w, packed. A chunk is a block.
 
-    Of any size: the other arguments are R, S, K, C, the channels of a tap, the depth. Turned, K are the inputs of the
-    convolution, C its outputs, and taps are in reverse.
+    Of any size: the other arguments are the taps, K, C, the channels of a tap, the depth. Turned, K are the inputs of
+    the convolution, C its outputs, and taps are in reverse. Sixteen filters and two channels are taken together; single
+    numbers are those of an odd channel, of fewer filters, and all where a tap has an odd number of channels.
     """
-    back = spec.turned
+    back, words = spec.turned, pair_lanes(spec.native)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        R, S, K, C = arguments[3], arguments[4], arguments[5], arguments[6]
-        channels, depth = arguments[7], arguments[8]
-        forward = view(arguments[1], (K, C, R, S), np.float32)
-        reverse = view(arguments[1], (C, K, R, S), np.float32)
-        packed = view(arguments[2] + BF16 * chunk * depth * BLOCK, (depth // DEPTH, 2, 16, 16, 2), np.uint16)
-        for r in range(R):
-            for s in range(S):
-                for c in range(C):
-                    place = (r * S + s) * channels + c
+        taps, K, C, channels, depth = arguments[3], arguments[4], arguments[5], arguments[6], arguments[7]
+        filters, next_channel = (taps, K * taps) if back else (C * taps, taps)  # how far they lie apart
+        block = arguments[2] + BF16 * chunk * depth * BLOCK
+        packed = view(block, (depth // DEPTH, 2, 16, 16, 2), np.uint16)
+        for tile in range(2):
+            k = chunk * BLOCK + 16 * tile
+            paired = C // 2 * 2 if channels % 2 == 0 and k + 16 <= K else 0
+            for c in range(C):
+                for tap in range(taps):
+                    place = tap * channels + c
                     step, pair, odd = place // DEPTH, (place % DEPTH) // 2, place % 2
-                    for j in range(BLOCK):
-                        k = chunk * BLOCK + j
-                        value = np.float32(0)
-                        if k < K:
-                            value = reverse[c, k, R - 1 - r, S - 1 - s] if back else forward[k, c, r, s]
-                        packed[step, j // 16, pair, j % 16, odd] = bf16_of_float32(value)
+                    w = arguments[1] + FLOAT * (k * filters + c * next_channel + (taps - 1 - tap if back else tap))
+                    if c >= paired:
+                        for j in range(16):
+                            value = np.float32(0)
+                            if k + j < K:
+                                value = view(w + FLOAT * j * filters, (1,), np.float32)[0]
+                            packed[step, tile, pair, j, odd] = bf16_of_float32(value)
+                    elif not odd:
+                        words(w, filters, next_channel, block + 2 * BF16 * 16 * ((step * 2 + tile) * 16 + pair))
 
     return kernel
 
@@ -210,7 +215,7 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
     pool_h, pool_w = conv.pool
     K, P, Q, rows, row_pixels = conv.K, conv.P, conv.Q, spec.group_rows, spec.row_pixels
     PP, QQ = P // pool_h, Q // pool_w
-    pooled, bias, slope, relu = conv.pool != (1, 1), conv.bias, np.float32(conv.slope), conv.slope == 0
+    pooled, bias, relu = conv.pool != (1, 1), conv.bias, conv.slope == 0
     y_size, y_origin, y_pitch, adds = y.size, y.origin, y.pitch, conv.add
 
     places = tuple((i * row_pixels + j) * BLOCK for i in range(pool_h) for j in range(pool_w))
@@ -227,35 +232,16 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
             for q in range(QQ):
                 pool(values + FLOAT * q * pool_w * BLOCK, offset, target + FLOAT * q * K, code + q * K)
 
-    bare = not (bias or adds or slope != np.float32(1)) and columns % LANES == 0
-    move = copy(FLOAT * columns)
-
-    @inlined
-    def finish_bare(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
-        for i in range(min(rows, P - p)):
-            values = result + FLOAT * (place * rows + i) * row_pixels * BLOCK
-            target = arguments[4] + FLOAT * (image * y_size + y_origin + (p + i) * y_pitch + channel)
-            for q in range(Q):
-                move(values + FLOAT * q * BLOCK, target + FLOAT * q * K)
+    rows_of = finish(Finish(columns, K, BLOCK, bias, conv.slope, adds))
 
     @inlined
     def finish_plain(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
-        offset = view(arguments[3] + FLOAT * channel, (BLOCK,), np.float32)
         for i in range(min(rows, P - p)):
-            values = view(result + FLOAT * (place * rows + i) * row_pixels * BLOCK, (Q, BLOCK), np.float32)
-            target = view(
-                arguments[4] + FLOAT * (image * y_size + y_origin + (p + i) * y_pitch + channel), (Q, K), np.float32
-            )
-            for q in range(Q):
-                for k in range(columns):
-                    value = values[q, k]
-                    if bias:
-                        value += offset[k]
-                    if slope != np.float32(1):
-                        value = value if value > np.float32(0) else value * slope
-                    target[q, k] = target[q, k] + value if adds else value
+            values = result + FLOAT * (place * rows + i) * row_pixels * BLOCK
+            target = arguments[4] + FLOAT * (image * y_size + y_origin + (p + i) * y_pitch + channel)
+            rows_of((values, arguments[3] + FLOAT * channel, target), Q)
 
-    return finish_pooled if pooled else finish_bare if bare else finish_plain
+    return finish_pooled if pooled else finish_plain
 
 
 def framed_convolution(tiles: TileSpec, image_bytes: int) -> Callable[[int, int, int, int, int, int], None]:

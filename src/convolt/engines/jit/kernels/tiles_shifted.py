@@ -72,6 +72,8 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
         if bias:
             view(db, (K,), np.float32)[:] = np.float32(0)
         last = min((chunk + 1) * images, count)
+        if last <= chunk * images:
+            view(dw, (part,), np.float32)[:] = np.float32(0)
         for first in range(chunk * images, last, together):
             end = min(first + together, last)
             for image in range(first, end):
@@ -79,7 +81,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
                 slopes(arguments, image, dy + (image - first) * image_bytes, db)
             if end - first < together:  # what the group before left behind the last image counts for nothing
                 view(dy + (end - first) * image_bytes, (DEPTH * wide,), np.uint16)[:] = np.uint16(0)
-            weights(dy, turned, pairs, dw, (end - first) * spacing, first == chunk * images, one)
+            weights(dy, turned, pairs, dw, (end - first) * spacing, first > chunk * images, one)
             if wants_dx:
                 for image in range(first, end, inputs_together):
                     inputs(
@@ -111,7 +113,7 @@ def _pairs(spec: ShiftedBackSpec) -> Callable[[int, int], None]:
 
 
 def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
-    """``dw (+)= dy^T x`` of a group: ``weights(dy, turned, pairs, dw, pixels, whether it is the first, one)``."""
+    """``dw (+)= dy^T x`` of a group: ``weights(dy, turned, pairs, dw, pixels, whether it is added, one)``."""
     depth, channels, wide, plane = spec.depth, spec.channels, spec.wide, spec.pairs * PAIR
     filters = -(-spec.conv.K // TILE) * TILE
     # For each 32 pixels, rows of 64 bytes one behind another: to the memory a block's tiles are two runs.
@@ -121,12 +123,10 @@ def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
     edge, bottom, done = channels % BLOCK, filters % BLOCK, release(spec.conv.unit)
 
     @inlined
-    def weights(dy: int, turned: int, pairs: int, dw: int, pixels: int, first: bool, one: int) -> None:
+    def weights(dy: int, turned: int, pairs: int, dw: int, pixels: int, adds: int, one: int) -> None:
         steps = (pixels + DEPTH - 1) // DEPTH
         for i in range(steps):
             turn(dy + BF16 * i * DEPTH * wide, turned + BF16 * i * DEPTH * wide)
-        if first:
-            view(dw, (filters * depth,), np.float32)[:] = np.float32(0)
         for c in range(0, channels * one, BLOCK):
             x = pairs + BF16 * c // TILE * plane
             for k in range(0, filters, BLOCK):
@@ -134,21 +134,21 @@ def _weight_gradient(spec: ShiftedBackSpec) -> Callable[..., None]:
                 # What a layer of whole blocks does not need is not compiled: these are constants.
                 if c + BLOCK <= channels:
                     if k + BLOCK <= filters:
-                        main(slopes, x, place, steps, one)
+                        main(slopes, x, place, adds, steps, one)
                     elif bottom:
-                        lower(slopes, x, place, steps, one)
+                        lower(slopes, x, place, adds, steps, one)
                 elif edge:
                     if k + BLOCK <= filters:
-                        right(slopes, x, place, steps, one)
+                        right(slopes, x, place, adds, steps, one)
                     elif bottom:
-                        corner(slopes, x, place, steps, one)
+                        corner(slopes, x, place, adds, steps, one)
         done()
 
     return weights
 
 
-def _tap_products(spec: ShiftedBackSpec, rows: int, columns: int) -> Callable[[int, int, int, int, int], None]:
-    """The products of so many filters with so many channels of every tap: ``run(dy, x, dw, steps, one)``."""
+def _tap_products(spec: ShiftedBackSpec, rows: int, columns: int) -> Callable[[int, int, int, int, int, int], None]:
+    """The products of so many filters with so many channels of every tap: ``run(dy, x, dw, adds, steps, one)``."""
     conv, window, depth, channels = spec.conv, spec.conv.window, spec.depth, spec.channels
     shape = BlockGemm(
         unit=conv.unit,
@@ -163,18 +163,18 @@ def _tap_products(spec: ShiftedBackSpec, rows: int, columns: int) -> Callable[[i
         b_tile=spec.pairs * PAIR,
         b_segment=DEPTH // 2 * PAIR,
         c_row=depth,
-        start="load",
+        start="either",
     )
     begin, block = configure(shape), block_gemm(shape)
     R, S, pitch, corner, copy_bytes = window.R, window.S, conv.x.columns, spec.corner, spec.pairs_bytes
     dilation_h, dilation_w = window.dilation_h, window.dilation_w
 
     @inlined
-    def run(left: int, right: int, dw: int, steps: int, one: int) -> None:
+    def run(left: int, right: int, dw: int, adds: int, steps: int, one: int) -> None:
         begin()
         for tap in range(R * S * one):
             pixel = corner + tap // S * dilation_h * pitch + tap % S * dilation_w
             source = right + pixel % 2 * copy_bytes + BF16 * (pixel // 2) * PAIR
-            block(left, source, dw + FLOAT * tap * channels, 0, steps)
+            block(left, source, dw + FLOAT * tap * channels, adds, steps)
 
     return run
