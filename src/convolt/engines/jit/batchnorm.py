@@ -14,9 +14,10 @@ from typing import Any
 
 from llvmlite import ir
 
+from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.kernels.specs import NormSpec
 from convolt.engines.jit.pixels import Block, activated, element_pointer, for_blocks, let_through, on_pixels
-from convolt.engines.jit.vectors import I8, I64, Floats, carried_loop
+from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop
 
 DOUBLE = 8  # bytes
 MEAN, INVERSE, SCALE, SHIFT = range(4)  # rows of constants
@@ -52,9 +53,10 @@ def apply(spec: NormSpec) -> Any:
 
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, spec.lanes)
-        x, constants, y, skip = (floats.pointer(address) for address in addresses[:4])
+        x, constants, skip = (floats.pointer(addresses[i]) for i in (0, 1, 3))
+        y = element_pointer(builder, addresses[2], I16 if spec.y.half else F32)
         codes = element_pointer(builder, addresses[4], I8)
-        taps = _taps(spec, spec.x.pitch)
+        taps, numbers = _taps(spec, spec.x.pitch), Bf16Lanes(floats, spec.native)
 
         def block(b: Block) -> None:
             scale, shift = (b.constants(floats.at(constants, row * spec.columns)) for row in (SCALE, SHIFT))
@@ -72,7 +74,7 @@ def apply(spec: NormSpec) -> Any:
                     others = b.load(floats.at(skip, place))
                     best = [builder.fadd(value, other) for value, other in zip(best, others, strict=True)]
                     best = [activated(floats, value, spec.outer) for value in best]
-                b.store(best, floats.at(y, place))
+                b.store([numbers.narrowed(value) for value in best] if spec.y.half else best, floats.at(y, place))
                 return []
 
             carried_loop(builder, pixels, [], pixel)

@@ -55,6 +55,14 @@ class Bf16Lanes:
         halves = self.floats.load_as(I16, pointer, used)
         return self.floats.builder.zext(halves, ir.VectorType(I32, self.floats.lanes))
 
+    def load_float(self, pointer: Any, source: Source, used: int) -> Any:
+        """The same as float32 numbers, exactly."""
+        if source == "fp32":
+            return self.floats.load(pointer, used)
+        builder, bits = self.floats.builder, self.load(pointer, source, used)
+        sixteen = ir.Constant(bits.type, [I32(16)] * self.floats.lanes)
+        return builder.bitcast(builder.shl(bits, sixteen), self.floats.type)
+
     def rounded(self, x: Any) -> Any:
         builder, lanes = self.floats.builder, self.floats.lanes
         kind = ir.VectorType(I32, lanes)

@@ -15,6 +15,7 @@ from convolt.engines.jit.isa import Unit, converts
 from convolt.engines.jit.kernels.residues import packed_depth, packed_taps
 from convolt.engines.jit.kernels.specs import (
     BLOCK,
+    DEPTH,
     FLOAT,
     VECTORS,
     ConvSpec,
@@ -98,7 +99,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
     """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
     groups, conv_unit = cast(Conv2d, operation.layer).groups, plan.units.conv
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
-    if plan.units.tiles is not None and groups == 1:
+    if plan.units.tiles is not None and _on_tiles(plan, operation):
         operation.because(f"{UNITS[plan.units.tiles]}: bf16, groups 1")
         return conv_on_tiles(plan, operation, plan.units.tiles)
     few = _few_images(plan)
@@ -305,6 +306,27 @@ def reads_planes(tensor: Tensor) -> bool:
     return (
         few and len(layers) == len(tensor.readers) and all(one.groups == 1 and one.stride == (1, 1) for one in layers)
     )
+
+
+def keep_half(plan: Plan, tensor: Tensor) -> None:
+    """Keep images in bf16 if all that read them are convolutions on tiles, which would round them to that anyway.
+
+    Their channels must fill whole tile rows, so that tiles are read where the images lie.
+    """
+    maker, readers = tensor.maker, tensor.readers
+    if not (tensor.is_image and readers and maker is not None and tensor.shape[0] % DEPTH == 0):
+        return
+    # The output of a sum's activation is read again on the way back, by its BatchNorm.
+    rounds = _on_tiles(plan, maker) or (maker.kind == "BatchNorm2d" and maker.outer is None)
+    if rounds and all(_on_tiles(plan, reader) for reader in readers):
+        tensor.half = True
+        tensor.behind = max(TileSpec(conv_spec(plan, reader)).behind for reader in readers)
+        maker.because("kept in bf16: convolutions on tiles alone read it")
+
+
+def _on_tiles(plan: Plan, operation: Operation) -> bool:
+    convolution = operation.kind == "Conv2d" and cast(Conv2d, operation.layer).groups == 1
+    return convolution and plan.units.tiles is not None
 
 
 def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:

@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
-from convolt.engines.jit.pixels import Block, activated, for_blocks, on_pixels
+from convolt.engines.jit.pixels import Block, activated, element_pointer, for_blocks, on_pixels
 from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors
 
 LANES = 16  # of pairs of pixels, the right operands of blocks
@@ -46,7 +46,7 @@ def unpool(spec: Unpool) -> Any:
             numbers = Bf16Lanes(floats, spec.native)
             source, total = floats.pointer(args[0]), floats.pointer(args[3])
             code = builder.inttoptr(args[1], I8.as_pointer())
-            pixels = builder.inttoptr(args[2], (I16 if spec.half else F32).as_pointer())
+            pixels = _elements(builder, args[2], spec.half)
             bytes_kind = ir.VectorType(I8, spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
@@ -73,7 +73,10 @@ def unpool(spec: Unpool) -> Any:
 
 @dataclass(frozen=True)
 class Through:
-    """A pixel with `channels` whose activation had this `slope` on its negative side: 1 for none, 0 for ReLU."""
+    """A pixel with `channels` whose activation had this `slope` on its negative side: 1 for none, 0 for ReLU.
+
+    half: whether the target is bf16; half_y: whether the output is.
+    """
 
     channels: int
     slope: float
@@ -81,24 +84,27 @@ class Through:
     native: bool
     bias: bool
     half: bool = True
+    half_y: bool = False
 
 
 def through(spec: Through) -> Any:
-    """A function for kernels: ``kernel(dy, y, target, db)``, the target bf16 or float32, the others float32."""
+    """A function for kernels: ``kernel(dy, y, target, db)``, y and target bf16 or float32, the others float32."""
 
     @intrinsic
     def kernel(typingctx: Any, dy: Any, y: Any, target: Any, db: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, spec.lanes)
             numbers = Bf16Lanes(floats, spec.native)
-            source, output, total = (floats.pointer(args[i]) for i in (0, 1, 3))
-            pixel = builder.inttoptr(args[2], (I16 if spec.half else F32).as_pointer())
+            source, total = floats.pointer(args[0]), floats.pointer(args[3])
+            output = _elements(builder, args[1], spec.half_y)
+            pixel = _elements(builder, args[2], spec.half)
             slope = ir.Constant(floats.type, [F32(spec.slope)] * spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
                 value = floats.load(floats.at(source, offset), used)
                 if spec.slope != 1:
-                    positive = builder.fcmp_ordered(">", floats.load(floats.at(output, offset), used), floats.zero)
+                    y = numbers.load_float(floats.at(output, offset), "bf16" if spec.half_y else "fp32", used)
+                    positive = builder.fcmp_ordered(">", y, floats.zero)
                     value = builder.select(positive, value, builder.fmul(value, slope))
                 floats.store(_stored(numbers, value, spec.half), builder.gep(pixel, [offset]), used)
                 if spec.bias:
@@ -208,6 +214,7 @@ class PairThrough:
     bias: bool
     native: bool
     both: bool
+    half_y: bool
 
 
 def pair_through(spec: PairThrough) -> Any:
@@ -218,7 +225,8 @@ def pair_through(spec: PairThrough) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, LANES)
             numbers = Bf16Lanes(floats, spec.native)
-            source, output, total = (floats.pointer(args[i]) for i in (0, 1, 3))
+            source, total = floats.pointer(args[0]), floats.pointer(args[3])
+            output = _elements(builder, args[1], spec.half_y)
             slope = ir.Constant(floats.type, [F32(spec.slope)] * LANES)
 
             def channels(offset: Any, used: int) -> None:
@@ -227,7 +235,8 @@ def pair_through(spec: PairThrough) -> Any:
                     place = builder.add(offset, I64(pixel * spec.channels))
                     value = floats.load(floats.at(source, place), used)
                     if spec.slope != 1:
-                        positive = builder.fcmp_ordered(">", floats.load(floats.at(output, place), used), floats.zero)
+                        y = numbers.load_float(floats.at(output, place), "bf16" if spec.half_y else "fp32", used)
+                        positive = builder.fcmp_ordered(">", y, floats.zero)
                         value = builder.select(positive, value, builder.fmul(value, slope))
                     values.append(value)
                 halves = [numbers.rounded(value) for value in values]
@@ -253,7 +262,8 @@ def pair_through(spec: PairThrough) -> Any:
 class MaxOf:
     """The largest of the pixels at ``places`` (float32 elements), the first of equals, with bias and ReLU.
 
-    The code is the tap that won, or `dead` where ReLU let nothing through; codes: whether anybody wants it.
+    The code is the tap that won, or `dead` where ReLU let nothing through; codes: whether anybody wants it. half:
+    whether the target is bf16; native: the CPU rounds.
     """
 
     channels: int
@@ -263,16 +273,20 @@ class MaxOf:
     bias: bool
     relu: bool
     codes: bool = True
+    half: bool = False
+    native: bool = False
 
 
 def max_of(spec: MaxOf) -> Any:
-    """A function for kernels: ``kernel(values, bias, target, codes)``, addresses of float32, but for codes, bytes."""
+    """A function for kernels: ``kernel(values, bias, target, codes)``, addresses; codes are bytes."""
 
     @intrinsic
     def kernel(typingctx: Any, values: Any, bias: Any, target: Any, codes: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, spec.lanes)
-            source, offsets, output = (floats.pointer(args[i]) for i in (0, 1, 2))
+            numbers = Bf16Lanes(floats, spec.native)
+            source, offsets = floats.pointer(args[0]), floats.pointer(args[1])
+            output = _elements(builder, args[2], spec.half)
             code = builder.inttoptr(args[3], I8.as_pointer())
             kind = ir.VectorType(I8, spec.lanes)
 
@@ -290,7 +304,7 @@ def max_of(spec: MaxOf) -> Any:
                     dead = builder.fcmp_ordered("<=", best, floats.zero)
                     winner = builder.select(dead, ir.Constant(kind, [I8(spec.dead)] * spec.lanes), winner)
                     best = builder.select(dead, floats.zero, best)
-                floats.store(best, floats.at(output, offset), used)
+                floats.store(_stored(numbers, best, spec.half), floats.at(output, offset), used)
                 if spec.codes:
                     floats.store(winner, builder.gep(code, [offset]), used)
 
@@ -306,7 +320,8 @@ def max_of(spec: MaxOf) -> Any:
 class Finish:
     """Pixels of ``columns`` of the K channels of an output, from the rows of ``row`` products.
 
-    slope: of the activation, 1 for none. adds: to what is there, in front of nothing: the gradient of an input.
+    slope: of the activation, 1 for none. adds: to what is there, the gradient of an input. half: whether the output is
+    bf16; native: the CPU rounds.
     """
 
     columns: int
@@ -315,31 +330,43 @@ class Finish:
     bias: bool
     slope: float
     adds: bool
+    half: bool
+    native: bool
 
 
 def finish(spec: Finish) -> Any:
-    """A function for kernels: ``kernel((products, bias, target), pixels)``, addresses of float32."""
+    """A function for kernels: ``kernel((products, bias, target), pixels)``."""
 
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, LANES)
-        products, bias, target = (floats.pointer(address) for address in addresses)
+        products, bias = (floats.pointer(address) for address in addresses[:2])
+        target, numbers = _elements(builder, addresses[2], spec.half), Bf16Lanes(floats, spec.native)
 
         def block(b: Block) -> None:
             offsets = b.load(bias) if spec.bias else []
 
-            def pixel(i: Any, nothing: list[Any]) -> list[Any]:
+            def finished(i: Any, nothing: list[Any]) -> list[Any]:
                 values = b.load(floats.at(products, builder.mul(i, I64(spec.row))))
                 if offsets:
                     values = [builder.fadd(value, offset) for value, offset in zip(values, offsets, strict=True)]
                 values = [activated(floats, value, spec.slope) for value in values]
-                b.put(values, floats.at(target, builder.mul(i, I64(spec.K))), spec.adds)
+                pixel = floats.at(target, builder.mul(i, I64(spec.K)))
+                if spec.half:
+                    b.store([numbers.narrowed(value) for value in values], pixel)
+                else:
+                    b.put(values, pixel, spec.adds)
                 return []
 
-            carried_loop(builder, pixels, [], pixel)
+            carried_loop(builder, pixels, [], finished)
 
         for_blocks(floats, spec.columns, 2, block)
 
     return on_pixels(generate)
+
+
+def _elements(builder: Any, address: Any, half: bool) -> Any:
+    """An int64 address as a pointer to bf16 or float32."""
+    return element_pointer(builder, address, I16 if half else F32)
 
 
 def _stored(numbers: Bf16Lanes, value: Any, half: bool) -> Any:

@@ -140,7 +140,7 @@ class Plan:
         if tensor.image is not None:
             return self.value(tensor.image)
         kind = np.uint16 if tensor.planar or tensor.half else np.float32
-        return self.address(f"value {tensor.name}", self.capacity * tensor.size, kind)
+        return self.address(f"value {tensor.name}", self.capacity * tensor.size + tensor.behind, kind)
 
     def slope(self, tensor: Tensor) -> Address:
         """The address of a tensor's gradient, without a frame."""

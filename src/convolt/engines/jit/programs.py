@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.convolutions import reads_planes
+from convolt.engines.jit.convolutions import keep_half, reads_planes
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa, Units
 from convolt.engines.jit.kernels.specs import LossSpec
@@ -103,6 +103,8 @@ class Programs:
                 operation.output.image = operation.inputs[0]
             flat = operation.kind == "Flatten"
             operation.output.half = units.dense is not None and flat and reads_half(operation.output)
+        for operation in self._operations:
+            keep_half(self.plan, operation.output)
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
         self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]

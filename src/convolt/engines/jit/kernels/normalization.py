@@ -107,14 +107,14 @@ def normalize(spec: NormSpec) -> Callable[..., None]:
     x, y, images, (lines, pixels) = spec.x, spec.y, spec.images, spec.lines(spec.x, spec.y, spec.skip)
     skip = spec.skip if spec.skip is not None else y
     row = apply(spec)
-    C, rows = x.C, spec.pool[0]
+    C, rows, number = x.C, spec.pool[0], y.number
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for line in range(lines):
                 source = arguments[1] + FLOAT * (image * x_size + x_origin + line * rows * x_pitch)
-                target = arguments[3] + FLOAT * (image * y_size + y_origin + line * y_pitch)
+                target = arguments[3] + number * (image * y_size + y_origin + line * y_pitch)
                 other = arguments[4] + FLOAT * (image * skip_size + skip_origin + line * skip_pitch)
                 codes = arguments[5] + (image * lines + line) * pixels * C
                 row((source, arguments[2], target, other, codes), pixels)

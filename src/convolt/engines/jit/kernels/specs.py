@@ -35,6 +35,7 @@ class Frame:
     """An NHWC tensor in memory: C channels, H x W pixels inside ``rows`` x ``columns``, the first one at ``origin``.
 
     planar: bf16 planes (C, rows, columns) instead of float32 pixels; ``origin`` still counts C elements a pixel.
+    half: bf16 pixels.
     """
 
     C: int
@@ -44,6 +45,7 @@ class Frame:
     columns: int
     origin: int
     planar: bool = False
+    half: bool = False
 
     @classmethod
     def of(cls, tensor: "Tensor") -> "Frame":
@@ -51,7 +53,12 @@ class Frame:
         if not tensor.is_image:
             return cls(tensor.shape[0], 1, 1, 1, 1, 0)
         C, H, W = tensor.shape
-        return cls(C, H, W, tensor.height, tensor.width, tensor.origin, tensor.planar)
+        return cls(C, H, W, tensor.height, tensor.width, tensor.origin, tensor.planar, tensor.half)
+
+    @property
+    def number(self) -> int:
+        """Bytes of an element."""
+        return BF16 if self.planar or self.half else FLOAT
 
     @property
     def bare(self) -> "Frame":
@@ -292,7 +299,7 @@ class NormSpec:
     pool: kernel of the max-pool, whose windows cover the image; (1, 1) for none. skip: what is added, and outer: the
     slope of the activation behind the sum. add, adds_skip: whether dx and dskip are added to what is there; wants_skip:
     whether there is a dskip; accumulate: whether dweight and dbias are added. synchronized: whether the sums and the
-    count over all ranks' samples are given.
+    count over all ranks' samples are given. native: whether the CPU rounds to bf16, where y is that.
     """
 
     x: Frame
@@ -310,6 +317,7 @@ class NormSpec:
     wants_skip: bool = True
     accumulate: bool = True
     synchronized: bool = False
+    native: bool = False
 
     @property
     def columns(self) -> int:

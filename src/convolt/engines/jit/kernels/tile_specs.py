@@ -76,12 +76,22 @@ class TileSpec:
 
     @property
     def image_bytes(self) -> int:
-        """The bf16 image, with what tiles read behind it; none where it lies in planes, which are bf16 already."""
+        """The bf16 image, with what tiles read behind it; none where it is bf16 already."""
         conv = self.conv
-        if conv.x.planar or self.pixel:
+        if self.in_place or self.pixel:
             return 0
-        behind = (BLOCK * conv.window.stride_w + conv.window.stride_h * conv.x.columns + DEPTH) * self.channels
-        return round_up(BF16 * (conv.x.rows * conv.x.columns * self.channels + behind), 64)
+        return round_up(BF16 * (conv.x.rows * conv.x.columns * self.channels + self.behind), 64)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the image is bf16 already and read where it lies."""
+        return self.conv.x.planar or self.conv.x.half
+
+    @property
+    def behind(self) -> int:
+        """Numbers behind an image that tiles read, for rows of products that nobody wants."""
+        window = self.conv.window
+        return (BLOCK * window.stride_w + window.stride_h * self.conv.x.columns + DEPTH) * self.channels
 
     @property
     def gathered_bytes(self) -> int:

@@ -94,14 +94,15 @@ def pack(spec: PackSpec) -> Callable[..., None]:
 def conv_forward(spec: TileSpec) -> Callable[..., None]:
     """``y = pool(act(w * x + b))``; arguments: state, x, packed filters, bias, y, codes, scratch."""
     conv = spec.conv
-    planar = conv.x.planar
+    in_place = spec.in_place
     load, multiply = load_image(conv.x, spec), multiply_group(spec)
     shape, done = configure(product(spec)), release(conv.unit)
-    gather = columns_of_planes(spec) if planar else gather_rows(spec)
+    gather = columns_of_planes(spec) if conv.x.planar else gather_rows(spec)
     whole, rest = divmod(conv.K, BLOCK)
     full, tail = finish_group(spec, BLOCK), finish_group(spec, rest or BLOCK)
     images, together, rows_together, P = conv.images, spec.group_images, spec.group_rows, conv.P
     image_bytes, gathered_bytes, scratch = spec.image_bytes, spec.gathered_bytes, spec.scratch
+    picture_bytes = BF16 * conv.x.size if in_place else image_bytes
     x_size, filters_bytes, direct = conv.x.size, BF16 * spec.depth * BLOCK, spec.direct
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -115,17 +116,17 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
         shape()
         for first in range(chunk * images, last, together):
             end = min(first + together, last)
-            if not planar:
+            picture = arguments[1] + BF16 * first * x_size if in_place else own
+            if not in_place:
                 for image in range(first, end):
                     load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
             for p in range(0, P, rows_together):
                 if not direct:
                     for image in range(first, end):
-                        place = arguments[1] + BF16 * image * x_size if planar else own + (image - first) * image_bytes
-                        gather(place, columns, p, image - first)
+                        gather(picture + (image - first) * picture_bytes, columns, p, image - first)
                 for block in range(whole + (1 if rest else 0)):
                     filters = arguments[2] + block * filters_bytes
-                    multiply(own, columns, filters, result, p, end - first)
+                    multiply(picture, columns, filters, result, p, end - first)
                     for image in range(first, end):
                         if block < whole:
                             full(arguments, result, image, image - first, p, block * BLOCK)
@@ -219,7 +220,8 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
     y_size, y_origin, y_pitch, adds = y.size, y.origin, y.pitch, conv.add
 
     places = tuple((i * row_pixels + j) * BLOCK for i in range(pool_h) for j in range(pool_w))
-    pool = max_of(MaxOf(columns, places, DEAD, LANES, bias, relu))
+    half, native, number = y.half, converts(conv.unit), y.number
+    pool = max_of(MaxOf(columns, places, DEAD, LANES, bias, relu, half=half, native=native))
 
     @inlined
     def finish_pooled(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
@@ -227,18 +229,18 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
         for i in range(min(rows, P - p) // pool_h):
             pp = p // pool_h + i
             values = result + FLOAT * (place * rows + i * pool_h) * row_pixels * BLOCK
-            target = arguments[4] + FLOAT * (image * y_size + y_origin + pp * y_pitch + channel)
+            target = arguments[4] + number * (image * y_size + y_origin + pp * y_pitch + channel)
             code = arguments[5] + (image * PP + pp) * QQ * K + channel
             for q in range(QQ):
-                pool(values + FLOAT * q * pool_w * BLOCK, offset, target + FLOAT * q * K, code + q * K)
+                pool(values + FLOAT * q * pool_w * BLOCK, offset, target + number * q * K, code + q * K)
 
-    rows_of = finish(Finish(columns, K, BLOCK, bias, conv.slope, adds))
+    rows_of = finish(Finish(columns, K, BLOCK, bias, conv.slope, adds, half, native))
 
     @inlined
     def finish_plain(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
         for i in range(min(rows, P - p)):
             values = result + FLOAT * (place * rows + i) * row_pixels * BLOCK
-            target = arguments[4] + FLOAT * (image * y_size + y_origin + (p + i) * y_pitch + channel)
+            target = arguments[4] + number * (image * y_size + y_origin + (p + i) * y_pitch + channel)
             rows_of((values, arguments[3] + FLOAT * channel, target), Q)
 
     return finish_pooled if pooled else finish_plain

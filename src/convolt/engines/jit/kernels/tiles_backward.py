@@ -47,7 +47,8 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
         conv.K,
     )
     image_bytes, slopes_bytes, gathered_bytes = gather.image_bytes, spec.slopes_bytes, gather.gathered_bytes
-    inputs_together = spec.inputs.group_images
+    inputs_together, in_place = spec.inputs.group_images, gather.in_place
+    picture_bytes = BF16 * conv.x.size if in_place else image_bytes
     scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
 
@@ -67,13 +68,15 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
         last = min((chunk + 1) * images, count)
         for first in range(chunk * images, last, together):
             end = min(first + together, last)
+            picture = arguments[1] + BF16 * first * x_size if in_place else own
             for image in range(first, end):
-                load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
+                if not in_place:
+                    load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
                 # Slopes of the images of a group lie one behind another, as their columns do.
                 slopes(arguments, image, dy + BF16 * (image - first) * P * Q * wide, db)
             for p in range(0, P, rows_together):
                 for image in range(first, end):
-                    collect(own + (image - first) * image_bytes, columns, p, image - first)
+                    collect(picture + (image - first) * picture_bytes, columns, p, image - first)
                 count_pixels = (end - first) * P * Q if together > 1 else min(rows_together, P - p) * Q
                 weights(columns, dy + BF16 * p * Q * wide, dw, count_pixels)
             if wants_dx:
@@ -98,8 +101,8 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     PP, QQ = P // pool_h, Q // pool_w
     taps = tuple((i * pitch + j) * wide for i in range(pool_h) for j in range(pool_w))
     spread = unpool(Unpool(K, taps, DEAD, LANES, native, conv.bias))
-    let_through = through(Through(K, conv.slope, LANES, native, conv.bias))
-    y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
+    let_through = through(Through(K, conv.slope, LANES, native, conv.bias, half_y=y.half))
+    y_size, y_origin, y_pitch, number = y.size, y.origin, y.pitch, y.number
 
     @inlined
     def pooled_slopes(arguments: Any, image: int, target: int, db: int) -> None:
@@ -113,10 +116,10 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     def plain_slopes(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(P):
             dy = arguments[3] + FLOAT * (image * P + p) * Q * K
-            output = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch)
+            output = arguments[4] + number * (image * y_size + y_origin + p * y_pitch)
             for q in range(Q):
                 place = target + BF16 * (p * pitch + q) * wide
-                let_through(dy + FLOAT * q * K, output + FLOAT * q * K, place, db)
+                let_through(dy + FLOAT * q * K, output + number * q * K, place, db)
 
     return pooled_slopes if conv.pool != (1, 1) else plain_slopes
 

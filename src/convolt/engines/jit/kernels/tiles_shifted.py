@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import Pairs, pack_pairs
+from convolt.engines.jit.bf16 import Pairs, Source, pack_pairs
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
@@ -49,7 +49,8 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     inputs = framed_convolution(spec.inputs, BF16 * spec.spacing * spec.wide)
     images, together, inputs_together = conv.images, spec.images, spec.inputs.group_images
     K, bias, wants_dx, part, scratch = conv.K, conv.bias, conv.wants_dx, spec.part, spec.scratch
-    lead_bytes, slopes_bytes, x_size = BF16 * spec.lead * spec.wide, spec.slopes_bytes, conv.x.size
+    lead_bytes, slopes_bytes = BF16 * spec.lead * spec.wide, spec.slopes_bytes
+    x_size, number = conv.x.size, conv.x.number
     image_bytes, pairs_bytes = BF16 * spec.spacing * spec.wide, spec.copies * spec.pairs_bytes
     runs, run_bytes = spec.copies * spec.channels // TILE, 2 * PAIR * spec.pairs
     even = conv.x.rows * conv.x.columns % 2 == 0  # of an odd frame the second copy leaves a pair out, and that is read
@@ -77,7 +78,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
         for first in range(chunk * images, last, together):
             end = min(first + together, last)
             for image in range(first, end):
-                pair(arguments[1] + FLOAT * image * x_size, pairs + (image - first) * image_pairs)
+                pair(arguments[1] + number * image * x_size, pairs + (image - first) * image_pairs)
                 slopes(arguments, image, dy + (image - first) * image_bytes, db)
             if end - first < together:  # what the group before left behind the last image counts for nothing
                 view(dy + (end - first) * image_bytes, (DEPTH * wide,), np.uint16)[:] = np.uint16(0)
@@ -100,14 +101,16 @@ def _pairs(spec: ShiftedBackSpec) -> Callable[[int, int], None]:
     """An image's frame in pairs of pixels, from the first pixel on and from the second: ``pair(x, pairs)``."""
     x, plane, copy_bytes, copies = spec.conv.x, spec.pairs * PAIR, spec.pairs_bytes, spec.copies
     pixels, C, native = x.rows * x.columns, x.C, converts(spec.conv.unit)
-    even = pack_pairs(Pairs(pixels, C, C, PAIR, plane, "fp32", native))
-    odd = pack_pairs(Pairs(pixels - 1, C, C, PAIR, plane, "fp32", native))
+    source: Source = "bf16" if x.half else "fp32"
+    even = pack_pairs(Pairs(pixels, C, C, PAIR, plane, source, native))
+    odd = pack_pairs(Pairs(pixels - 1, C, C, PAIR, plane, source, native))
+    number = x.number
 
     @inlined
     def pair(image: int, pairs: int) -> None:
         even(image, pairs)
         if copies == 2:
-            odd(image + FLOAT * C, pairs + copy_bytes)
+            odd(image + number * C, pairs + copy_bytes)
 
     return pair
 
