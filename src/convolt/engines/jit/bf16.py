@@ -170,6 +170,12 @@ def pair_lanes(native: bool) -> Any:
     return kernel
 
 
+def _interleaved(first: int) -> Any:
+    """The shuffle of two vectors of 32 numbers that takes 16 of each, from the first on, in turns."""
+    lanes = [I32(lane) for i in range(first, first + TILE) for lane in (i, 2 * TILE + i)]
+    return ir.Constant(ir.VectorType(I32, 2 * TILE), lanes)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """x [depth, columns] (`source`) -> y [pair of rows][tile of 16 columns][16][2] bf16; strides in elements.
@@ -194,7 +200,7 @@ def pack_pairs(spec: Pairs) -> Any:
     def kernel(typingctx: Any, x: Any, y: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, TILE)
-            numbers = Bf16Lanes(floats, spec.native)
+            numbers, wide = Bf16Lanes(floats, spec.native), Floats(builder, 2 * TILE)
             source = builder.inttoptr(args[0], (F32 if spec.source == "fp32" else I16).as_pointer())
             target = builder.inttoptr(args[1], I16.as_pointer())
 
@@ -204,20 +210,32 @@ def pack_pairs(spec: Pairs) -> Any:
 
                 def tile(j: Any, used: int) -> None:
                     place = builder.gep(row, [builder.mul(j, I64(TILE))])
-                    value = numbers.load(place, spec.source, used)
-                    if both:
-                        odd = numbers.load(floats.at(place, spec.x_row), spec.source, used)
-                        value = numbers.pair(value, odd)
+                    further = floats.at(place, spec.x_row)
+                    if not both:
+                        value = numbers.load(place, spec.source, used)
+                    elif spec.source == "fp32":
+                        value = numbers.rounded_pair(floats.load(place, used), floats.load(further, used))
+                    else:
+                        value = numbers.pair(*(numbers.load(one, spec.source, used) for one in (place, further)))
                     floats.store(value, builder.gep(pair, [builder.mul(j, I64(spec.y_tile))]))
 
-                def whole_tile(j: Any, nothing: list[Any]) -> list[Any]:
-                    tile(j, TILE)
+                def two_tiles(i: Any, nothing: list[Any]) -> list[Any]:
+                    if both and spec.source == "bf16":
+                        place = builder.gep(row, [builder.mul(i, I64(2 * TILE))])
+                        rows = [wide.load_as(I16, one, 2 * TILE) for one in (place, floats.at(place, spec.x_row))]
+                        for number in range(2):
+                            words = builder.shuffle_vector(*rows, _interleaved(number * TILE))
+                            tile_number = builder.add(builder.mul(i, I64(2)), I64(number))
+                            wide.store(words, builder.gep(pair, [builder.mul(tile_number, I64(spec.y_tile))]))
+                    else:
+                        for number in range(2):
+                            tile(builder.add(builder.mul(i, I64(2)), I64(number)), TILE)
                     return []
 
-                whole, rest = divmod(spec.columns, TILE)
-                carried_loop(builder, I64(whole), [], whole_tile)
-                if rest:
-                    tile(I64(whole), rest)
+                twice, rest = divmod(spec.columns, 2 * TILE)
+                carried_loop(builder, I64(twice), [], two_tiles)
+                for first in range(0, rest, TILE):
+                    tile(I64(2 * twice + first // TILE), min(TILE, rest - first))
 
             def step(p: Any, nothing: list[Any]) -> list[Any]:
                 pack(p, both=True)
