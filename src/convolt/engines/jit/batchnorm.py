@@ -16,8 +16,16 @@ from llvmlite import ir
 
 from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.kernels.specs import NormSpec
-from convolt.engines.jit.pixels import Block, activated, element_pointer, for_blocks, let_through, on_pixels
-from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop
+from convolt.engines.jit.pixels import (
+    Block,
+    activated,
+    element_pointer,
+    for_blocks,
+    let_through,
+    number_pointer,
+    on_pixels,
+)
+from convolt.engines.jit.vectors import I8, I16, I64, Floats, carried_loop
 
 DOUBLE = 8  # bytes
 MEAN, INVERSE, SCALE, SHIFT = range(4)  # rows of constants
@@ -28,13 +36,14 @@ def add_moments(spec: NormSpec) -> Any:
 
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, spec.lanes)
-        x, pivots, sums = (floats.pointer(address) for address in addresses)
+        x, pivots = (number_pointer(builder, address, spec.x.half) for address in addresses[:2])
+        sums = floats.pointer(addresses[2])
 
         def block(b: Block) -> None:
-            pivot = b.load(pivots)
+            pivot = _load(spec, b, pivots)
 
             def pixel(i: Any, held: list[Any]) -> list[Any]:
-                values = b.load(floats.at(x, builder.mul(i, I64(spec.x.C))))
+                values = _load(spec, b, floats.at(x, builder.mul(i, I64(spec.x.C))))
                 deltas = [builder.fsub(value, base) for value, base in zip(values, pivot, strict=True)]
                 firsts = [builder.fadd(total, delta) for total, delta in zip(held, deltas, strict=False)]
                 squares = held[len(deltas) :]
@@ -53,8 +62,8 @@ def apply(spec: NormSpec) -> Any:
 
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, spec.lanes)
-        x, constants, skip = (floats.pointer(addresses[i]) for i in (0, 1, 3))
-        y = element_pointer(builder, addresses[2], I16 if spec.y.half else F32)
+        constants, skip = (floats.pointer(addresses[i]) for i in (1, 3))
+        x, y = number_pointer(builder, addresses[0], spec.x.half), number_pointer(builder, addresses[2], spec.y.half)
         codes = element_pointer(builder, addresses[4], I8)
         taps, numbers = _taps(spec, spec.x.pitch), Bf16Lanes(floats, spec.native)
 
@@ -64,7 +73,7 @@ def apply(spec: NormSpec) -> Any:
             def pixel(i: Any, nothing: list[Any]) -> list[Any]:
                 place = builder.mul(i, I64(spec.x.C))
                 first = floats.at(x, builder.mul(i, I64(spec.x.C * spec.pool[1])))
-                values = [_normalized(floats, b.load(floats.at(first, tap)), scale, shift) for tap in taps]
+                values = [_normalized(floats, _load(spec, b, floats.at(first, tap)), scale, shift) for tap in taps]
                 best = values[0]
                 if len(taps) > 1:
                     best, winners = _largest(floats, values)
@@ -89,7 +98,8 @@ def add_slopes(spec: NormSpec) -> Any:
 
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, spec.lanes)
-        x, y, dy, constants, sums = (floats.pointer(addresses[i]) for i in (0, 1, 2, 4, 5))
+        x = number_pointer(builder, addresses[0], spec.x.half)
+        y, dy, constants, sums = (floats.pointer(addresses[i]) for i in (1, 2, 4, 5))
         codes = element_pointer(builder, addresses[3], I8)
         taps = _taps(spec, spec.x.pitch)
 
@@ -99,11 +109,11 @@ def add_slopes(spec: NormSpec) -> Any:
             def pixel(i: Any, held: list[Any]) -> list[Any]:
                 place = builder.mul(i, I64(spec.x.C))
                 first = floats.at(x, builder.mul(i, I64(spec.x.C * spec.pool[1])))
-                values = b.load(floats.at(first, taps[0]))
+                values = _load(spec, b, floats.at(first, taps[0]))
                 if len(taps) > 1:
                     winners = b.load_as(I8, builder.gep(codes, [place]))
                     for number, tap in enumerate(taps[1:], start=1):
-                        others = b.load(floats.at(first, tap))
+                        others = _load(spec, b, floats.at(first, tap))
                         won = [_is(floats, winner, number) for winner in winners]
                         values = [builder.select(*choice) for choice in zip(won, others, values, strict=True)]
                 slopes = _outer_slopes(spec, b, floats.at(dy, place), floats.at(y, place))
@@ -128,9 +138,11 @@ def backward(spec: NormSpec) -> Any:
 
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, spec.lanes)
-        x, y, dy, constants, terms, dx, dskip = (floats.pointer(addresses[i]) for i in (0, 1, 2, 4, 5, 6, 7))
+        x, dx = number_pointer(builder, addresses[0], spec.x.half), number_pointer(builder, addresses[6], spec.half_dx)
+        y, dy, constants, terms, dskip = (floats.pointer(addresses[i]) for i in (1, 2, 4, 5, 7))
         codes = element_pointer(builder, addresses[3], I8)
         taps, targets = _taps(spec, spec.x.pitch), _taps(spec, spec.x.W * spec.x.C)
+        numbers = Bf16Lanes(floats, spec.native)
 
         def block(b: Block) -> None:
             mean, scale, shift = (b.constants(floats.at(constants, row * spec.columns)) for row in (MEAN, SCALE, SHIFT))
@@ -149,12 +161,15 @@ def backward(spec: NormSpec) -> Any:
                     b.put(slopes, floats.at(dskip, place), spec.adds_skip)
                 winners = b.load_as(I8, builder.gep(codes, [place])) if len(taps) > 1 else []
                 for number, (tap, target) in enumerate(zip(taps, targets, strict=True)):
-                    values, sent = b.load(floats.at(x, first, tap)), slopes
+                    values, sent = _load(spec, b, floats.at(x, first, tap)), slopes
                     if winners:
                         won = [_is(floats, winner, number) for winner in winners]
                         sent = [builder.select(w, g, floats.zero) for w, g in zip(won, slopes, strict=True)]
                     result = [gradient(value, g, j) for j, (value, g) in enumerate(zip(values, sent, strict=True))]
-                    b.put(result, floats.at(dx, first, target), spec.add)
+                    if spec.half_dx:
+                        b.store([numbers.narrowed(value) for value in result], floats.at(dx, first, target))
+                    else:
+                        b.put(result, floats.at(dx, first, target), spec.add)
                 return []
 
             carried_loop(builder, pixels, [], pixel)
@@ -162,6 +177,14 @@ def backward(spec: NormSpec) -> Any:
         for_blocks(floats, spec.x.C, 2, block)
 
     return on_pixels(generate)
+
+
+def _load(spec: NormSpec, b: Block, pointer: Any) -> list[Any]:
+    """A pixel of x."""
+    if not spec.x.half:
+        return b.load(pointer)
+    numbers = Bf16Lanes(b.floats, spec.native)
+    return [numbers.widened(halves) for halves in b.load_as(I16, pointer)]
 
 
 def _taps(spec: NormSpec, pitch: int) -> tuple[int, ...]:

@@ -59,9 +59,13 @@ class Bf16Lanes:
         """The same as float32 numbers, exactly."""
         if source == "fp32":
             return self.floats.load(pointer, used)
-        builder, bits = self.floats.builder, self.load(pointer, source, used)
-        sixteen = ir.Constant(bits.type, [I32(16)] * self.floats.lanes)
-        return builder.bitcast(builder.shl(bits, sixteen), self.floats.type)
+        return self.widened(self.floats.load_as(I16, pointer, used))
+
+    def widened(self, halves: Any) -> Any:
+        """A vector of bf16 numbers alone as float32, exactly."""
+        builder, kind = self.floats.builder, ir.VectorType(I32, self.floats.lanes)
+        sixteen = ir.Constant(kind, [I32(16)] * self.floats.lanes)
+        return builder.bitcast(builder.shl(builder.zext(halves, kind), sixteen), self.floats.type)
 
     def rounded(self, x: Any) -> Any:
         builder, lanes = self.floats.builder, self.floats.lanes

@@ -74,6 +74,7 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         lanes=plan.isa.lanes,
         registers=plan.isa.registers,
         wants_dx=source in plan.learning,
+        half_dy=operation.output.half_slope,
     )
 
 
@@ -309,19 +310,24 @@ def reads_planes(tensor: Tensor) -> bool:
 
 
 def keep_half(plan: Plan, tensor: Tensor) -> None:
-    """Keep images in bf16 if all that read them are convolutions on tiles, which would round them to that anyway.
+    """Keep images in bf16 between convolutions on tiles and the BatchNorms in front of them and behind them.
 
-    Their channels must fill whole tile rows, so that tiles are read where the images lie.
+    What convolutions on tiles alone read they would round to that anyway; their channels must fill whole tile rows, so
+    that tiles are read where the images lie. What a convolution on tiles hands to a BatchNorm, which puts its gradient
+    in the same place, is rounded once more than in float32.
     """
     maker, readers = tensor.maker, tensor.readers
-    if not (tensor.is_image and readers and maker is not None and tensor.shape[0] % DEPTH == 0):
+    if not (tensor.is_image and readers and maker is not None):
         return
     # The output of a sum's activation is read again on the way back, by its BatchNorm.
     rounds = _on_tiles(plan, maker) or (maker.kind == "BatchNorm2d" and maker.outer is None)
-    if rounds and all(_on_tiles(plan, reader) for reader in readers):
+    if rounds and tensor.shape[0] % DEPTH == 0 and all(_on_tiles(plan, reader) for reader in readers):
         tensor.half = True
         tensor.behind = max(TileSpec(conv_spec(plan, reader)).behind for reader in readers)
         maker.because("kept in bf16: convolutions on tiles alone read it")
+    elif plan.training and _on_tiles(plan, maker) and maker.pool is None and readers[0].consumes:
+        tensor.half = tensor.half_slope = True
+        maker.because("kept in bf16 for its BatchNorm")
 
 
 def _on_tiles(plan: Plan, operation: Operation) -> bool:

@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from convolt.engines.jit.bf16 import Bf16Lanes
-from convolt.engines.jit.pixels import Block, activated, element_pointer, for_blocks, on_pixels
-from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors
+from convolt.engines.jit.bf16 import Bf16Lanes, Source
+from convolt.engines.jit.pixels import Block, activated, for_blocks, number_pointer, on_pixels
+from convolt.engines.jit.vectors import F32, I8, I32, I64, Floats, carried_loop, for_vectors
 
 LANES = 16  # of pairs of pixels, the right operands of blocks
 PAIR = 64  # bytes of 16 channels of two pixels
@@ -46,7 +46,7 @@ def unpool(spec: Unpool) -> Any:
             numbers = Bf16Lanes(floats, spec.native)
             source, total = floats.pointer(args[0]), floats.pointer(args[3])
             code = builder.inttoptr(args[1], I8.as_pointer())
-            pixels = _elements(builder, args[2], spec.half)
+            pixels = number_pointer(builder, args[2], spec.half)
             bytes_kind = ir.VectorType(I8, spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
@@ -75,7 +75,7 @@ def unpool(spec: Unpool) -> Any:
 class Through:
     """A pixel with `channels` whose activation had this `slope` on its negative side: 1 for none, 0 for ReLU.
 
-    half: whether the target is bf16; half_y: whether the output is.
+    half: whether the target is bf16; half_y, half_dy: whether the output and its gradient are.
     """
 
     channels: int
@@ -85,25 +85,29 @@ class Through:
     bias: bool
     half: bool = True
     half_y: bool = False
+    half_dy: bool = False
 
 
 def through(spec: Through) -> Any:
-    """A function for kernels: ``kernel(dy, y, target, db)``, y and target bf16 or float32, the others float32."""
+    """A function for kernels: ``kernel(dy, y, target, db)``, addresses; db is float32."""
 
     @intrinsic
     def kernel(typingctx: Any, dy: Any, y: Any, target: Any, db: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, spec.lanes)
             numbers = Bf16Lanes(floats, spec.native)
-            source, total = floats.pointer(args[0]), floats.pointer(args[3])
-            output = _elements(builder, args[1], spec.half_y)
-            pixel = _elements(builder, args[2], spec.half)
+            source, output = (
+                number_pointer(builder, args[0], spec.half_dy),
+                number_pointer(builder, args[1], spec.half_y),
+            )
+            total = floats.pointer(args[3])
+            pixel = number_pointer(builder, args[2], spec.half)
             slope = ir.Constant(floats.type, [F32(spec.slope)] * spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
-                value = floats.load(floats.at(source, offset), used)
+                value = numbers.load_float(floats.at(source, offset), _format(spec.half_dy), used)
                 if spec.slope != 1:
-                    y = numbers.load_float(floats.at(output, offset), "bf16" if spec.half_y else "fp32", used)
+                    y = numbers.load_float(floats.at(output, offset), _format(spec.half_y), used)
                     positive = builder.fcmp_ordered(">", y, floats.zero)
                     value = builder.select(positive, value, builder.fmul(value, slope))
                 floats.store(_stored(numbers, value, spec.half), builder.gep(pixel, [offset]), used)
@@ -215,6 +219,7 @@ class PairThrough:
     native: bool
     both: bool
     half_y: bool
+    half_dy: bool
 
 
 def pair_through(spec: PairThrough) -> Any:
@@ -225,17 +230,20 @@ def pair_through(spec: PairThrough) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, LANES)
             numbers = Bf16Lanes(floats, spec.native)
-            source, total = floats.pointer(args[0]), floats.pointer(args[3])
-            output = _elements(builder, args[1], spec.half_y)
+            source, output = (
+                number_pointer(builder, args[0], spec.half_dy),
+                number_pointer(builder, args[1], spec.half_y),
+            )
+            total = floats.pointer(args[3])
             slope = ir.Constant(floats.type, [F32(spec.slope)] * LANES)
 
             def channels(offset: Any, used: int) -> None:
                 values = []
                 for pixel in range(2 if spec.both else 1):
                     place = builder.add(offset, I64(pixel * spec.channels))
-                    value = floats.load(floats.at(source, place), used)
+                    value = numbers.load_float(floats.at(source, place), _format(spec.half_dy), used)
                     if spec.slope != 1:
-                        y = numbers.load_float(floats.at(output, place), "bf16" if spec.half_y else "fp32", used)
+                        y = numbers.load_float(floats.at(output, place), _format(spec.half_y), used)
                         positive = builder.fcmp_ordered(">", y, floats.zero)
                         value = builder.select(positive, value, builder.fmul(value, slope))
                     values.append(value)
@@ -286,7 +294,7 @@ def max_of(spec: MaxOf) -> Any:
             floats = Floats(builder, spec.lanes)
             numbers = Bf16Lanes(floats, spec.native)
             source, offsets = floats.pointer(args[0]), floats.pointer(args[1])
-            output = _elements(builder, args[2], spec.half)
+            output = number_pointer(builder, args[2], spec.half)
             code = builder.inttoptr(args[3], I8.as_pointer())
             kind = ir.VectorType(I8, spec.lanes)
 
@@ -340,7 +348,7 @@ def finish(spec: Finish) -> Any:
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, LANES)
         products, bias = (floats.pointer(address) for address in addresses[:2])
-        target, numbers = _elements(builder, addresses[2], spec.half), Bf16Lanes(floats, spec.native)
+        target, numbers = number_pointer(builder, addresses[2], spec.half), Bf16Lanes(floats, spec.native)
 
         def block(b: Block) -> None:
             offsets = b.load(bias) if spec.bias else []
@@ -364,9 +372,8 @@ def finish(spec: Finish) -> Any:
     return on_pixels(generate)
 
 
-def _elements(builder: Any, address: Any, half: bool) -> Any:
-    """An int64 address as a pointer to bf16 or float32."""
-    return element_pointer(builder, address, I16 if half else F32)
+def _format(half: bool) -> Source:
+    return "bf16" if half else "fp32"
 
 
 def _stored(numbers: Bf16Lanes, value: Any, half: bool) -> Any:

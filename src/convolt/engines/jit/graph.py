@@ -25,8 +25,8 @@ class Tensor:
 
     border: rows above and below, columns left and right. maker: the operation that writes it. readers: operations that
     read it; with more than one its gradient is a sum. planar: bf16 planes (C, H, W) instead of float32 pixels (H, W,
-    C). half: bf16 instead of float32. behind: numbers behind the last image that readers touch. image: features are the
-    pixels of this tensor as they lie in memory.
+    C). half: bf16 instead of float32. half_slope: its gradient too. behind: numbers behind the last image that readers
+    touch. image: features are the pixels of this tensor as they lie in memory.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Tensor:
     readers: list["Operation"] = field(default_factory=list)
     planar: bool = False
     half: bool = False
+    half_slope: bool = False
     behind: int = 0
     image: "Tensor | None" = None
 

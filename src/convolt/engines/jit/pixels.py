@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from convolt.engines.jit.vectors import F32, I32, I64, Floats, carried_loop
+from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop
 
 F64 = ir.DoubleType()
 
@@ -105,6 +105,11 @@ def for_blocks(floats: Floats, channels: int, vectors: int, each: Callable[[Bloc
 def element_pointer(builder: Any, address: Any, element: Any = F32) -> Any:
     """An int64 address as a pointer to elements."""
     return builder.inttoptr(address, element.as_pointer())
+
+
+def number_pointer(builder: Any, address: Any, half: bool) -> Any:
+    """An int64 address as a pointer to bf16 numbers or to float32."""
+    return element_pointer(builder, address, I16 if half else F32)
 
 
 def splat(floats: Floats, number: Any, element: Any) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from convolt.engines.jit.batchnorm import DOUBLE, add_moments, add_slopes, apply, backward
-from convolt.engines.jit.kernels.specs import FLOAT, NormSpec
+from convolt.engines.jit.bf16 import float32_of_bf16
+from convolt.engines.jit.kernels.specs import BF16, FLOAT, NormSpec
 from convolt.engines.jit.memory import float64_of_bits, view
 
 RUN = 64  # pixels whose sums stay in float32
@@ -25,21 +26,24 @@ def statistics(spec: NormSpec) -> Callable[..., None]:
     """Sums about the pivot of a chunk; arguments: state, x, parts (chunks, 3, columns) of sums, squares, pivot."""
     x, images, columns = spec.x, spec.images, spec.columns
     C, (lines, pixels) = x.C, replace(spec, pool=(1, 1)).lines(x)
-    add = add_moments(spec)
+    add, half, number = add_moments(spec), x.half, x.number
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         place = arguments[2] + DOUBLE * chunk * 3 * columns
         sums = view(place, (3, columns), np.float64)
         sums[:] = 0.0
-        pivot = arguments[1] + FLOAT * (chunk * images * size + origin)
+        pivot = arguments[1] + number * (chunk * images * size + origin)
         for c in range(C):
-            sums[2, c] = view(pivot, (C,), np.float32)[c]
+            if half:
+                sums[2, c] = float32_of_bf16(view(pivot, (C,), np.uint16)[c])
+            else:
+                sums[2, c] = view(pivot, (C,), np.float32)[c]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for line in range(lines):
-                row = arguments[1] + FLOAT * (image * size + origin + line * pitch)
+                row = arguments[1] + number * (image * size + origin + line * pitch)
                 for start in range(0, pixels, RUN):
-                    add((row + FLOAT * start * C, pivot, place), min(RUN, pixels - start))
+                    add((row + number * start * C, pivot, place), min(RUN, pixels - start))
 
     size, origin, pitch = x.size, x.origin, x.pitch
     return kernel
@@ -107,14 +111,14 @@ def normalize(spec: NormSpec) -> Callable[..., None]:
     x, y, images, (lines, pixels) = spec.x, spec.y, spec.images, spec.lines(spec.x, spec.y, spec.skip)
     skip = spec.skip if spec.skip is not None else y
     row = apply(spec)
-    C, rows, number = x.C, spec.pool[0], y.number
+    C, rows, x_number, y_number = x.C, spec.pool[0], x.number, y.number
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for line in range(lines):
-                source = arguments[1] + FLOAT * (image * x_size + x_origin + line * rows * x_pitch)
-                target = arguments[3] + number * (image * y_size + y_origin + line * y_pitch)
+                source = arguments[1] + x_number * (image * x_size + x_origin + line * rows * x_pitch)
+                target = arguments[3] + y_number * (image * y_size + y_origin + line * y_pitch)
                 other = arguments[4] + FLOAT * (image * skip_size + skip_origin + line * skip_pitch)
                 codes = arguments[5] + (image * lines + line) * pixels * C
                 row((source, arguments[2], target, other, codes), pixels)
@@ -133,7 +137,7 @@ def slopes(spec: NormSpec) -> Callable[..., None]:
     x, y, images, columns = spec.x, spec.y, spec.images, spec.columns
     lines, pixels = spec.lines(x, y if spec.outer != 1 else None)
     add = add_slopes(spec)
-    C, (rows, across) = x.C, spec.pool
+    C, (rows, across), number = x.C, spec.pool, x.number
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -141,13 +145,13 @@ def slopes(spec: NormSpec) -> Callable[..., None]:
         view(sums, (3, columns), np.float64)[:] = 0.0
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for line in range(lines):
-                source = arguments[1] + FLOAT * (image * x_size + x_origin + line * rows * x_pitch)
+                source = arguments[1] + number * (image * x_size + x_origin + line * rows * x_pitch)
                 output = arguments[2] + FLOAT * (image * y_size + y_origin + line * y_pitch)
                 place = (image * lines + line) * pixels * C
                 for start in range(0, pixels, RUN):
                     add(
                         (
-                            source + FLOAT * start * across * C,
+                            source + number * start * across * C,
                             output + FLOAT * start * C,
                             arguments[3] + FLOAT * (place + start * C),
                             arguments[4] + place + start * C,
@@ -207,7 +211,7 @@ def normalize_backward(spec: NormSpec) -> Callable[..., None]:
     x, y, images = spec.x, spec.y, spec.images
     lines, pixels = spec.lines(x, y if spec.outer != 1 else None)
     row = backward(spec)
-    C, (rows, across) = x.C, spec.pool
+    C, (rows, across), x_number, dx_number = x.C, spec.pool, x.number, BF16 if spec.half_dx else FLOAT
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -216,13 +220,13 @@ def normalize_backward(spec: NormSpec) -> Callable[..., None]:
                 place = (image * lines + line) * pixels * C
                 row(
                     (
-                        arguments[1] + FLOAT * (image * x_size + x_origin + line * rows * x_pitch),
+                        arguments[1] + x_number * (image * x_size + x_origin + line * rows * x_pitch),
                         arguments[2] + FLOAT * (image * y_size + y_origin + line * y_pitch),
                         arguments[3] + FLOAT * place,
                         arguments[4] + place,
                         arguments[5],
                         arguments[6],
-                        arguments[7] + FLOAT * place * rows * across,
+                        arguments[7] + dx_number * place * rows * across,
                         arguments[8] + FLOAT * place,
                     ),
                     pixels,

@@ -137,9 +137,14 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
     PP, QQ, native = P // pool_h, Q // pool_w, converts(conv.unit)
     plane = spec.pixels // 2 * PAIR_BYTES
     row_bytes, y_size, y_origin, y_pitch, number = pitch // 2 * PAIR_BYTES, y.size, y.origin, y.pitch, y.number
+    dy_number = BF16 if conv.half_dy else FLOAT
     spread = pair_unpool(PairUnpool(K, pool_h, pool_w, row_bytes, plane, DEAD, conv.bias, native))
-    both = pair_through(PairThrough(K, conv.slope, plane, conv.bias, native, both=True, half_y=y.half))
-    single = pair_through(PairThrough(K, conv.slope, plane, conv.bias, native, both=False, half_y=y.half))
+    both = pair_through(
+        PairThrough(K, conv.slope, plane, conv.bias, native, both=True, half_y=y.half, half_dy=conv.half_dy)
+    )
+    single = pair_through(
+        PairThrough(K, conv.slope, plane, conv.bias, native, both=False, half_y=y.half, half_dy=conv.half_dy)
+    )
 
     @inlined
     def pooled_slopes(arguments: Any, image: int, p: int, pairs: int, db: int) -> None:
@@ -152,14 +157,14 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
     @inlined
     def plain_slopes(arguments: Any, image: int, p: int, pairs: int, db: int) -> None:
         for i in range(min(together, rows - p)):
-            dy = arguments[3] + FLOAT * (image * P + p + i) * Q * K
+            dy = arguments[3] + dy_number * (image * P + p + i) * Q * K
             output = arguments[4] + number * (image * y_size + y_origin + (p + i) * y_pitch)
             place = pairs + i * row_bytes
             for q in range(0, Q - 1, 2):
-                both(dy + FLOAT * q * K, output + number * q * K, place + q // 2 * PAIR_BYTES, db)
+                both(dy + dy_number * q * K, output + number * q * K, place + q // 2 * PAIR_BYTES, db)
             if Q % 2:
                 q = Q - 1
-                single(dy + FLOAT * q * K, output + number * q * K, place + q // 2 * PAIR_BYTES, db)
+                single(dy + dy_number * q * K, output + number * q * K, place + q // 2 * PAIR_BYTES, db)
 
     return pooled_slopes if conv.pool != (1, 1) else plain_slopes
 

@@ -101,8 +101,9 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     PP, QQ = P // pool_h, Q // pool_w
     taps = tuple((i * pitch + j) * wide for i in range(pool_h) for j in range(pool_w))
     spread = unpool(Unpool(K, taps, DEAD, LANES, native, conv.bias))
-    let_through = through(Through(K, conv.slope, LANES, native, conv.bias, half_y=y.half))
+    let_through = through(Through(K, conv.slope, LANES, native, conv.bias, half_y=y.half, half_dy=conv.half_dy))
     y_size, y_origin, y_pitch, number = y.size, y.origin, y.pitch, y.number
+    dy_number = BF16 if conv.half_dy else FLOAT
 
     @inlined
     def pooled_slopes(arguments: Any, image: int, target: int, db: int) -> None:
@@ -115,11 +116,11 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     @inlined
     def plain_slopes(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(P):
-            dy = arguments[3] + FLOAT * (image * P + p) * Q * K
+            dy = arguments[3] + dy_number * (image * P + p) * Q * K
             output = arguments[4] + number * (image * y_size + y_origin + p * y_pitch)
             for q in range(Q):
                 place = target + BF16 * (p * pitch + q) * wide
-                let_through(dy + FLOAT * q * K, output + number * q * K, place, db)
+                let_through(dy + dy_number * q * K, output + number * q * K, place, db)
 
     return pooled_slopes if conv.pool != (1, 1) else plain_slopes
 
