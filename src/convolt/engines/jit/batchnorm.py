@@ -40,10 +40,10 @@ def add_moments(spec: NormSpec) -> Any:
         sums = floats.pointer(addresses[2])
 
         def block(b: Block) -> None:
-            pivot = _load(spec, b, pivots)
+            pivot = _load(b, spec.x.half, pivots)
 
             def pixel(i: Any, held: list[Any]) -> list[Any]:
-                values = _load(spec, b, floats.at(x, builder.mul(i, I64(spec.x.C))))
+                values = _load(b, spec.x.half, floats.at(x, builder.mul(i, I64(spec.x.C))))
                 deltas = [builder.fsub(value, base) for value, base in zip(values, pivot, strict=True)]
                 firsts = [builder.fadd(total, delta) for total, delta in zip(held, deltas, strict=False)]
                 squares = held[len(deltas) :]
@@ -73,7 +73,9 @@ def apply(spec: NormSpec) -> Any:
             def pixel(i: Any, nothing: list[Any]) -> list[Any]:
                 place = builder.mul(i, I64(spec.x.C))
                 first = floats.at(x, builder.mul(i, I64(spec.x.C * spec.pool[1])))
-                values = [_normalized(floats, _load(spec, b, floats.at(first, tap)), scale, shift) for tap in taps]
+                values = [
+                    _normalized(floats, _load(b, spec.x.half, floats.at(first, tap)), scale, shift) for tap in taps
+                ]
                 best = values[0]
                 if len(taps) > 1:
                     best, winners = _largest(floats, values)
@@ -99,7 +101,8 @@ def add_slopes(spec: NormSpec) -> Any:
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, spec.lanes)
         x = number_pointer(builder, addresses[0], spec.x.half)
-        y, dy, constants, sums = (floats.pointer(addresses[i]) for i in (1, 2, 4, 5))
+        y, constants, sums = (floats.pointer(addresses[i]) for i in (1, 4, 5))
+        dy = number_pointer(builder, addresses[2], spec.half_dy)
         codes = element_pointer(builder, addresses[3], I8)
         taps = _taps(spec, spec.x.pitch)
 
@@ -109,11 +112,11 @@ def add_slopes(spec: NormSpec) -> Any:
             def pixel(i: Any, held: list[Any]) -> list[Any]:
                 place = builder.mul(i, I64(spec.x.C))
                 first = floats.at(x, builder.mul(i, I64(spec.x.C * spec.pool[1])))
-                values = _load(spec, b, floats.at(first, taps[0]))
+                values = _load(b, spec.x.half, floats.at(first, taps[0]))
                 if len(taps) > 1:
                     winners = b.load_as(I8, builder.gep(codes, [place]))
                     for number, tap in enumerate(taps[1:], start=1):
-                        others = _load(spec, b, floats.at(first, tap))
+                        others = _load(b, spec.x.half, floats.at(first, tap))
                         won = [_is(floats, winner, number) for winner in winners]
                         values = [builder.select(*choice) for choice in zip(won, others, values, strict=True)]
                 slopes = _outer_slopes(spec, b, floats.at(dy, place), floats.at(y, place))
@@ -139,7 +142,8 @@ def backward(spec: NormSpec) -> Any:
     def generate(builder: Any, addresses: list[Any], pixels: Any) -> None:
         floats = Floats(builder, spec.lanes)
         x, dx = number_pointer(builder, addresses[0], spec.x.half), number_pointer(builder, addresses[6], spec.half_dx)
-        y, dy, constants, terms, dskip = (floats.pointer(addresses[i]) for i in (1, 2, 4, 5, 7))
+        y, constants, terms, dskip = (floats.pointer(addresses[i]) for i in (1, 4, 5, 7))
+        dy = number_pointer(builder, addresses[2], spec.half_dy)
         codes = element_pointer(builder, addresses[3], I8)
         taps, targets = _taps(spec, spec.x.pitch), _taps(spec, spec.x.W * spec.x.C)
         numbers = Bf16Lanes(floats, spec.native)
@@ -161,7 +165,7 @@ def backward(spec: NormSpec) -> Any:
                     b.put(slopes, floats.at(dskip, place), spec.adds_skip)
                 winners = b.load_as(I8, builder.gep(codes, [place])) if len(taps) > 1 else []
                 for number, (tap, target) in enumerate(zip(taps, targets, strict=True)):
-                    values, sent = _load(spec, b, floats.at(x, first, tap)), slopes
+                    values, sent = _load(b, spec.x.half, floats.at(x, first, tap)), slopes
                     if winners:
                         won = [_is(floats, winner, number) for winner in winners]
                         sent = [builder.select(w, g, floats.zero) for w, g in zip(won, slopes, strict=True)]
@@ -179,11 +183,11 @@ def backward(spec: NormSpec) -> Any:
     return on_pixels(generate)
 
 
-def _load(spec: NormSpec, b: Block, pointer: Any) -> list[Any]:
-    """A pixel of x."""
-    if not spec.x.half:
+def _load(b: Block, half: bool, pointer: Any) -> list[Any]:
+    """A pixel of bf16 or of float32."""
+    if not half:
         return b.load(pointer)
-    numbers = Bf16Lanes(b.floats, spec.native)
+    numbers = Bf16Lanes(b.floats, native=True)  # nothing is rounded
     return [numbers.widened(halves) for halves in b.load_as(I16, pointer)]
 
 
@@ -217,7 +221,7 @@ def _is(floats: Floats, codes: Any, number: int) -> Any:
 
 def _outer_slopes(spec: NormSpec, b: Block, dy: Any, y: Any) -> list[Any]:
     """The gradient in front of the activation behind the sum, if there is one."""
-    slopes = b.load(dy)
+    slopes = _load(b, spec.half_dy, dy)
     if spec.skip is None or spec.outer == 1:
         return slopes
     return [let_through(b.floats, g, v, spec.outer) for g, v in zip(slopes, b.load(y), strict=True)]

@@ -75,6 +75,7 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         registers=plan.isa.registers,
         wants_dx=source in plan.learning,
         half_dy=operation.output.half_slope,
+        half_dx=source.half_slope,
     )
 
 
@@ -313,8 +314,8 @@ def keep_half(plan: Plan, tensor: Tensor) -> None:
     """Keep images in bf16 between convolutions on tiles and the BatchNorms in front of them and behind them.
 
     What convolutions on tiles alone read they would round to that anyway; their channels must fill whole tile rows, so
-    that tiles are read where the images lie. What a convolution on tiles hands to a BatchNorm, which puts its gradient
-    in the same place, is rounded once more than in float32.
+    that tiles are read where the images lie. So is the gradient that a BatchNorm puts in the place of what it reads.
+    What a convolution hands to a BatchNorm, forward or back, is rounded once more than where it is kept in float32.
     """
     maker, readers = tensor.maker, tensor.readers
     if not (tensor.is_image and readers and maker is not None):
@@ -323,6 +324,7 @@ def keep_half(plan: Plan, tensor: Tensor) -> None:
     rounds = _on_tiles(plan, maker) or (maker.kind == "BatchNorm2d" and maker.outer is None)
     if rounds and tensor.shape[0] % DEPTH == 0 and all(_on_tiles(plan, reader) for reader in readers):
         tensor.half = True
+        tensor.half_slope = len(readers) == 1 and maker.kind == "BatchNorm2d" and not maker.adds
         tensor.behind = max(TileSpec(conv_spec(plan, reader)).behind for reader in readers)
         maker.because("kept in bf16: convolutions on tiles alone read it")
     elif plan.training and _on_tiles(plan, maker) and maker.pool is None and readers[0].consumes:

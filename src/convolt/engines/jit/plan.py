@@ -144,7 +144,8 @@ class Plan:
 
     def slope(self, tensor: Tensor) -> Address:
         """The address of a tensor's gradient, without a frame."""
-        return self._slopes.get(tensor) or self.address(f"slope {tensor.name}", self.capacity * math.prod(tensor.shape))
+        kind, size = np.uint16 if tensor.half_slope else np.float32, self.capacity * math.prod(tensor.shape)
+        return self._slopes.get(tensor) or self.address(f"slope {tensor.name}", size, kind)
 
     def put_slope(self, tensor: Tensor, address: Address) -> None:
         """Let a tensor's gradient lie in memory that is free by then."""

@@ -124,6 +124,7 @@ def norm_spec(plan: Plan, operation: Operation) -> NormSpec:
         (1, 1) if operation.pool is None else operation.pool.geometry.kernel,
         Frame.of(operation.inputs[1]) if operation.adds else None,
         operation.outer_slope,
+        half_dy=operation.output.half_slope,
         half_dx=operation.inputs[0].half_slope,
         native=plan.units.tiles is not None and converts(plan.units.tiles),
     )

@@ -137,7 +137,7 @@ def slopes(spec: NormSpec) -> Callable[..., None]:
     x, y, images, columns = spec.x, spec.y, spec.images, spec.columns
     lines, pixels = spec.lines(x, y if spec.outer != 1 else None)
     add = add_slopes(spec)
-    C, (rows, across), number = x.C, spec.pool, x.number
+    C, (rows, across), number, dy_number = x.C, spec.pool, x.number, BF16 if spec.half_dy else FLOAT
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -153,7 +153,7 @@ def slopes(spec: NormSpec) -> Callable[..., None]:
                         (
                             source + number * start * across * C,
                             output + FLOAT * start * C,
-                            arguments[3] + FLOAT * (place + start * C),
+                            arguments[3] + dy_number * (place + start * C),
                             arguments[4] + place + start * C,
                             arguments[5],
                             sums,
@@ -211,7 +211,8 @@ def normalize_backward(spec: NormSpec) -> Callable[..., None]:
     x, y, images = spec.x, spec.y, spec.images
     lines, pixels = spec.lines(x, y if spec.outer != 1 else None)
     row = backward(spec)
-    C, (rows, across), x_number, dx_number = x.C, spec.pool, x.number, BF16 if spec.half_dx else FLOAT
+    C, (rows, across), x_number = x.C, spec.pool, x.number
+    dy_number, dx_number = (BF16 if half else FLOAT for half in (spec.half_dy, spec.half_dx))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -222,7 +223,7 @@ def normalize_backward(spec: NormSpec) -> Callable[..., None]:
                     (
                         arguments[1] + x_number * (image * x_size + x_origin + line * rows * x_pitch),
                         arguments[2] + FLOAT * (image * y_size + y_origin + line * y_pitch),
-                        arguments[3] + FLOAT * place,
+                        arguments[3] + dy_number * place,
                         arguments[4] + place,
                         arguments[5],
                         arguments[6],

@@ -109,8 +109,8 @@ class ConvSpec:
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
     pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added.
     unit: what multiplies on tiles. pairs: dot products multiply pairs of bf16 numbers. codes: whether the pool keeps
-    which tap won. half_dy: whether dy is bf16. bands, stripes: parts of the output's rows and of the filters into which
-    forward cuts the images of a chunk, each a chunk then.
+    which tap won. half_dy, half_dx: whether these are bf16. bands, stripes: parts of the output's rows and of the
+    filters into which forward cuts the images of a chunk, each a chunk then.
     """
 
     x: Frame
@@ -132,6 +132,7 @@ class ConvSpec:
     pairs: bool = False
     codes: bool = True
     half_dy: bool = False
+    half_dx: bool = False
     bands: int = 1
     stripes: int = 1
 
@@ -227,7 +228,7 @@ class ConvSpec:
 def turned(spec: ConvSpec) -> ConvSpec:
     """The convolution that makes dx of the framed dy: stride 1, filters turned around, channels swapped."""
     x, window = spec.x, spec.window
-    target = Frame(x.C, x.H, x.W, x.H, x.W, 0)
+    target = Frame(x.C, x.H, x.W, x.H, x.W, 0, half=spec.half_dx)
     rows = Windowing(window.R, window.S, 1, 1, 0, 0, window.dilation_h, window.dilation_w)
     top = window.dilation_h * (window.R - 1) - window.top
     left = window.dilation_w * (window.S - 1) - window.left
@@ -300,7 +301,8 @@ class NormSpec:
     pool: kernel of the max-pool, whose windows cover the image; (1, 1) for none. skip: what is added, and outer: the
     slope of the activation behind the sum. add, adds_skip: whether dx and dskip are added to what is there; wants_skip:
     whether there is a dskip; accumulate: whether dweight and dbias are added. synchronized: whether the sums and the
-    count over all ranks' samples are given. half_dx: whether dx is bf16; native: whether the CPU rounds to it.
+    count over all ranks' samples are given. half_dy, half_dx: whether these are bf16; native: whether the CPU
+    rounds to it.
     """
 
     x: Frame
@@ -318,6 +320,7 @@ class NormSpec:
     wants_skip: bool = True
     accumulate: bool = True
     synchronized: bool = False
+    half_dy: bool = False
     half_dx: bool = False
     native: bool = False
 

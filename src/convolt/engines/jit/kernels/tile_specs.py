@@ -250,7 +250,7 @@ class ShiftedBackSpec:
         left = window.dilation_w * (window.S - 1) - window.left
         turned_window = replace(window, top=top, left=left)
         source = Frame(conv.K, conv.P, conv.Q, x.rows, x.columns, 0)
-        target = Frame(x.C, x.H, x.W, x.H, x.W, 0)
+        target = Frame(x.C, x.H, x.W, x.H, x.W, 0, half=conv.half_dx)
         back = replace(turned(conv), x=source, y=target, window=turned_window, images=self.images)
         return TileSpec(back, pixel=self.wide)
 

@@ -48,7 +48,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     )
     image_bytes, slopes_bytes, gathered_bytes = gather.image_bytes, spec.slopes_bytes, gather.gathered_bytes
     inputs_together, in_place = spec.inputs.group_images, gather.in_place
-    picture_bytes = BF16 * conv.x.size if in_place else image_bytes
+    picture_bytes, dx_number = BF16 * conv.x.size if in_place else image_bytes, spec.inputs.conv.y.number
     scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
 
@@ -84,7 +84,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
                     inputs(
                         dy + BF16 * (image - first) * P * Q * wide,
                         arguments[2],
-                        arguments[6] + FLOAT * image * bare,
+                        arguments[6] + dx_number * image * bare,
                         rest,
                         min(inputs_together, end - image),
                         one,

@@ -50,7 +50,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     images, together, inputs_together = conv.images, spec.images, spec.inputs.group_images
     K, bias, wants_dx, part, scratch = conv.K, conv.bias, conv.wants_dx, spec.part, spec.scratch
     lead_bytes, slopes_bytes = BF16 * spec.lead * spec.wide, spec.slopes_bytes
-    x_size, number = conv.x.size, conv.x.number
+    x_size, number, dx_number = conv.x.size, conv.x.number, spec.inputs.conv.y.number
     image_bytes, pairs_bytes = BF16 * spec.spacing * spec.wide, spec.copies * spec.pairs_bytes
     runs, run_bytes = spec.copies * spec.channels // TILE, 2 * PAIR * spec.pairs
     even = conv.x.rows * conv.x.columns % 2 == 0  # of an odd frame the second copy leaves a pair out, and that is read
@@ -88,7 +88,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
                     inputs(
                         dy + (image - first) * image_bytes,
                         arguments[2],
-                        arguments[6] + FLOAT * image * bare,
+                        arguments[6] + dx_number * image * bare,
                         rest,
                         min(inputs_together, end - image),
                         one,
