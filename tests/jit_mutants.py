@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from engine_cases import CASES, Case
 from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
+from half_cases import HALF as HALVES
+from half_cases import equals_float32, reads_what_was_written
 from jit_cases import (
     FIRST,
     OPTIMIZERS,
@@ -38,6 +40,7 @@ from jit_mutant import JitMutant
 from jit_mutants_bf16 import BF16, BLOCK_OF_C, CONVERSION, FASTEST, FORCED, ONE_PASS, OVERFLOW
 from jit_mutants_fp32 import FP32
 from jit_mutants_fp32 import ONE_PASS as ONE_PASS_FP32
+from jit_mutants_half import HALF
 from jit_mutants_pairs import PAIRS as OF_PAIRS
 
 from convolt.engines import JIT
@@ -48,7 +51,7 @@ from convolt.optimizers import Adam
 
 # What a broken plan may raise besides a check's own AssertionError.
 BREAKDOWNS = (AssertionError, ValueError, IndexError, TypeError, KeyError, OverflowError, ConvoltError, RuntimeWarning)
-MUTANTS = (*FP32, *BF16, *OF_PAIRS)
+MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF)
 REPRESENTATIVE = tuple(number for number, mutant in enumerate(MUTANTS) if mutant.quick)
 
 
@@ -75,6 +78,11 @@ def _first(case: Rounded, unit: str) -> None:
         equals_float64_as_first_layer(case, unit)
 
 
+def _half(case: Case, unit: str) -> None:
+    equals_float32(case, unit)
+    reads_what_was_written(case, unit)
+
+
 def _once(check: Callable[..., None], *arguments: Any) -> Callable[[str], None]:
     return lambda unit: check(*arguments)
 
@@ -83,6 +91,7 @@ JUDGES: dict[str, Callable[[str], None]] = {
     **{case.name: partial(_layer, case) for case in (*CASES, *WINOGRAD.values(), *POOLED_FIRST.values())},
     **{name: partial(_tiles, case) for name, case in (TILES | PAIRS).items()},
     **{name: partial(_first, case) for name, case in FIRST.items()},
+    **{name: partial(_half, case) for name, case in HALVES.items()},
     **{repr(optimizer): _once(update_is_that_of_the_optimizer, optimizer) for optimizer in OPTIMIZERS},
     **{
         f"{ONE_PASS}{optimizer!r}": _once(one_pass_gives_the_bits_of_two, optimizer, "bf16") for optimizer in OPTIMIZERS

@@ -21,8 +21,8 @@ BF16 = (
         "filters not turned",
         TILED,
         "def pack",
-        "reverse[c, k, R - 1 - r, S - 1 - s]",
-        "reverse[c, k, r, s]",
+        "taps - 1 - tap if back else tap",
+        "tap",
         "dilation",
     ),
     JitMutant(
@@ -78,16 +78,16 @@ BF16 = (
         "bias of the first filters",
         TILED,
         "def finish_group",
-        "offset = view(arguments[3] + FLOAT * channel,",
-        "offset = view(arguments[3],",
+        "rows_of((values, arguments[3] + FLOAT * channel,",
+        "rows_of((values, arguments[3],",
         STRIDED,
     ),
     JitMutant(
         "dx overwritten",
         TILED,
         "def finish_group",
-        "target[q, k] + value if adds else value",
-        "value",
+        "Finish(columns, K, BLOCK, bias, conv.slope, adds,",
+        "Finish(columns, K, BLOCK, bias, conv.slope, False,",
         "a residual branch",
     ),
     JitMutant(
@@ -103,7 +103,7 @@ BF16 = (
         "if end < first:",
         GROUPS,
     ),
-    JitMutant("dw of the last group alone", SHIFTED, "def conv_backward", "first == chunk * images", "True", GROUPS),
+    JitMutant("dw of the last group alone", SHIFTED, "def conv_backward", "first > chunk * images", "False", GROUPS),
     JitMutant(
         "slopes not cleared",
         SHIFTED,
@@ -125,12 +125,17 @@ BF16 = (
         "the last channels of the last filters",
         SHIFTED,
         "def _weight_gradient",
-        "corner(slopes, x, place, steps, one)",
+        "corner(slopes, x, place, adds, steps, one)",
         "pass",
         "100 channels of a pixel",
     ),
     JitMutant(
-        "second copy from the first pixel", SHIFTED, "def _pairs", "odd(image + FLOAT * C,", "odd(image,", "whole tiles"
+        "second copy from the first pixel",
+        SHIFTED,
+        "def _pairs",
+        "odd(image + number * C,",
+        "odd(image,",
+        "whole tiles",
     ),
     JitMutant(
         "zeros before dy forgotten",
@@ -331,7 +336,7 @@ BF16 = (
     JitMutant(
         "one segment", AMX, "def multiply(spec", "builder.mul(s, I64", "builder.mul(I64(0), I64", BLOCK_OF_C, unit="amx"
     ),
-    JitMutant("C not loaded", AMX, "def multiply(spec", 'if spec.start == "load"', "if False", "dense", unit="amx"),
+    JitMutant("C not loaded", AMX, "def multiply(spec", 'case "load":', 'case "none":', "dense", unit="amx"),
     # dense in bf16
     JitMutant(
         "panel not cleared",

@@ -42,7 +42,8 @@ def test_layers_on_tiles():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "chosen"), [("engine", "amx"), ("engine", "bits"), ("memory", "bf16"), ("update", "bf16")]
+    ("file", "chosen"),
+    [("engine", "amx"), ("engine", "bits"), ("half", "float32 or written"), ("memory", "bf16"), ("update", "bf16")],
 )
 def test_everything_in_bf16(file, chosen):
     options = ("-m", "slow or not slow", "-k", chosen, "--timeout=1700")
@@ -53,7 +54,8 @@ def test_everything_in_bf16(file, chosen):
 def test_mutants_of_tiles_are_caught():
     script = (
         "import emulated_amx; emulated_amx.emulate(); import json, jit_mutants as all\n"
-        "tiles = [n for n, mutant in enumerate(all.MUTANTS) if mutant.unit == 'amx' and mutant in all.BF16]\n"
+        "chosen = (*all.BF16, *all.HALF)\n"
+        "tiles = [n for n, one in enumerate(all.MUTANTS) if one.unit == 'amx' and one in chosen]\n"
         "print(json.dumps(all.judged(tiles)))"
     )
     assert_all_are_caught(json.loads(run("-c", script, timeout=1700).splitlines()[-1]))

@@ -1,0 +1,131 @@
+"""Images that convolutions on tiles and BatchNorm hand on in bf16: cases, and checks for tests and mutants."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_cases import Case
+from engine_checks import Step, adds_gradients, assert_near, executor_of, oracle_of, reuses_buffers, step_on
+from jit_cases import empty_batch_has_no_gradient, poisoned
+from numpy.typing import NDArray
+
+from convolt.engines import JIT
+from convolt.engines.jit import programs
+from convolt.layers import BatchNorm2d, Conv2d, LeakyReLU, MaxPool2d, ReLU, Residual
+from convolt.model import Model
+from convolt.params import Params
+
+
+def conv(channels: int, filters: int, stride=1, bias=True) -> Conv2d:
+    """3x3, padded."""
+    return Conv2d(channels, filters, 3, stride, padding=1, bias=bias)
+
+
+# Planes, direct and gathered rows, a stride, a maximum, a slope that the output decides, a gradient that is added.
+CONVOLUTIONS = {
+    case.name: case
+    for case in (
+        Case("direct rows", (3, 12, 18), (conv(3, 32), ReLU(), conv(32, 64), ReLU(), MaxPool2d(2), conv(64, 20)), 5),
+        Case("gathered rows", (4, 6, 7), (conv(4, 32), LeakyReLU(0.25), conv(32, 32), MaxPool2d(3), conv(32, 9)), 19),
+        Case("output of a stride", (32, 9, 11), (conv(32, 64), ReLU(), conv(64, 33, 2), LeakyReLU(0.5)), 5),
+        Case("a stride of few pixels", (32, 4, 5), (conv(32, 64), ReLU(), Conv2d(64, 20, 2, 2), LeakyReLU(0.5)), 18),
+        Case("two readers", (32, 6, 6), (conv(32, 32), ReLU(), Residual((conv(32, 40),), (Conv2d(32, 40, 1),))), 3),
+    )
+}
+_DOWN = (conv(32, 64, 2, bias=False), BatchNorm2d(64), ReLU(), conv(64, 64), BatchNorm2d(64))
+NORMS = {
+    case.name: case
+    for case in (
+        Case(
+            "norms without activation",
+            (32, 6, 9),
+            (conv(32, 32), BatchNorm2d(32), conv(32, 64), BatchNorm2d(64), conv(64, 32, 2)),
+            7,
+        ),
+        Case(
+            "norm behind planes",
+            (3, 8, 12),
+            (conv(3, 20, bias=False), BatchNorm2d(20), ReLU(), conv(20, 32), BatchNorm2d(32)),
+            5,
+        ),
+        Case(
+            "norm and maximum",
+            (32, 8, 10),
+            (conv(32, 32), BatchNorm2d(32), ReLU(), MaxPool2d(2), conv(32, 32, bias=False), BatchNorm2d(32), ReLU()),
+            19,
+        ),
+        Case(
+            "norm with two readers",
+            (32, 6, 6),
+            (conv(32, 32), BatchNorm2d(32), ReLU(), Residual((conv(32, 40),), (Conv2d(32, 40, 1),))),
+            3,
+        ),
+        Case(
+            "norm of a maximum",
+            (32, 6, 8),
+            (conv(32, 40), MaxPool2d(2), BatchNorm2d(40), ReLU(), conv(40, 64), BatchNorm2d(64), conv(64, 20)),
+            7,
+        ),
+        Case(
+            "residual of norms",
+            (32, 6, 9),
+            (Residual(_DOWN, (conv(32, 64, 2), BatchNorm2d(64))), ReLU(), conv(64, 32), BatchNorm2d(32)),
+            6,
+        ),
+    )
+}
+HALF = CONVOLUTIONS | NORMS
+
+
+def step_of(case: Case, engine: JIT, half: bool = True, bare: bool = False) -> Step:
+    """A step; half: as it is, or with all images in float32. bare: as a first layer, which may read planes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not half:
+            patch.setattr(programs, "keep_half", lambda plan, tensor: None)
+        model, params, x = _of(case, bare)
+        executor = executor_of(engine, "bf16", model, params)
+        step = step_on(executor, x, case.slopes(), case.rng)
+        executor.close()
+    return step
+
+
+def _of(case: Case, bare: bool) -> tuple[Model, Params, NDArray[Any]]:
+    if not bare:
+        return case.model, case.params(), case.deltas
+    params, full = Params(case.bare, np.float64), case.params().state_dict()
+    params.load_state_dict({name: array for name, array in full.items() if name != "0.weight"})
+    return case.bare, params, case.images()
+
+
+def has_the_bits_of(got: Step, want: Step) -> None:
+    """Of everything."""
+    for name in ("outputs", "prediction", "gradient"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+
+
+def equals_float32(case: Case, unit: str) -> None:
+    """Convolutions round what they read: whether it was rounded before makes no difference.
+
+    What BatchNorm reads has a rounding of 2^-9 more; a ReLU or a maximum that changes its mind weighs more.
+    """
+    slack = 2**-6 if "without activation" in case.name else 2**-3
+    for bare in (False, True):
+        got, want = (step_of(case, JIT(threads=2, unit=unit), half, bare) for half in (True, False))
+        if case.name in CONVOLUTIONS:
+            has_the_bits_of(got, want)
+        model, params, x = _of(case, bare)
+        for other in (want, oracle_of(model, params, x, case.slopes(), case.rng)):
+            assert_near(got.outputs, other.outputs, 2**-6, "outputs")
+            assert_near(got.gradient, other.gradient, slack, "gradient")
+
+
+def reads_what_was_written(case: Case, unit: str) -> None:
+    """Memory that has not been written, or was by a larger batch, is not looked at; gradients are added."""
+    engine = JIT(threads=2, unit=unit)
+    want = step_of(case, engine)
+    with poisoned():
+        has_the_bits_of(step_of(case, engine), want)
+    reuses_buffers(engine, "bf16", case)
+    adds_gradients(engine, "bf16", case)
+    if case.name in CONVOLUTIONS:
+        empty_batch_has_no_gradient("bf16", case, unit)

@@ -1,0 +1,119 @@
+"""Mistakes in what keeps images in bf16, and in kernels on tiles that came with it."""
+
+from jit_mutant import JitMutant
+
+TILED, SHIFTED, TILE_SPECS = "kernels/tiles.py", "kernels/tiles_shifted.py", "kernels/tile_specs.py"
+NORM, ROWS, EPILOGUE, PLANNER = "kernels/normalization.py", "batchnorm.py", "epilogue.py", "convolutions.py"
+PLANES, BACKWARD, NUMBERS = "kernels/planes.py", "kernels/tiles_backward.py", "bf16.py"
+DIRECT, GATHERED, STRIDE, MAXIMUM = "direct rows", "gathered rows", "output of a stride", "norm and maximum"
+LINEAR, BEHIND_PLANES, TWO = "norms without activation", "norm behind planes", "norm with two readers"
+GROUPS = "two groups of images, the last with fewer"
+
+HALF = (
+    # what is kept
+    JitMutant("a gradient that is added", PLANNER, "def keep_half", "len(readers) == 1 and maker", "maker", TWO),
+    JitMutant(
+        "the output of a sum's activation",
+        PLANNER,
+        "def keep_half",
+        " and maker.outer is None",
+        "",
+        "residual of norms",
+    ),
+    JitMutant("a max-pool's gradient", PLANNER, "def keep_half", "maker.pool is None and ", "", "norm of a maximum"),
+    # images
+    JitMutant(
+        "pooled pixels apart", TILED, "def finish_group", "target + number * q * K", "target + FLOAT * q * K", DIRECT
+    ),
+    JitMutant(
+        "rows apart",
+        TILED,
+        "def finish_group",
+        "number * (image * y_size + y_origin + (p + i)",
+        "FLOAT * (image * y_size + y_origin + (p + i)",
+        STRIDE,
+    ),
+    JitMutant(
+        "images of a group in one place",
+        TILED,
+        "def conv_forward",
+        "picture + (image - first) * picture_bytes",
+        "picture",
+        GATHERED,
+    ),
+    JitMutant(
+        "columns of the first image",
+        BACKWARD,
+        "def conv_backward",
+        "picture + (image - first) * picture_bytes",
+        "picture",
+        "a stride of few pixels",
+    ),
+    JitMutant("pairs of float32", SHIFTED, "def _pairs", '"bf16" if x.half else "fp32"', '"fp32"', DIRECT),
+    JitMutant(
+        "the lower half twice", NUMBERS, "def pack_pairs", "_interleaved(number * TILE)", "_interleaved(0)", DIRECT
+    ),
+    JitMutant(
+        "y of a rectifier as float32",
+        EPILOGUE,
+        "def through",
+        "floats.at(output, offset), _format(spec.half_y)",
+        'floats.at(output, offset), "fp32"',
+        STRIDE,
+    ),
+    JitMutant(
+        "y of planes as float32",
+        EPILOGUE,
+        "def pair_through",
+        "floats.at(output, place), _format(spec.half_y)",
+        'floats.at(output, place), "fp32"',
+        DIRECT,
+    ),
+    # BatchNorm
+    JitMutant("the pivot's bits", NORM, "def statistics", "float32_of_bf16(view", "np.float32(view", LINEAR),
+    JitMutant("slopes apart", NORM, "def slopes", "dy_number * (place", "FLOAT * (place", MAXIMUM),
+    JitMutant("dx apart", NORM, "def normalize_backward", "dx_number * place", "FLOAT * place", MAXIMUM),
+    JitMutant("dx in float32", ROWS, "def backward", "if spec.half_dx:", "if False:", LINEAR),
+    JitMutant(
+        "y in float32", ROWS, "def apply", "for value in best] if spec.y.half", "for value in best] if False", MAXIMUM
+    ),
+    JitMutant(
+        "slopes of planes apart",
+        PLANES,
+        "def _slopes",
+        "dy = arguments[3] + dy_number *",
+        "dy = arguments[3] + FLOAT *",
+        BEHIND_PLANES,
+    ),
+    JitMutant(
+        "dx of images apart", SHIFTED, "def conv_backward", "dx_number * image * bare", "FLOAT * image * bare", MAXIMUM
+    ),
+    # tiles
+    JitMutant(
+        "channels of the wrong filter",
+        TILED,
+        "def pack",
+        "(taps, K * taps) if back",
+        "(taps, taps) if back",
+        "whole tiles",
+    ),
+    JitMutant(
+        "sums that always begin",
+        "pair_products.py",
+        "def _strip",
+        "builder.and_(begins, builder.not_(goes_on))",
+        "begins",
+        GROUPS,
+        unit="fma",
+    ),
+    JitMutant(
+        "sums that never begin",
+        "amx.py",
+        "def multiply(spec",
+        'icmp_signed("!=", bias',
+        'icmp_signed("==", bias',
+        GROUPS,
+        unit="amx",
+    ),
+    JitMutant("a part of no images", SHIFTED, "def conv_backward", "if last <= chunk * images:", "if False:", DIRECT),
+)
