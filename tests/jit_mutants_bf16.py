@@ -130,14 +130,6 @@ BF16 = (
         "100 channels of a pixel",
     ),
     JitMutant(
-        "second copy from the first pixel",
-        SHIFTED,
-        "def _pairs",
-        "odd(image + number * C,",
-        "odd(image,",
-        "whole tiles",
-    ),
-    JitMutant(
         "zeros before dy forgotten",
         TILE_SPECS,
         "    def lead(",

@@ -115,5 +115,13 @@ HALF = (
         GROUPS,
         unit="amx",
     ),
+    JitMutant(
+        "second copy from the first pixel",
+        SHIFTED,
+        "def _pairs",
+        "odd(image + number * C,",
+        "odd(image,",
+        "whole tiles",
+    ),
     JitMutant("a part of no images", SHIFTED, "def conv_backward", "if last <= chunk * images:", "if False:", DIRECT),
 )
