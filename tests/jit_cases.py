@@ -90,6 +90,7 @@ TILES = {
     "an odd width, channels that fill no tile": on_tiles((24, 4, 11), 20, 3, padding=(2, 1), dilation=(2, 1)),
     "few channels, wide filter, stride 2": on_tiles((3, 9, 13), 33, 5, LeakyReLU(0.25), padding=2, stride=2),
     "dilation": on_tiles((17, 8, 9), 5, 2, dilation=3, batch=1, bias=False),
+    "1x1, stride 2": on_tiles((32, 5, 7), 20, 1, stride=2),
     "100 channels of a pixel": on_tiles((100, 1, 1), 40, 1, batch=5),
     "padding beyond the filter": on_tiles((2, 4, 5), 3, 3, padding=(4, 3), stride=(2, 3), batch=2),
     "direct rows of two blocks, stride 2": on_tiles((24, 4, 38), 17, 3, ReLU(), padding=1, stride=2, batch=2),

@@ -19,10 +19,10 @@ BF16 = (
     # bf16 tiles
     JitMutant(
         "filters not turned",
-        TILED,
-        "def pack",
-        "taps - 1 - tap if back else tap",
-        "tap",
+        "convolutions.py",
+        "def conv_on_tiles",
+        "tap_order(spec)",
+        "tuple(range(taps))",
         "dilation",
     ),
     JitMutant(
@@ -86,8 +86,8 @@ BF16 = (
         "dx overwritten",
         TILED,
         "def finish_group",
-        "Finish(columns, K, BLOCK, bias, conv.slope, adds,",
-        "Finish(columns, K, BLOCK, bias, conv.slope, False,",
+        "bias, conv.slope, adds,",
+        "bias, conv.slope, False,",
         "a residual branch",
     ),
     JitMutant(
@@ -154,7 +154,7 @@ BF16 = (
         "if count < 0:",
         "groups of rows, stride 2",
     ),
-    JitMutant("dy not spread", BACKWARD, "def _input_gradient", "q * stride_w", "q", STRIDED),
+    JitMutant("dx not spread", TILED, "def finish_group", "spec.step[1] * K, BLOCK", "K, BLOCK", STRIDED),
     JitMutant(
         "taps of a pool transposed",
         BACKWARD,

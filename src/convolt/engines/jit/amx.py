@@ -72,8 +72,8 @@ class Tiles:
         self.builder.call(declare(self.builder, f"llvm.x86.{name}", ir.VoidType(), kinds), arguments)
 
 
-def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> None:
-    """C of one block; addresses and a count as int64."""
+def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, begin: Any, segments: Any) -> None:
+    """C of one block, as ``block_gemm`` tells."""
     tiles = Tiles(builder)
     rows, columns = range(len(spec.row_tiles)), range(len(spec.column_tiles))
     places = {
@@ -94,14 +94,14 @@ def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, bias: Any,
         case "load":
             loaded()
         case "either":
-            with builder.if_else(builder.icmp_signed("!=", bias, I64(0))) as (goes_on, begins):
+            with builder.if_else(builder.icmp_signed("!=", begin, I64(0))) as (goes_on, begins):
                 with goes_on:
                     loaded()
                 with begins:
                     zero()
         case "bias":
             for tile in places:  # a stride of zero: every row of the tile is the same one
-                tiles.load(tile, builder.add(bias, I64(FLOAT * TILE * (tile % 2))), 0)
+                tiles.load(tile, builder.add(begin, I64(FLOAT * TILE * (tile % 2))), 0)
 
     def product(a: Any, b: Any) -> None:
         for m in rows:

@@ -21,6 +21,13 @@ from convolt.engines.jit.memory import bits_of_float32, float32_of_bits
 from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop, declare, for_vectors
 
 Source = Literal["fp32", "bf16"]
+
+
+def source_of(half: bool) -> Source:
+    """The format of images that are kept in bf16, or not."""
+    return "bf16" if half else "fp32"
+
+
 TILE = 16
 BFLOAT = type("BFloat", (ir.Type,), {"_to_string": lambda self: "bfloat"})()  # llvmlite does not name this LLVM type
 

@@ -30,7 +30,7 @@ class BlockGemm:
 
     unit: what multiplies. rows, columns: 1 to 32. step: the depth of one tile product, even, at most 32. steps: those
     of a segment. b_tile: from one 16 columns to the next, within a step. start: zero, C as it is (load), one of these
-    as the call says (either: C where ``bias`` is not 0), or bias[columns].
+    as the call says (either), or bias[columns].
     The rows lie in one tile or two; the second begins `a_tile` and `c_tile` behind the first, by default where its
     `tile` rows end. An image 8 pixels wide: rows=16, tile=8, a_tile=c_tile=one image row.
     """
@@ -105,11 +105,14 @@ def release(unit: Unit) -> Any:
 
 
 def block_gemm(spec: BlockGemm) -> Any:
-    """A function for kernels: ``kernel(a, b, c, bias, segments)``, addresses and a count as int64."""
+    """A function for kernels: ``kernel(a, b, c, begin, segments)``, addresses and a count as int64.
+
+    begin: where the bias is, or, for ``either``, 0 to begin at zero and anything else to go on with C.
+    """
     multiply = amx.multiply if spec.unit == "amx" else pair_products.multiply
 
     @intrinsic
-    def kernel(typingctx: Any, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> Any:
+    def kernel(typingctx: Any, a: Any, b: Any, c: Any, begin: Any, segments: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             multiply(spec, builder, *args)
             return context.get_dummy_value()

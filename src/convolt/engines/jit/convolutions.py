@@ -12,8 +12,9 @@ import numpy as np
 from convolt.engines.jit.buffers import Address
 from convolt.engines.jit.graph import Operation, Tensor
 from convolt.engines.jit.isa import Unit, converts
-from convolt.engines.jit.kernels.residues import packed_depth, packed_taps
+from convolt.engines.jit.kernels.residues import packed_depth, packed_taps, tap_order
 from convolt.engines.jit.kernels.specs import (
+    BF16,
     BLOCK,
     DEPTH,
     FLOAT,
@@ -31,7 +32,7 @@ from convolt.engines.jit.kernels.tile_specs import (
     TileBackSpec,
     TileSpec,
     backward_spec,
-    input_gradient,
+    input_gradients,
 )
 from convolt.engines.jit.kernels.winograd_specs import (
     CHANNELS_AT_ONCE,
@@ -313,9 +314,10 @@ def reads_planes(tensor: Tensor) -> bool:
 def keep_half(plan: Plan, tensor: Tensor) -> None:
     """Keep images in bf16 between convolutions on tiles and the BatchNorms in front of them and behind them.
 
-    What convolutions on tiles alone read they would round to that anyway; their channels must fill whole tile rows, so
-    that tiles are read where the images lie. So is the gradient that a BatchNorm puts in the place of what it reads.
-    What a convolution hands to a BatchNorm, forward or back, is rounded once more than where it is kept in float32.
+    Convolutions on tiles round what they read anyway: images, whose channels must fill whole tile rows so that tiles
+    are read where the images lie, and the gradient that a BatchNorm puts in the place of what it has read. What a
+    convolution hands to a BatchNorm, its output and its dx, is rounded before the mean goes: an error of 2^-9 of the
+    mean, not of the deviation from it.
     """
     maker, readers = tensor.maker, tensor.readers
     if not (tensor.is_image and readers and maker is not None):
@@ -326,10 +328,15 @@ def keep_half(plan: Plan, tensor: Tensor) -> None:
         tensor.half = True
         tensor.half_slope = len(readers) == 1 and maker.kind == "BatchNorm2d" and not maker.adds
         tensor.behind = max(TileSpec(conv_spec(plan, reader)).behind for reader in readers)
-        maker.because("kept in bf16: convolutions on tiles alone read it")
-    elif plan.training and _on_tiles(plan, maker) and maker.pool is None and readers[0].consumes:
+        maker.because("output in bf16: convolutions on tiles alone read it")
+    elif plan.training and _on_tiles(plan, maker) and maker.pool is None and _consumed_by(readers[0], tensor):
         tensor.half = tensor.half_slope = True
-        maker.because("kept in bf16 for its BatchNorm")
+        maker.because("output in bf16: a BatchNorm puts its gradient there")
+
+
+def _consumed_by(reader: Operation, tensor: Tensor) -> bool:
+    """Whether it is a BatchNorm of this tensor, rather than of another to which this one is added."""
+    return reader.inputs[0] is tensor and reader.consumes
 
 
 def _on_tiles(plan: Plan, operation: Operation) -> bool:
@@ -341,13 +348,14 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     """The same with bf16 products."""
     spec, name, label = replace(conv_spec(plan, operation), unit=unit), operation.names[0], operation.label
     tiles, source, target = TileSpec(spec), operation.inputs[0], operation.output
+    taps = spec.window.R * spec.window.S
     weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
     codes = plan.address(f"codes {name}", plan.capacity * spec.P * spec.Q * spec.K, np.uint8)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
     forward = [
         *folding,
-        _pack_tiles(plan, f"{label} pack", tiles, weight, packed, turned=False),
+        _pack_tiles(plan, f"{label} pack", tiles, weight, packed, taps),
         plan.by_image(label, "tiles:conv_forward", tiles, *arguments),
     ]
 
@@ -361,14 +369,17 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
         turned_filters: Argument = 0
         tasks = []
         if spec.wants_dx:
-            dx, inputs = plan.slope(source), input_gradient(back.conv)
-            turned_filters = plan.address(f"turned filters {name}", inputs.columns * inputs.depth, np.uint16)
-            tasks.append(_pack_tiles(plan, f"{label} pack turned", inputs, weight, turned_filters, turned=True))
+            dx, inputs, order = plan.slope(source), input_gradients(back.conv), tap_order(spec)
+            size = sum(one.columns * one.depth for one in inputs)
+            place = turned_filters = plan.address(f"turned filters {name}", size, np.uint16)
+            for one in inputs:
+                count = one.conv.window.R * one.conv.window.S
+                tasks.append(_pack_tiles(plan, f"{label} pack turned", one, weight, place, taps, order[:count]))
+                order, place = order[count:], place + BF16 * one.columns * one.depth
         arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
         scratch = plan.scratch(back.scratch // FLOAT)
         pieces = (*arguments, parts, bias_parts, scratch)
         tasks.append(_in_chunks(plan, f"{label} backward", f"{kernels}:conv_backward", back, chunks, *pieces))
-        taps = spec.window.R * spec.window.S
         if isinstance(back, PlaneBackSpec):
             sizes: tuple[int, ...] = (spec.K, spec.x.C, taps, back.wide, back.part, images)
             runs = spec.x.C, CHANNELS_AT_ONCE
@@ -382,11 +393,19 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     return forward, backward
 
 
-def _pack_tiles(plan: Plan, label: str, tiles: TileSpec, weight: Argument, packed: Address, turned: bool) -> Task:
-    """Filters packed as blocks of bf16 pairs for these tiles."""
-    conv = tiles.conv
-    sizes = conv.window.R * conv.window.S, conv.K, conv.x.C, tiles.channels, tiles.depth
-    spec = PackSpec(turned, native=converts(conv.unit))
+def _pack_tiles(
+    plan: Plan,
+    label: str,
+    tiles: TileSpec,
+    weight: Argument,
+    packed: Address,
+    taps: int,
+    turned: tuple[int, ...] | None = None,
+) -> Task:
+    """Filters of so many taps packed as blocks of bf16 pairs for these tiles; turned: those taps alone, for dx."""
+    conv, chosen = tiles.conv, range(taps) if turned is None else turned
+    sizes = taps, conv.K, conv.x.C, tiles.channels, tiles.depth, len(chosen), *chosen
+    spec = PackSpec(turned is not None, native=converts(conv.unit))
     return plan.whole(label, "tiles:pack", spec, tiles.columns // BLOCK, weight, packed, sizes=sizes)
 
 

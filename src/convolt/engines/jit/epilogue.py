@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from convolt.engines.jit.bf16 import Bf16Lanes, Source
+from convolt.engines.jit.bf16 import Bf16Lanes, source_of
 from convolt.engines.jit.pixels import Block, activated, for_blocks, number_pointer, on_pixels
 from convolt.engines.jit.vectors import F32, I8, I32, I64, Floats, carried_loop, for_vectors
 
@@ -105,9 +105,9 @@ def through(spec: Through) -> Any:
             slope = ir.Constant(floats.type, [F32(spec.slope)] * spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
-                value = numbers.load_float(floats.at(source, offset), _format(spec.half_dy), used)
+                value = numbers.load_float(floats.at(source, offset), source_of(spec.half_dy), used)
                 if spec.slope != 1:
-                    y = numbers.load_float(floats.at(output, offset), _format(spec.half_y), used)
+                    y = numbers.load_float(floats.at(output, offset), source_of(spec.half_y), used)
                     positive = builder.fcmp_ordered(">", y, floats.zero)
                     value = builder.select(positive, value, builder.fmul(value, slope))
                 floats.store(_stored(numbers, value, spec.half), builder.gep(pixel, [offset]), used)
@@ -241,9 +241,9 @@ def pair_through(spec: PairThrough) -> Any:
                 values = []
                 for pixel in range(2 if spec.both else 1):
                     place = builder.add(offset, I64(pixel * spec.channels))
-                    value = numbers.load_float(floats.at(source, place), _format(spec.half_dy), used)
+                    value = numbers.load_float(floats.at(source, place), source_of(spec.half_dy), used)
                     if spec.slope != 1:
-                        y = numbers.load_float(floats.at(output, place), _format(spec.half_y), used)
+                        y = numbers.load_float(floats.at(output, place), source_of(spec.half_y), used)
                         positive = builder.fcmp_ordered(">", y, floats.zero)
                         value = builder.select(positive, value, builder.fmul(value, slope))
                     values.append(value)
@@ -326,14 +326,14 @@ def max_of(spec: MaxOf) -> Any:
 
 @dataclass(frozen=True)
 class Finish:
-    """Pixels of ``columns`` of the K channels of an output, from the rows of ``row`` products.
+    """Pixels of ``columns`` channels of an output, ``pixel`` elements apart, from the rows of ``row`` products.
 
     slope: of the activation, 1 for none. adds: to what is there, the gradient of an input. half: whether the output is
-    bf16; native: the CPU rounds.
+    bf16, to which nothing is added; native: the CPU rounds.
     """
 
     columns: int
-    K: int
+    pixel: int
     row: int
     bias: bool
     slope: float
@@ -358,7 +358,7 @@ def finish(spec: Finish) -> Any:
                 if offsets:
                     values = [builder.fadd(value, offset) for value, offset in zip(values, offsets, strict=True)]
                 values = [activated(floats, value, spec.slope) for value in values]
-                pixel = floats.at(target, builder.mul(i, I64(spec.K)))
+                pixel = floats.at(target, builder.mul(i, I64(spec.pixel)))
                 if spec.half:
                     b.store([numbers.narrowed(value) for value in values], pixel)
                 else:
@@ -370,10 +370,6 @@ def finish(spec: Finish) -> Any:
         for_blocks(floats, spec.columns, 2, block)
 
     return on_pixels(generate)
-
-
-def _format(half: bool) -> Source:
-    return "bf16" if half else "fp32"
 
 
 def _stored(numbers: Bf16Lanes, value: Any, half: bool) -> Any:

@@ -61,6 +61,11 @@ class Tensor:
         return self.shape[0] if not self.is_image else self.shape[0] * self.height * self.width
 
     @property
+    def nbytes(self) -> int:
+        """Of one sample in memory."""
+        return self.size * (2 if self.planar or self.half else 4)
+
+    @property
     def origin(self) -> int:
         """Element offset of the first pixel inside the border."""
         return (self.border[0] * self.width + self.border[2]) * self.shape[0] if self.is_image else 0

@@ -35,7 +35,6 @@ PAIRS = ir.VectorType(I32, LANES)
 def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, bias: Any, segments: Any) -> None:
     """C of one block; addresses and a count as int64."""
     floats = Floats(builder, LANES)
-    goes_on = builder.icmp_signed("!=", bias, I64(0))
     a, b, c, bias = (floats.pointer(address) for address in (a, b, c, bias))
     most = ROWS[spec.unit]
     whole = [rows // most for rows in spec.row_tiles]
@@ -50,7 +49,7 @@ def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, bias: Any,
             """Rows of a tile from the `first` on."""
             left = floats.at(a, _offset(builder, tile, spec.a_tile_stride // 2, first, spec.a_row // 2))
             target = floats.at(c, _offset(builder, tile, spec.c_tile_stride, first, spec.c_row))
-            _strip(spec, floats, left, b, target, bias, goes_on, begin, count, rows)
+            _strip(spec, floats, left, b, target, bias, begin, count, rows)
 
         def whole_strip(i: Any, nothing: list[Any]) -> list[Any]:
             second = builder.zext(builder.icmp_signed(">=", i, I64(whole[0])), I64)  # of the two tiles there may be
@@ -73,16 +72,7 @@ def _offset(builder: Any, x: Any, x_stride: int, y: Any, y_stride: int) -> Any:
 
 
 def _strip(
-    spec: "BlockGemm",
-    floats: Floats,
-    a: Any,
-    b: Any,
-    c: Any,
-    bias: Any,
-    goes_on: Any,
-    begin: Any,
-    count: Any,
-    rows: int,
+    spec: "BlockGemm", floats: Floats, a: Any, b: Any, c: Any, bias: Any, begin: Any, count: Any, rows: int
 ) -> None:
     """Some rows of C, summed in registers over some steps; pointers to float32, which a pair is as wide as."""
     builder = floats.builder
@@ -116,8 +106,8 @@ def _strip(
         return carried_loop(builder, I64(spec.step // 2 // unrolled), sums, some_pairs)
 
     begins = builder.icmp_signed("==", begin, I64(0))
-    if spec.start == "either":
-        begins = builder.and_(begins, builder.not_(goes_on))
+    if spec.start == "either":  # the bias is none, but tells which
+        begins = builder.and_(begins, builder.icmp_unsigned("==", bias, ir.Constant(bias.type, None)))
     start = loaded() if spec.start == "load" else _either(builder, begins, begun, loaded)
     for (m, j), value in zip(block, carried_loop(builder, count, start, step), strict=True):
         floats.store(value, places[m, j], used[j])

@@ -70,12 +70,12 @@ def cut(plan: Plan, operations: Sequence[Operation], count: int) -> list[Segment
     """At most ``count`` runs of operations whose outputs take about the same memory; the last one forgets nothing."""
     if count < 2:
         return []
-    total = sum(operation.output.size for operation in operations)
+    total = sum(operation.output.nbytes for operation in operations)
     runs: list[list[Operation]] = [[] for _ in range(count)]
     before = 0
     for operation in operations:
         runs[min(count * before // total, count - 1)].append(operation)
-        before += operation.output.size
+        before += operation.output.nbytes
     return [_forget(plan, number, run, operations) for number, run in enumerate([run for run in runs if run][:-1], 1)]
 
 

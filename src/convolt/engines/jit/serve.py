@@ -68,15 +68,16 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
     if not plan.training:
         return [plan.whole(f"{label} fold", "normalization:fold_running", spec, 1, *folding), apply], list
     bare = _bare(spec)
+    of_channels = replace(bare, x=replace(bare.x, half=False), y=replace(bare.y, half=False))
     statistics = plan.by_image(f"{label} statistics", "normalization:statistics", bare, plan.value(source), sums)
     forward: list[Task | Call] = [
         statistics,
-        plan.whole(f"{label} fold", "normalization:fold", bare, 1, *folding),
+        plan.whole(f"{label} fold", "normalization:fold", of_channels, 1, *folding),
         apply,
     ]
     if plan.add_ranks is not None:
         totals = plan.buffer(f"totals {name}", 3 * spec.columns + 1, np.float64)[: 3 * spec.columns + 1]
-        of_all = replace(bare, synchronized=True)
+        of_all = replace(of_channels, synchronized=True)
         fold = plan.whole(f"{label} fold", "normalization:fold", of_all, 1, address_of(totals), *folding[1:])
         forward = [statistics, plan.sum_over_ranks(name, parts, totals, pixels, about_pivots=True), fold, apply]
 
@@ -94,7 +95,7 @@ def batch_norm(plan: Plan, operation: Operation) -> Served:
             plan.parameter(operation, key, gradient=True) if layer.affine else 0 for key in ("weight", "bias")
         )
         seen = (plan.value(source), plan.value(target), plan.slope(target), codes, constants)
-        folded, written = replace(bare, accumulate=plan.accumulate), (plan.slope(source), dskip)
+        folded, written = replace(of_channels, accumulate=plan.accumulate), (plan.slope(source), dskip)
         summed: tuple[Argument, ...] = sums, dweight, dbias, constants, terms
         between: list[Call] = []
         if totals is not None:
@@ -126,13 +127,20 @@ def norm_spec(plan: Plan, operation: Operation) -> NormSpec:
         operation.outer_slope,
         half_dy=operation.output.half_slope,
         half_dx=operation.inputs[0].half_slope,
-        native=plan.units.tiles is not None and converts(plan.units.tiles),
+        native=_stores_half(plan, operation),
     )
+
+
+def _stores_half(plan: Plan, operation: Operation) -> bool:
+    """Whether BatchNorm writes bf16, on a CPU that rounds by itself."""
+    writes = operation.output.half or operation.inputs[0].half_slope
+    return writes and plan.units.tiles is not None and converts(plan.units.tiles)
 
 
 def _bare(spec: NormSpec) -> NormSpec:
     """For kernels that see nothing of what is fused behind: equal ones are compiled once."""
-    return replace(spec, y=spec.x, slope=1.0, pool=(1, 1), skip=None, outer=1.0)
+    plain = replace(spec, y=spec.x, slope=1.0, pool=(1, 1), skip=None, outer=1.0)
+    return replace(plain, half_dy=False, half_dx=False, native=False)
 
 
 def pool(plan: Plan, operation: Operation) -> Served:

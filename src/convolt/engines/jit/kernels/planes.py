@@ -137,7 +137,7 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
     PP, QQ, native = P // pool_h, Q // pool_w, converts(conv.unit)
     plane = spec.pixels // 2 * PAIR_BYTES
     row_bytes, y_size, y_origin, y_pitch, number = pitch // 2 * PAIR_BYTES, y.size, y.origin, y.pitch, y.number
-    dy_number = BF16 if conv.half_dy else FLOAT
+    dy_number = conv.dy_number
     spread = pair_unpool(PairUnpool(K, pool_h, pool_w, row_bytes, plane, DEAD, conv.bias, native))
     both = pair_through(
         PairThrough(K, conv.slope, plane, conv.bias, native, both=True, half_y=y.half, half_dy=conv.half_dy)

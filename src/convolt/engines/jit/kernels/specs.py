@@ -137,6 +137,16 @@ class ConvSpec:
     stripes: int = 1
 
     @property
+    def dy_number(self) -> int:
+        """Bytes of an element of dy."""
+        return BF16 if self.half_dy else FLOAT
+
+    @property
+    def dx_number(self) -> int:
+        """Bytes of an element of dx."""
+        return BF16 if self.half_dx else FLOAT
+
+    @property
     def merged(self) -> bool:
         """Whether (s, c) of a filter row lie contiguous in the image."""
         return self.groups == 1 and self.window.dilation_w == 1
@@ -323,6 +333,16 @@ class NormSpec:
     half_dy: bool = False
     half_dx: bool = False
     native: bool = False
+
+    @property
+    def dy_number(self) -> int:
+        """Bytes of an element of dy."""
+        return BF16 if self.half_dy else FLOAT
+
+    @property
+    def dx_number(self) -> int:
+        """Bytes of an element of dx."""
+        return BF16 if self.half_dx else FLOAT
 
     @property
     def columns(self) -> int:

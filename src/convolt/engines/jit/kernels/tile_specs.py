@@ -5,6 +5,7 @@ Sizes of scratch are bytes for one thread, each part on a 64-byte boundary.
 
 from dataclasses import dataclass, replace
 
+from convolt.engines.jit.kernels.residues import parts, slope_frame
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, GROUP, ConvSpec, Frame, round_up, turned
 from convolt.errors import EngineError
 
@@ -14,13 +15,16 @@ SHIFTED_PIXELS = 1280  # of a group of images
 
 @dataclass(frozen=True)
 class TileSpec:
-    """A convolution in bf16: the float32 one, and how its operands lie in the thread's scratch memory.
+    """A convolution in bf16: the float32 one, and how its operands lie in memory.
 
-    Sizes of scratch are bytes, each part on a 64-byte boundary.
+    pixel: channels of a pixel where the image is bf16 rows already, zeros behind the last channel; 0 where it is not.
+    step: the outputs are every so many rows and columns of y. Sizes of scratch are bytes, each part on a 64-byte
+    boundary.
     """
 
     conv: ConvSpec
-    pixel: int = 0  # channels of a pixel where the image is bf16 rows already, zeros behind the last channel
+    pixel: int = 0
+    step: tuple[int, int] = (1, 1)
 
     @property
     def direct(self) -> bool:
@@ -131,9 +135,26 @@ class TileBackSpec:
         return self.conv.x.C
 
     @property
-    def inputs(self) -> TileSpec:
-        """The convolution that makes dx of the framed dy."""
-        return TileSpec(replace(turned(self.conv), images=self.gather.group_images))
+    def inputs(self) -> tuple[TileSpec, ...]:
+        """The convolutions that make dx of the framed dy, one for each residue of the stride (``residues``)."""
+        conv, x, found = self.conv, self.conv.x, []
+        for part in parts(conv):
+            y = Frame(x.C, x.H, x.W, x.H, x.W, part.target, half=conv.half_dx)
+            back = replace(part.conv, y=y, images=self.gather.group_images)
+            found.append(TileSpec(back, self.slopes_columns, (conv.window.stride_h, conv.window.stride_w)))
+        return tuple(found)
+
+    @property
+    def inputs_together(self) -> int:
+        """Images whose dx is made together."""
+        return min((one.group_images for one in self.inputs), default=1)
+
+    @property
+    def frame_bytes(self) -> int:
+        """The framed dy of one image as bf16 rows, with what tiles read behind it."""
+        frame = slope_frame(self.conv)
+        behind = max((one.behind for one in self.inputs), default=0)
+        return round_up(BF16 * (frame.rows * frame.columns * self.slopes_columns + behind), 64)
 
     @property
     def slopes_columns(self) -> int:
@@ -154,10 +175,13 @@ class TileBackSpec:
     @property
     def scratch(self) -> int:
         """Bytes for each thread."""
-        gather, inputs = self.gather, self.inputs
+        gather = self.gather
         own = gather.group_images * (gather.image_bytes + self.slopes_bytes)
         columns = 2 * gather.gathered_bytes + round_up(BF16 * self.slopes_columns * gather.pixels, 64)
-        return own + columns + (inputs.scratch if self.conv.wants_dx else 0)
+        if not self.conv.wants_dx:
+            return own + columns
+        products = max((one.gathered_bytes + one.result_bytes for one in self.inputs), default=0)
+        return own + columns + self.inputs_together * self.frame_bytes + products
 
 
 class GatherSpec(TileSpec):
@@ -352,9 +376,9 @@ class PlaneBackSpec:
         return self.shifted_bytes + BF16 * self.wide * self.pixels
 
 
-def input_gradient(conv: ConvSpec) -> TileSpec:
-    """The convolution that makes dx."""
+def input_gradients(conv: ConvSpec) -> tuple[TileSpec, ...]:
+    """The convolutions that make dx; their filters are packed one after another, in the order of ``tap_order``."""
     back = backward_spec(conv)
     if isinstance(back, PlaneBackSpec):
         raise EngineError("images in planes have no gradient; this is a mistake in the plan")
-    return back.inputs
+    return back.inputs if isinstance(back, TileBackSpec) else (back.inputs,)

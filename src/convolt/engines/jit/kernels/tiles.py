@@ -1,8 +1,8 @@
-"""Convolution in bf16: blocks of products, float32 sums, float32 tensors around them.
+"""Convolution in bf16: blocks of products with float32 sums.
 
-Tensors between layers stay float32. A kernel rounds an image to bf16 in its thread's scratch memory (a few cycles for
-32 numbers), multiplies there, and finishes float32 results while they are in the L1 cache. Two ways for the left
-operand, chosen by ``TileSpec.direct``:
+An image that is bf16 already is read where it lies; another one is rounded in the thread's scratch memory (a few cycles
+for 32 numbers). Float32 results are finished, and rounded where the output is kept in bf16, while they are in the L1
+cache. Two ways for the left operand, chosen by ``TileSpec.direct``:
 
     direct    16 pixels of an image row, 32 channels of a tap: a tap is an address, nothing is copied
     gathered  the columns of some output rows, (pixels, R S C): for few channels, narrow images, any dilation
@@ -57,14 +57,16 @@ def product(spec: TileSpec) -> BlockGemm:
 def pack(spec: PackSpec) -> Callable[..., None]:
     """Filters (K, C, R, S) as (blocks, depth / 32, 2, 16, 16, 2) bf16; arguments: state, w, packed. A chunk is a block.
 
-    Of any size: the other arguments are the taps, K, C, the channels of a tap, the depth. Turned, K are the inputs of
-    the convolution, C its outputs, and taps are in reverse. Sixteen filters and two channels are taken together; single
-    numbers are those of an odd channel, of fewer filters, and all where a tap has an odd number of channels.
+    Of any size: the other arguments are the taps of w, K, C, the channels of a tap, the depth, how many taps are packed
+    and which. Turned, K are the inputs of the convolution and C its outputs. Sixteen filters and two channels are taken
+    together; single numbers are those of an odd channel, of fewer filters, and all where a tap has an odd number of
+    channels.
     """
     back, words = spec.turned, pair_lanes(spec.native)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         taps, K, C, channels, depth = arguments[3], arguments[4], arguments[5], arguments[6], arguments[7]
+        count = arguments[8]
         filters, next_channel = (taps, K * taps) if back else (C * taps, taps)  # how far they lie apart
         block = arguments[2] + BF16 * chunk * depth * BLOCK
         packed = view(block, (depth // DEPTH, 2, 16, 16, 2), np.uint16)
@@ -72,10 +74,10 @@ def pack(spec: PackSpec) -> Callable[..., None]:
             k = chunk * BLOCK + 16 * tile
             paired = C // 2 * 2 if channels % 2 == 0 and k + 16 <= K else 0
             for c in range(C):
-                for tap in range(taps):
-                    place = tap * channels + c
+                for i in range(count):
+                    place = i * channels + c
                     step, pair, odd = place // DEPTH, (place % DEPTH) // 2, place % 2
-                    w = arguments[1] + FLOAT * (k * filters + c * next_channel + (taps - 1 - tap if back else tap))
+                    w = arguments[1] + FLOAT * (k * filters + c * next_channel + arguments[9 + i])
                     if c >= paired:
                         for j in range(16):
                             value = np.float32(0)
@@ -189,7 +191,7 @@ def multiply_group(spec: TileSpec) -> Callable[[int, int, int, int, int, int], N
     """Products of a group with a block of filters: ``multiply(image, columns, filters, result, p, images)``."""
     conv, window, channels = spec.conv, spec.conv.window, spec.channels
     kernel = block_gemm(product(spec))
-    direct, R, Q, rows, row_pixels = spec.direct, window.R, conv.Q, spec.group_rows, spec.row_pixels
+    direct, R, P, Q, rows, row_pixels = spec.direct, window.R, conv.P, conv.Q, spec.group_rows, spec.row_pixels
     pitch, depth = conv.x.columns, spec.depth
     corner = conv.x.origin // conv.x.C - window.top * pitch - window.left
     stride_h, stride_w = window.stride_h, window.stride_w
@@ -198,7 +200,7 @@ def multiply_group(spec: TileSpec) -> Callable[[int, int, int, int, int, int], N
     @inlined
     def multiply(image: int, columns: int, filters: int, result: int, p: int, images: int) -> None:
         if direct:
-            for i in range(0, rows, rows_a_call):
+            for i in range(0, min(rows, P - p), rows_a_call):
                 row = image + BF16 * (corner + (p + i) * stride_h * pitch) * channels
                 target = result + FLOAT * i * row_pixels * BLOCK
                 for q in range(0, Q, BLOCK):
@@ -217,7 +219,7 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
     K, P, Q, rows, row_pixels = conv.K, conv.P, conv.Q, spec.group_rows, spec.row_pixels
     PP, QQ = P // pool_h, Q // pool_w
     pooled, bias, relu = conv.pool != (1, 1), conv.bias, conv.slope == 0
-    y_size, y_origin, y_pitch, adds = y.size, y.origin, y.pitch, conv.add
+    y_size, y_origin, y_pitch, adds = y.size, y.origin, spec.step[0] * y.pitch, conv.add
 
     places = tuple((i * row_pixels + j) * BLOCK for i in range(pool_h) for j in range(pool_w))
     half, native, number = y.half, converts(conv.unit), y.number
@@ -234,7 +236,7 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
             for q in range(QQ):
                 pool(values + FLOAT * q * pool_w * BLOCK, offset, target + number * q * K, code + q * K)
 
-    rows_of = finish(Finish(columns, K, BLOCK, bias, conv.slope, adds, half, native))
+    rows_of = finish(Finish(columns, spec.step[1] * K, BLOCK, bias, conv.slope, adds, half, native))
 
     @inlined
     def finish_plain(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:

@@ -1,7 +1,8 @@
 """The backward pass of a convolution in bf16: dx, dw and db of a chunk of images.
 
 dw = dy^T columns: the sum runs over pixels, so the columns of x are gathered and paired (VNNI) and dy is transposed,
-for a few hundred pixels at a time. dx is a convolution of dy, spread by the stride into a frame, with turned filters.
+for a few hundred pixels at a time. dx is a convolution of the framed dy with turned filters for each residue of the
+stride.
 Parts of dw, one a chunk, are added in chunk order.
 
 Cost: 2 K C R S P Q FLOPs for each image, once for dw and once for dx.
@@ -17,8 +18,10 @@ from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
+from convolt.engines.jit.kernels.conv_calls import in_turn
+from convolt.engines.jit.kernels.residues import covers, slope_frame
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ONE, STATE, ConvSpec, ReduceSpec
-from convolt.engines.jit.kernels.tile_specs import TileBackSpec
+from convolt.engines.jit.kernels.tile_specs import TileBackSpec, TileSpec
 from convolt.engines.jit.kernels.tiles import LANES, TILE_ELEMENTS, framed_convolution, gather_rows, load_image
 from convolt.engines.jit.kernels.weights import bias_sum
 from convolt.engines.jit.memory import copy, view
@@ -47,8 +50,9 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
         conv.K,
     )
     image_bytes, slopes_bytes, gathered_bytes = gather.image_bytes, spec.slopes_bytes, gather.gathered_bytes
-    inputs_together, in_place = spec.inputs.group_images, gather.in_place
-    picture_bytes, dx_number = BF16 * conv.x.size if in_place else image_bytes, spec.inputs.conv.y.number
+    inputs_together, in_place = spec.inputs_together, gather.in_place
+    picture_bytes, dx_number = BF16 * conv.x.size if in_place else image_bytes, conv.dx_number
+    gaps = conv.wants_dx and not conv.add and not covers(conv)
     scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
 
@@ -79,6 +83,9 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
                     collect(picture + (image - first) * picture_bytes, columns, p, image - first)
                 count_pixels = (end - first) * P * Q if together > 1 else min(rows_together, P - p) * Q
                 weights(columns, dy + BF16 * p * Q * wide, dw, count_pixels)
+            if gaps:
+                place, size = arguments[6] + dx_number * first * bare, dx_number * (end - first) * bare
+                view(place, (size,), np.uint8)[:] = np.uint8(0)
             if wants_dx:
                 for image in range(first, end, inputs_together):
                     inputs(
@@ -103,7 +110,7 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     spread = unpool(Unpool(K, taps, DEAD, LANES, native, conv.bias))
     let_through = through(Through(K, conv.slope, LANES, native, conv.bias, half_y=y.half, half_dy=conv.half_dy))
     y_size, y_origin, y_pitch, number = y.size, y.origin, y.pitch, y.number
-    dy_number = BF16 if conv.half_dy else FLOAT
+    dy_number = conv.dy_number
 
     @inlined
     def pooled_slopes(arguments: Any, image: int, target: int, db: int) -> None:
@@ -172,27 +179,40 @@ def _weight_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int], None]
     return weights
 
 
-def _input_gradient(spec: TileBackSpec) -> Callable[[int, int, int, int, int, int], None]:
-    """``dx`` of some images: dy in frames, then a convolution: ``inputs(dy, filters, dx, scratch, images, one)``."""
-    tiles, framed, window = spec.inputs, spec.conv.framed, spec.conv.window
-    P, Q, K, wide, channels = spec.conv.P, spec.conv.Q, spec.conv.K, spec.slopes_columns, tiles.channels
-    origin, pitch = framed.origin // K, framed.columns
-    stride_h, stride_w = window.stride_h, window.stride_w
-    image_bytes, frames_bytes = tiles.image_bytes, tiles.group_images * tiles.image_bytes
-    convolve, move = framed_convolution(tiles, image_bytes), copy(BF16 * channels)
+def _input_gradient(spec: TileBackSpec) -> Callable[..., None]:
+    """``dx`` of some images: dy in frames, then convolutions: ``inputs(dy, filters, dx, scratch, images, one)``."""
+    frame, K, wide, P, Q = slope_frame(spec.conv), spec.conv.K, spec.slopes_columns, spec.conv.P, spec.conv.Q
+    origin, pitch, move = frame.origin // K, frame.columns, copy(BF16 * wide)
+    image_bytes, frames_bytes = spec.frame_bytes, spec.inputs_together * spec.frame_bytes
+    found, before = [], 0
+    for one in spec.inputs:
+        found.append(_residue(one, image_bytes, before))
+        before += BF16 * one.columns * one.depth
+    convolve = in_turn(tuple(found))
 
     @inlined
     def inputs(dy: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
         for image in range(images):
-            frame, slopes = scratch + image * image_bytes, dy + BF16 * image * P * Q * wide
             for p in range(P):
+                row = scratch + image * image_bytes + BF16 * (origin + p * pitch) * wide
                 for q in range(Q):
-                    # A copy that runs over its end carries the zeros behind the last channel, where the next comes.
-                    place = origin + p * stride_h * pitch + q * stride_w
-                    move(slopes + BF16 * (p * Q + q) * wide, frame + BF16 * place * channels)
+                    move(dy + BF16 * ((image * P + p) * Q + q) * wide, row + BF16 * q * wide)
         convolve(scratch, filters, dx, scratch + frames_bytes, images, one)
 
-    return inputs
+    found_inputs: Callable[..., None] = inputs
+    return found_inputs
+
+
+def _residue(tiles: TileSpec, image_bytes: int, before: int) -> Callable[..., None]:
+    """One of the convolutions, whose filters begin ``before`` bytes behind the first ones."""
+    convolve = framed_convolution(tiles, image_bytes)
+
+    @inlined
+    def run(frames: int, filters: int, dx: int, scratch: int, images: int, one: int) -> None:
+        convolve(frames, filters + before, dx, scratch, images, one)
+
+    found: Callable[..., None] = run
+    return found
 
 
 def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:

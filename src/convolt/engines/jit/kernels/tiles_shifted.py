@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import Pairs, Source, pack_pairs
+from convolt.engines.jit.bf16 import Pairs, pack_pairs, source_of
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
@@ -50,7 +50,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     images, together, inputs_together = conv.images, spec.images, spec.inputs.group_images
     K, bias, wants_dx, part, scratch = conv.K, conv.bias, conv.wants_dx, spec.part, spec.scratch
     lead_bytes, slopes_bytes = BF16 * spec.lead * spec.wide, spec.slopes_bytes
-    x_size, number, dx_number = conv.x.size, conv.x.number, spec.inputs.conv.y.number
+    x_size, number, dx_number = conv.x.size, conv.x.number, conv.dx_number
     image_bytes, pairs_bytes = BF16 * spec.spacing * spec.wide, spec.copies * spec.pairs_bytes
     runs, run_bytes = spec.copies * spec.channels // TILE, 2 * PAIR * spec.pairs
     even = conv.x.rows * conv.x.columns % 2 == 0  # of an odd frame the second copy leaves a pair out, and that is read
@@ -101,7 +101,7 @@ def _pairs(spec: ShiftedBackSpec) -> Callable[[int, int], None]:
     """An image's frame in pairs of pixels, from the first pixel on and from the second: ``pair(x, pairs)``."""
     x, plane, copy_bytes, copies = spec.conv.x, spec.pairs * PAIR, spec.pairs_bytes, spec.copies
     pixels, C, native = x.rows * x.columns, x.C, converts(spec.conv.unit)
-    source: Source = "bf16" if x.half else "fp32"
+    source = source_of(x.half)
     even = pack_pairs(Pairs(pixels, C, C, PAIR, plane, source, native))
     odd = pack_pairs(Pairs(pixels - 1, C, C, PAIR, plane, source, native))
     number = x.number
