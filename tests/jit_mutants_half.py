@@ -65,7 +65,7 @@ HALF = (
         "picture",
         "a stride of few pixels",
     ),
-    JitMutant("pairs of float32", SHIFTED, "def _pairs", '"bf16" if x.half else "fp32"', '"fp32"', DIRECT),
+    JitMutant("pairs of float32", SHIFTED, "def _pairs", "source_of(x.half)", '"fp32"', DIRECT),
     JitMutant(
         "the lower half twice", NUMBERS, "def pack_pairs", "_interleaved(number * TILE)", "_interleaved(0)", DIRECT
     ),
@@ -73,7 +73,7 @@ HALF = (
         "y of a rectifier as float32",
         EPILOGUE,
         "def through",
-        "floats.at(output, offset), _format(spec.half_y)",
+        "floats.at(output, offset), source_of(spec.half_y)",
         'floats.at(output, offset), "fp32"',
         STRIDE,
     ),
@@ -81,7 +81,7 @@ HALF = (
         "y of planes as float32",
         EPILOGUE,
         "def pair_through",
-        "floats.at(output, place), _format(spec.half_y)",
+        "floats.at(output, place), source_of(spec.half_y)",
         'floats.at(output, place), "fp32"',
         DIRECT,
     ),
