@@ -79,7 +79,8 @@ def _first(case: Rounded, unit: str) -> None:
 
 
 def _half(case: Case, unit: str) -> None:
-    equals_float32(case, unit)
+    for bare in (False, True):
+        equals_float32(case, unit, bare)
     reads_what_was_written(case, unit)
 
 

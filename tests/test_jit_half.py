@@ -6,13 +6,10 @@ from half_cases import HALF, KEPT, NORMS, equals_float32, has_the_bits_of, reads
 
 from convolt.engines import JIT
 
-QUICK = ("direct rows", "norm and maximum")  # what every run of the tests meets
-
-
-def some(cases, quick=QUICK):
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in cases]
-    )
+EVERY_RUN = "norm and maximum"
+every_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == EVERY_RUN else pytest.mark.slow) for name in HALF]
+)
 
 
 def engine(threads: int = 2, checkpoint_segments: int = 0) -> JIT:
@@ -29,24 +26,31 @@ def test_outputs_are_kept_in_bf16(name):
     assert kept(HALF[name].model, ON_TILES, HALF[name].batch) == KEPT[name]
 
 
-@some(HALF)
+@every_case
 def test_half_equals_float32(name):
-    equals_float32(HALF[name], ON_TILES)
+    equals_float32(HALF[name], ON_TILES, bare=False)
 
 
-@some(HALF, ("norm and maximum",))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "direct rows" else pytest.mark.slow) for name in HALF]
+)
+def test_half_behind_a_first_layer_equals_float32(name):
+    equals_float32(HALF[name], ON_TILES, bare=True)
+
+
+@every_case
 def test_half_reads_what_was_written(name):
     reads_what_was_written(HALF[name], ON_TILES)
 
 
-@some(HALF, ("norm and maximum",))
+@every_case
 def test_threads_leave_the_bits(name):
     one, two, three = (step_of(HALF[name], engine(threads)) for threads in (1, 2, 3))
     has_the_bits_of(two, one)
     has_the_bits_of(three, one)
 
 
-@some(HALF, ("norm and maximum",))
+@every_case
 def test_images_that_are_made_twice_have_the_same_bits(name):
     has_the_bits_of(step_of(HALF[name], engine(checkpoint_segments=3)), step_of(HALF[name], engine()))
 
