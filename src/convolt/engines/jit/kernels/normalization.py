@@ -16,7 +16,7 @@ import numpy as np
 
 from convolt.engines.jit.batchnorm import DOUBLE, add_moments, add_slopes, apply, backward
 from convolt.engines.jit.bf16 import float32_of_bf16
-from convolt.engines.jit.kernels.specs import FLOAT, NormSpec
+from convolt.engines.jit.kernels.specs import FLOAT, NormSpec, number_bytes
 from convolt.engines.jit.memory import float64_of_bits, view
 
 RUN = 64  # pixels whose sums stay in float32
@@ -137,7 +137,7 @@ def slopes(spec: NormSpec) -> Callable[..., None]:
     x, y, images, columns = spec.x, spec.y, spec.images, spec.columns
     lines, pixels = spec.lines(x, y if spec.outer != 1 else None)
     add = add_slopes(spec)
-    C, (rows, across), number, dy_number = x.C, spec.pool, x.number, spec.dy_number
+    C, (rows, across), number, dy_number = x.C, spec.pool, x.number, number_bytes(spec.half_dy)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -212,7 +212,7 @@ def normalize_backward(spec: NormSpec) -> Callable[..., None]:
     lines, pixels = spec.lines(x, y if spec.outer != 1 else None)
     row = backward(spec)
     C, (rows, across) = x.C, spec.pool
-    x_number, dy_number, dx_number = x.number, spec.dy_number, spec.dx_number
+    x_number, dy_number, dx_number = x.number, number_bytes(spec.half_dy), number_bytes(spec.half_dx)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]

@@ -22,7 +22,7 @@ from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import PairThrough, PairUnpool, pair_through, pair_unpool
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec, InputSpec
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec, InputSpec, number_bytes
 from convolt.engines.jit.kernels.tile_specs import PlaneBackSpec, TileSpec
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.runs import Columns, Runs, columns, runs
@@ -137,7 +137,7 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
     PP, QQ, native = P // pool_h, Q // pool_w, converts(conv.unit)
     plane = spec.pixels // 2 * PAIR_BYTES
     row_bytes, y_size, y_origin, y_pitch, number = pitch // 2 * PAIR_BYTES, y.size, y.origin, y.pitch, y.number
-    dy_number = conv.dy_number
+    dy_number = number_bytes(conv.half_dy)
     spread = pair_unpool(PairUnpool(K, pool_h, pool_w, row_bytes, plane, DEAD, conv.bias, native))
     both = pair_through(
         PairThrough(K, conv.slope, plane, conv.bias, native, both=True, half_y=y.half, half_dy=conv.half_dy)

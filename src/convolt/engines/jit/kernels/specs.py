@@ -30,6 +30,11 @@ ONE = 3  # the word of the state that is 1, which LLVM does not know: a loop of 
 DEAD = 255  # code of a pooled output that ReLU set to zero
 
 
+def number_bytes(half: bool) -> int:
+    """Bytes of a number that is kept in bf16, or in float32."""
+    return BF16 if half else FLOAT
+
+
 @dataclass(frozen=True)
 class Frame:
     """An NHWC tensor in memory: C channels, H x W pixels inside ``rows`` x ``columns``, the first one at ``origin``.
@@ -58,7 +63,7 @@ class Frame:
     @property
     def number(self) -> int:
         """Bytes of an element."""
-        return BF16 if self.planar or self.half else FLOAT
+        return number_bytes(self.planar or self.half)
 
     @property
     def bare(self) -> "Frame":
@@ -135,16 +140,6 @@ class ConvSpec:
     half_dx: bool = False
     bands: int = 1
     stripes: int = 1
-
-    @property
-    def dy_number(self) -> int:
-        """Bytes of an element of dy."""
-        return BF16 if self.half_dy else FLOAT
-
-    @property
-    def dx_number(self) -> int:
-        """Bytes of an element of dx."""
-        return BF16 if self.half_dx else FLOAT
 
     @property
     def merged(self) -> bool:
@@ -333,16 +328,6 @@ class NormSpec:
     half_dy: bool = False
     half_dx: bool = False
     native: bool = False
-
-    @property
-    def dy_number(self) -> int:
-        """Bytes of an element of dy."""
-        return BF16 if self.half_dy else FLOAT
-
-    @property
-    def dx_number(self) -> int:
-        """Bytes of an element of dx."""
-        return BF16 if self.half_dx else FLOAT
 
     @property
     def columns(self) -> int:

@@ -20,7 +20,18 @@ from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.conv_calls import in_turn
 from convolt.engines.jit.kernels.residues import covers, slope_frame
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ONE, STATE, ConvSpec, ReduceSpec
+from convolt.engines.jit.kernels.specs import (
+    BF16,
+    BLOCK,
+    DEAD,
+    DEPTH,
+    FLOAT,
+    ONE,
+    STATE,
+    ConvSpec,
+    ReduceSpec,
+    number_bytes,
+)
 from convolt.engines.jit.kernels.tile_specs import TileBackSpec, TileSpec
 from convolt.engines.jit.kernels.tiles import LANES, TILE_ELEMENTS, framed_convolution, gather_rows, load_image
 from convolt.engines.jit.kernels.weights import bias_sum
@@ -51,7 +62,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     )
     image_bytes, slopes_bytes, gathered_bytes = gather.image_bytes, spec.slopes_bytes, gather.gathered_bytes
     inputs_together, in_place = spec.inputs_together, gather.in_place
-    picture_bytes, dx_number = BF16 * conv.x.size if in_place else image_bytes, conv.dx_number
+    picture_bytes, dx_number = BF16 * conv.x.size if in_place else image_bytes, number_bytes(conv.half_dx)
     gaps = conv.wants_dx and not conv.add and not covers(conv)
     scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
@@ -110,7 +121,7 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     spread = unpool(Unpool(K, taps, DEAD, LANES, native, conv.bias))
     let_through = through(Through(K, conv.slope, LANES, native, conv.bias, half_y=y.half, half_dy=conv.half_dy))
     y_size, y_origin, y_pitch, number = y.size, y.origin, y.pitch, y.number
-    dy_number = conv.dy_number
+    dy_number = number_bytes(conv.half_dy)
 
     @inlined
     def pooled_slopes(arguments: Any, image: int, target: int, db: int) -> None:

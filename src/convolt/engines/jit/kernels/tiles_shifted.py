@@ -26,7 +26,7 @@ from convolt.engines.jit.bf16 import Pairs, pack_pairs, source_of
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, ONE, STATE
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, ONE, STATE, number_bytes
 from convolt.engines.jit.kernels.tile_specs import ShiftedBackSpec
 from convolt.engines.jit.kernels.tiles import LANES, framed_convolution
 from convolt.engines.jit.kernels.tiles_backward import slope_rows
@@ -50,7 +50,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     images, together, inputs_together = conv.images, spec.images, spec.inputs.group_images
     K, bias, wants_dx, part, scratch = conv.K, conv.bias, conv.wants_dx, spec.part, spec.scratch
     lead_bytes, slopes_bytes = BF16 * spec.lead * spec.wide, spec.slopes_bytes
-    x_size, number, dx_number = conv.x.size, conv.x.number, conv.dx_number
+    x_size, number, dx_number = conv.x.size, conv.x.number, number_bytes(conv.half_dx)
     image_bytes, pairs_bytes = BF16 * spec.spacing * spec.wide, spec.copies * spec.pairs_bytes
     runs, run_bytes = spec.copies * spec.channels // TILE, 2 * PAIR * spec.pairs
     even = conv.x.rows * conv.x.columns % 2 == 0  # of an odd frame the second copy leaves a pair out, and that is read
