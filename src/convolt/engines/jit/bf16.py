@@ -22,14 +22,13 @@ from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop
 
 Source = Literal["fp32", "bf16"]
 
+TILE = 16
+BFLOAT = type("BFloat", (ir.Type,), {"_to_string": lambda self: "bfloat"})()  # llvmlite does not name this LLVM type
+
 
 def source_of(half: bool) -> Source:
     """The format of images that are kept in bf16, or not."""
     return "bf16" if half else "fp32"
-
-
-TILE = 16
-BFLOAT = type("BFloat", (ir.Type,), {"_to_string": lambda self: "bfloat"})()  # llvmlite does not name this LLVM type
 
 
 @register_jitable

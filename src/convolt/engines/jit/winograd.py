@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.kernels.winograd_specs import Written
+from convolt.engines.jit.pixels import activated
 from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors
 
 Transformed = tuple[Iterator[Any], list[Any]]
@@ -261,7 +262,7 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
                         total = value if shift is None else builder.fadd(value, shift)
                         if finish.add:
                             total = builder.fadd(total, floats.load(pixel, used))
-                        floats.store(_activated(floats, total, finish.slope), pixel, used)
+                        floats.store(activated(floats, total, finish.slope), pixel, used)
                     return []
 
                 carried_loop(builder, I64(spec.tiles), [], tile)
@@ -304,16 +305,6 @@ def _taps(floats: Floats, u: list[Any]) -> list[Any]:
     total = builder.fmul(half, builder.fadd(u[1], u[2]))
     difference = builder.fmul(half, builder.fsub(u[1], u[2]))
     return [builder.fadd(u[0], total), difference, builder.fadd(total, u[3])]
-
-
-def _activated(floats: Floats, value: Any, slope: float) -> Any:
-    if slope == 1:
-        return value
-    if slope == 0:
-        return floats.relu(value)
-    builder = floats.builder
-    positive = builder.fcmp_ordered(">", value, floats.zero)
-    return builder.select(positive, value, builder.fmul(value, floats.constant(slope)))
 
 
 def _largest(floats: Floats, finish: Finish, values: list[Any], shift: Any) -> tuple[Any, Any]:
