@@ -37,6 +37,7 @@ from convolt.engines.jit.kernels.tile_specs import (
 from convolt.engines.jit.kernels.winograd_specs import (
     CHANNELS_AT_ONCE,
     WinogradPack,
+    WinogradReduce,
     WinogradSpec,
     obstacle,
 )
@@ -114,7 +115,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
     else:
         operation.because(f"{plan.isa.name} vectors: fp32{f', {why}' if conv_unit is not None else ''}")
     if not slow:
-        operation.because("Winograd F(2x2, 3x3)")
+        operation.because(f"Winograd F(2x2, {spec.window.R}x{spec.window.S})")
         return conv_by_winograd(plan, operation, spec)
     operation.because(f"tap by tap: {slow}")
     if not plan.training:
@@ -224,13 +225,18 @@ def _sum_of_parts(
     parts: tuple[Address, ...],
     runs: tuple[int, int],
     sizes: tuple[int, ...],
+    transformed: tuple[int, int] | None = None,
 ) -> Task:
-    """The parts of dw and db added up, perhaps in scratch memory. runs: filters or channels in all, and in a chunk."""
+    """The parts of dw and db added up, perhaps in scratch memory.
+
+    runs: filters or channels in all, and in a chunk. transformed: R and S of filters whose gradient is transformed.
+    """
     bias = cast(Conv2d, operation.layer).bias
     dw = plan.parameter(operation, "weight", gradient=True)
     db = plan.parameter(operation, "bias", gradient=True) if bias else 0
     (count, run), (dw_parts, db_parts, *scratch) = runs, parts
-    spec, label = ReduceSpec(plan.accumulate, bias, plan.isa.lanes), f"{operation.label} dw"
+    how, label = (plan.accumulate, bias, plan.isa.lanes), f"{operation.label} dw"
+    spec = ReduceSpec(*how) if transformed is None else WinogradReduce(*how, *transformed)
     arguments: tuple[Argument, ...] = (dw_parts, dw, db_parts, db, *scratch)
     return plan.whole(label, f"{module}:reduce_parts", spec, -(-count // run), *arguments, sizes=(*sizes, run))
 
@@ -270,7 +276,8 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(winograd.scratch))
 
     def transformed(what: str, spec: WinogradSpec, turned: bool, to: Address) -> Task:
-        pack, run = WinogradPack(spec.block, turned, spec.conv.pairs), -(-spec.depth // PACKED_RUNS)
+        window, run = spec.conv.window, -(-spec.depth // PACKED_RUNS)
+        pack = WinogradPack(window.R, window.S, spec.block, turned, spec.conv.pairs)
         sizes = spec.conv.x.C, spec.conv.K, run
         return plan.whole(f"{label} {what}", "winograd:pack", pack, -(-spec.depth // run), weight, to, sizes=sizes)
 
@@ -296,7 +303,8 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
         tasks.append(_in_chunks(plan, f"{label} backward", "winograd:backward", back, chunks, *pieces))
         sizes, runs = (spec.K, spec.x.C, images), (spec.x.C, CHANNELS_AT_ONCE)
         sums = plan.scratch(back.part_run(CHANNELS_AT_ONCE))
-        tasks.append(_sum_of_parts(plan, operation, "winograd", (parts, bias_parts, sums), runs, sizes))
+        window = spec.window.R, spec.window.S
+        tasks.append(_sum_of_parts(plan, operation, "winograd", (parts, bias_parts, sums), runs, sizes, window))
         return tasks
 
     return forward, backward

@@ -1,19 +1,16 @@
-"""The transforms of Winograd's convolution F(2x2, 3x3), one row of tiles at a time; channels are the lanes.
+"""The transforms of Winograd's convolution, one row of tiles at a time; channels are the lanes.
 
-    y = A^T [ (G w G^T) * (B^T x B) ] A        x 4x4 pixels, y 2x2 pixels, * element by element and summed over channels
+    y = A^T [ (G w G^T) * (B^T x B) ] A        y 2x2 pixels, * element by element and summed over channels
 
-           1  0 -1  0           1   0   0           1  1  1  0
-    B^T =  0  1  1  0     G =  1/2 1/2 1/2    A^T =  0  1 -1 -1
-           0 -1  1  0          1/2 -1/2 1/2
-           0  1  0 -1           0   0   1
-
-A tile of 2x2 outputs takes 16 products of each channel and filter where the sum over taps takes 36 (Lavin and Gray
-2016). What a transform writes, it writes into 16 planes; in each a tile has its channels, in float32 or bf16. The
+The matrices are those of ``filtering``, along the rows and along the columns of the filter. A 3x3 filter takes 16
+products of each channel for 2x2 outputs where the sum over taps takes 36 (Lavin and Gray 2016), a 5x5 one 49 instead of
+100. What a transform writes, it writes into as many planes; in each a tile has its channels, in float32 or bf16. The
 gradient of the transformed filters is the product of B^T x B with A dy A^T, the transform of ``slope_tiles``.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any
 
 from llvmlite import ir
@@ -21,22 +18,30 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
+from convolt.engines.jit.filtering import Axis, Piece
 from convolt.engines.jit.kernels.winograd_specs import Written
 from convolt.engines.jit.pixels import activated
 from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors
 
 Transformed = tuple[Iterator[Any], list[Any]]
-"""The 16 values of a tile, and what the next one of the row takes over."""
+"""The planes of a tile, row by row, and what the next one takes over."""
+
+Tile = Callable[[Any, int, list[Any]], Transformed]
+"""``tile(t, wide, held)``: that of tile t, which has so many columns of pixels, with what the last one left."""
 
 
 @dataclass(frozen=True)
 class TileRow:
-    """A row of ``tiles``, which have ``channels``; pixels are ``pixel`` elements apart, rows of them ``pitch``.
+    """A row of tiles over ``width`` columns and ``high`` rows of pixels, two or one, which have ``channels``.
 
-    Planes are ``plane`` words of 32 bits apart. written: what a transform writes into them.
+    R, S: of the filter. Pixels are ``pixel`` elements apart, rows of them ``pitch``, planes ``plane`` words of 32 bits.
+    written: what a transform writes into them. Of an odd width the last tile has one column of pixels.
     """
 
-    tiles: int
+    R: int
+    S: int
+    width: int
+    high: int
     channels: int
     pixel: int
     pitch: int
@@ -44,9 +49,19 @@ class TileRow:
     lanes: int
     written: Written = "fp32"
 
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        """Of the filter's rows and columns."""
+        return Axis(self.R), Axis(self.S)
+
 
 def input_tiles(spec: TileRow) -> Any:
-    """``kernel(x, v)``: v = B^T x B; x is the first pixel of the first tile. Tiles share two columns of pixels."""
+    """``kernel(x, v)``: v = B^T x B; x is the first pixel of the first tile.
+
+    The columns of pixels that a tile shares with the next one stay in registers, if the filter's rows are one piece:
+    the planes of all columns are too many else, and each piece loads its own pixels.
+    """
+    rows, columns = spec.axes
 
     @intrinsic
     def kernel(typingctx: Any, x: Any, v: Any) -> Any:
@@ -57,17 +72,37 @@ def input_tiles(spec: TileRow) -> Any:
             def channels(offset: Any, used: int) -> None:
                 first = floats.at(source, offset)
 
-                def column(pixel: Any) -> list[Any]:
+                def column(pixel: Any, begin: int, piece: Piece) -> list[Any]:
                     place = floats.at(first, builder.mul(pixel, I64(spec.pixel)))
-                    return _input(builder, [floats.load(floats.at(place, i * spec.pitch), used) for i in range(4)])
+                    there = range(begin, min(begin + piece.planes, spec.high + spec.R - 1))
+                    pixels = [floats.load(floats.at(place, i * spec.pitch), used) for i in there]
+                    return piece.pixels(floats, [*pixels, floats.zero][: piece.planes])
 
-                def tile(t: Any, held: list[Any]) -> Transformed:
+                def planes(left: Any, wide: int, begin: int, piece: Piece, held: list[Any]) -> list[Any]:
+                    there = range(len(held) // piece.planes, wide + spec.S - 1)
+                    fresh = (column(builder.add(left, I64(j)), begin, piece) for j in there)
+                    behind = [floats.zero] * (2 - wide) * piece.planes
+                    return [*held, *chain.from_iterable(fresh), *behind]
+
+                def across(piece: Piece, values: list[Any]) -> Iterator[Any]:
+                    step = piece.planes
+                    return (plane for i in range(step) for plane in columns.pixels(floats, values[i::step]))
+
+                def whole(t: Any, wide: int, held: list[Any]) -> Transformed:
+                    (begin, piece), left = rows.pieces[0], builder.mul(t, I64(2))
+                    values = planes(left, wide, begin, piece, held)
+                    return across(piece, values), values[2 * piece.planes :]
+
+                def in_pieces(t: Any, wide: int, nothing: list[Any]) -> Transformed:
                     left = builder.mul(t, I64(2))
-                    fresh = [*column(builder.add(left, I64(2))), *column(builder.add(left, I64(3)))]
-                    columns = [*held, *fresh]
-                    return (value for i in range(4) for value in _input(builder, columns[i::4])), fresh
+                    found = (across(piece, planes(left, wide, begin, piece, [])) for begin, piece in rows.pieces)
+                    return chain.from_iterable(found), []
 
-                _write(floats, spec, target, offset, used, [*column(I64(0)), *column(I64(1))], tile)
+                if len(rows.pieces) > 1:
+                    _write(floats, spec, target, offset, used, [], in_pieces)
+                else:
+                    shared = chain.from_iterable(column(I64(j), *rows.pieces[0]) for j in range(spec.S - 1))
+                    _write(floats, spec, target, offset, used, list(shared), whole)
 
             for_vectors(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()
@@ -79,6 +114,7 @@ def input_tiles(spec: TileRow) -> Any:
 
 def slope_tiles(spec: TileRow) -> Any:
     """``kernel(dy, d)``: d = A dy A^T; dy is the first pixel of the first tile."""
+    rows, columns = spec.axes
 
     @intrinsic
     def kernel(typingctx: Any, dy: Any, d: Any) -> Any:
@@ -87,15 +123,20 @@ def slope_tiles(spec: TileRow) -> Any:
             source, target = floats.pointer(args[0]), args[1]
 
             def channels(offset: Any, used: int) -> None:
-                def tile(t: Any, nothing: list[Any]) -> Transformed:
+                def tile(t: Any, wide: int, nothing: list[Any]) -> Transformed:
                     first = floats.at(source, offset, builder.mul(t, I64(2 * spec.pixel)))
-                    columns = []
-                    for j in range(2):
-                        column = floats.at(first, j * spec.pixel)
-                        columns += _slope(
-                            floats, *(floats.load(floats.at(column, i * spec.pitch), used) for i in (0, 1))
+
+                    def slope(i: int, j: int) -> Any:
+                        there = i < spec.high and j < wide
+                        return (
+                            floats.load(floats.at(first, i * spec.pitch + j * spec.pixel), used)
+                            if there
+                            else floats.zero
                         )
-                    return (value for i in range(4) for value in _slope(floats, *columns[i::4])), []
+
+                    left, right = (rows.slopes(floats, slope(0, j), slope(1, j)) for j in (0, 1))
+                    pairs = zip(left, right, strict=True)
+                    return (plane for pair in pairs for plane in columns.slopes(floats, *pair)), []
 
                 _write(floats, spec, target, offset, used, [], tile)
 
@@ -107,12 +148,13 @@ def slope_tiles(spec: TileRow) -> Any:
     return kernel
 
 
-def filter_tiles(lanes: int, turned: bool, pairs: bool) -> Any:
+def filter_tiles(R: int, S: int, lanes: int, turned: bool, pairs: bool) -> Any:
     """``kernel(w, other, step, last, u, plane)``: u = G w G^T of as many filters as there are lanes, ``step`` apart.
 
     Behind the ``last`` one it is taken again. In pairs the filters at ``other``, too, each beside its neighbor at w.
     ``plane``: words from a plane of u to the next. turned: taps in reverse.
     """
+    rows, columns = Axis(R), Axis(S)
 
     @intrinsic
     def kernel(typingctx: Any, w: Any, other: Any, step: Any, last: Any, u: Any, plane: Any) -> Any:
@@ -120,7 +162,7 @@ def filter_tiles(lanes: int, turned: bool, pairs: bool) -> Any:
             floats = Floats(builder, lanes)
             numbers = Bf16Lanes(floats, native=True)
             w, other, step, last, u, plane = args
-            order = range(8, -1, -1) if turned else range(9)
+            order = range(R * S)[::-1] if turned else range(R * S)
             offsets = [
                 builder.mul(step, builder.select(builder.icmp_signed("<", I64(i), last), I64(i), last))
                 for i in range(lanes)
@@ -129,8 +171,8 @@ def filter_tiles(lanes: int, turned: bool, pairs: bool) -> Any:
             def transformed(address: Any) -> Iterator[Any]:
                 filters = [floats.at(floats.pointer(address), offset) for offset in offsets]
                 taps = [floats.collect([floats.at(one, tap) for one in filters]) for tap in order]
-                rows = [_filter(floats, taps[s::3]) for s in range(3)]
-                return (value for i in range(4) for value in _filter(floats, [row[i] for row in rows]))
+                along = zip(*(rows.filters(floats, taps[s::S]) for s in range(S)), strict=True)
+                return (plane for planes in along for plane in columns.filters(floats, list(planes)))
 
             values = transformed(w)
             if pairs:
@@ -144,20 +186,24 @@ def filter_tiles(lanes: int, turned: bool, pairs: bool) -> Any:
     return kernel
 
 
-def filter_taps(lanes: int, accumulate: bool) -> Any:
+def filter_taps(R: int, S: int, lanes: int, accumulate: bool) -> Any:
     """``kernel(du, plane, dw, step)``: dw (+)= G^T du G of as many filters as there are lanes.
 
     ``plane``: words from a plane of du to the next; filters of dw are ``step`` apart.
     """
+    rows, columns = Axis(R), Axis(S)
 
     @intrinsic
     def kernel(typingctx: Any, du: Any, plane: Any, dw: Any, step: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, lanes)
             source, plane, target, step = floats.pointer(args[0]), args[1], floats.pointer(args[2]), args[3]
-            planes = [floats.load(floats.at(source, builder.mul(plane, I64(number)))) for number in range(16)]
-            columns = [_taps(floats, planes[j::4]) for j in range(4)]
-            taps = [value for r in range(3) for value in _taps(floats, [column[r] for column in columns])]
+            numbers = range(rows.planes * columns.planes)
+            planes = [floats.load(floats.at(source, builder.mul(plane, I64(number)))) for number in numbers]
+            along = zip(
+                *(rows.gradient(floats, planes[j :: columns.planes]) for j in range(columns.planes)), strict=True
+            )
+            taps = [tap for values in along for tap in columns.gradient(floats, list(values))]
             for lane in range(lanes):
                 own = floats.at(target, builder.mul(step, I64(lane)))
                 for tap, values in enumerate(taps):
@@ -177,9 +223,9 @@ def _write(
     offset: Any,
     used: int,
     start: list[Any],
-    tile: Callable[[Any, list[Any]], Transformed],
+    tile: Tile,
 ) -> None:
-    """Some channels of every tile of a row into the planes at ``target``: ``tile(t, held)``, from left to right.
+    """Some channels of every tile of a row into the planes at ``target``, from left to right.
 
     Its values are computed as they are written, those of a pair in turns, or they would not stay in registers.
     """
@@ -192,25 +238,31 @@ def _write(
         for number, value in enumerate(values):
             floats.store(value, floats.at(place, number * spec.plane * (2 if halves else 1)), used)
 
-    def one(t: Any, held: list[Any]) -> list[Any]:
-        values, held = tile(t, held)
+    def one(t: Any, held: list[Any], wide: int = 2) -> list[Any]:
+        values, held = tile(t, wide, held)
         put(t, (numbers.narrowed(value) for value in values) if halves else values)
         return held
 
-    def two(pair: Any, held: list[Any]) -> list[Any]:
+    def two(pair: Any, held: list[Any], wide: int = 2) -> list[Any]:
         left = builder.mul(pair, I64(2))
-        even, held = tile(left, held)
-        odd, held = tile(builder.add(left, I64(1)), held)
+        even, held = tile(left, 2, held)
+        odd, held = tile(builder.add(left, I64(1)), wide, held)
         put(pair, (numbers.rounded_pair(x, y) for x, y in zip(even, odd, strict=True)))
         return held
 
+    whole, half = divmod(spec.width, 2)
     if spec.written != "tiles":
-        carried_loop(builder, I64(spec.tiles), start, one)
+        held = carried_loop(builder, I64(whole), start, one)
+        if half:
+            one(I64(whole), held, 1)
         return
-    held = carried_loop(builder, I64(spec.tiles // 2), start, two)
-    if spec.tiles % 2:
-        alone, _ = tile(I64(spec.tiles - 1), held)
-        put(I64(spec.tiles // 2), (numbers.rounded_pair(value, floats.zero) for value in alone))
+    pairs, single = divmod(whole, 2)
+    held = carried_loop(builder, I64(pairs), start, two)
+    if single and half:
+        two(I64(pairs), held, 1)
+    elif single or half:
+        alone, _ = tile(I64(2 * pairs), 2 if single else 1, held)
+        put(I64(pairs), (numbers.rounded_pair(value, floats.zero) for value in alone))
 
 
 @dataclass(frozen=True)
@@ -232,6 +284,7 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
 
     Pooled, a tile is one pixel of y.
     """
+    rows, columns = spec.axes
 
     @intrinsic
     def kernel(typingctx: Any, m: Any, bias: Any, y: Any, codes: Any) -> Any:
@@ -241,15 +294,19 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
             code = builder.inttoptr(args[3], I8.as_pointer())
 
             def channels(offset: Any, used: int) -> None:
-                def tile(t: Any, nothing: list[Any]) -> list[Any]:
+                def tile(t: Any, nothing: list[Any], wide: int = 2) -> list[Any]:
                     own = builder.mul(t, I64(spec.channels))
                     place = floats.at(source, offset, own)
-                    rows: list[list[Any]] = [[], []]
-                    for j in range(4):
-                        column = [floats.load(floats.at(place, (4 * i + j) * spec.plane), used) for i in range(4)]
-                        for row, value in zip(rows, _output(builder, column), strict=True):
-                            row.append(value)
-                    values = [value for row in rows for value in _output(builder, row)]
+                    across = range(columns.planes)
+                    products = (
+                        [
+                            floats.load(floats.at(place, (i * columns.planes + j) * spec.plane), used)
+                            for i in range(rows.planes)
+                        ]
+                        for j in across
+                    )
+                    along = zip(*(rows.outputs(floats, column) for column in products), strict=True)
+                    values = [pixel for row in along for pixel in columns.outputs(floats, list(row))]
                     shift = floats.load(floats.at(offsets, offset), used) if finish.bias else None
                     if finish.pooled:
                         best, winner = _largest(floats, finish, values, shift)
@@ -257,15 +314,17 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
                         floats.store(winner, builder.gep(code, [builder.add(offset, own)]), used)
                         return []
                     first = floats.at(target, offset, builder.mul(t, I64(2 * spec.pixel)))
-                    for number, value in enumerate(values):
-                        pixel = floats.at(first, number // 2 * spec.pitch + number % 2 * spec.pixel)
+                    for i, j in product(range(spec.high), range(wide)):
+                        pixel, value = floats.at(first, i * spec.pitch + j * spec.pixel), values[2 * i + j]
                         total = value if shift is None else builder.fadd(value, shift)
                         if finish.add:
                             total = builder.fadd(total, floats.load(pixel, used))
                         floats.store(activated(floats, total, finish.slope), pixel, used)
                     return []
 
-                carried_loop(builder, I64(spec.tiles), [], tile)
+                carried_loop(builder, I64(spec.width // 2), [], tile)
+                if spec.width % 2:
+                    tile(I64(spec.width // 2), [], 1)
 
             for_vectors(builder, spec.channels, spec.lanes, channels)
             return context.get_dummy_value()
@@ -273,38 +332,6 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
         return types.void(*[types.int64] * 4), generate
 
     return kernel
-
-
-def _input(builder: Any, d: list[Any]) -> list[Any]:
-    """B^T d of four vectors."""
-    return [builder.fsub(d[0], d[2]), builder.fadd(d[1], d[2]), builder.fsub(d[2], d[1]), builder.fsub(d[1], d[3])]
-
-
-def _slope(floats: Floats, a: Any, b: Any) -> list[Any]:
-    """A d of two vectors."""
-    builder = floats.builder
-    return [a, builder.fadd(a, b), builder.fsub(a, b), builder.fsub(floats.zero, b)]
-
-
-def _output(builder: Any, m: list[Any]) -> list[Any]:
-    """A^T m of four vectors."""
-    high, low = builder.fadd(m[1], m[2]), builder.fsub(m[1], m[2])
-    return [builder.fadd(m[0], high), builder.fsub(low, m[3])]
-
-
-def _filter(floats: Floats, w: list[Any]) -> list[Any]:
-    """G w of three vectors."""
-    builder, half = floats.builder, floats.constant(0.5)
-    total, middle = builder.fmul(half, builder.fadd(w[0], w[2])), builder.fmul(half, w[1])
-    return [w[0], builder.fadd(total, middle), builder.fsub(total, middle), w[2]]
-
-
-def _taps(floats: Floats, u: list[Any]) -> list[Any]:
-    """G^T u of four vectors."""
-    builder, half = floats.builder, floats.constant(0.5)
-    total = builder.fmul(half, builder.fadd(u[1], u[2]))
-    difference = builder.fmul(half, builder.fsub(u[1], u[2]))
-    return [builder.fadd(u[0], total), difference, builder.fadd(total, u[3])]
 
 
 def _largest(floats: Floats, finish: Finish, values: list[Any], shift: Any) -> tuple[Any, Any]:

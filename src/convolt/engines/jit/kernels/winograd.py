@@ -1,15 +1,16 @@
-"""Convolution 3x3 with stride 1 by Winograd's algorithm: 16 products of small matrices instead of nine taps.
+"""Convolution with stride 1 by Winograd's algorithm: for 3x3 taps, 16 products of small matrices instead of nine.
 
-    forward    v = B^T x B,   m = v u,   y = A^T m A               for each of 16 planes, u = G w G^T
+    forward    v = B^T x B,   m = v u,   y = A^T m A               for each plane, u = G w G^T
     dx         the same on the framed dy, with filters turned around and transposed
     dw         du = v^T d over the tiles,  d = A dy A^T,  at the end  dw = G^T du G
 
-The transforms are ``engines.jit.winograd``. A block of some 64 tiles passes through all of them while it lies in the
-L2 cache. Parts of du are added up in chunk order before they are transformed back. Error: a few times that of the sum
-over taps, since all factors are halves and the sums four terms long.
+The transforms are ``engines.jit.winograd``, longer filters are cut into pieces (``filtering``). A block of some 64 tiles
+passes through all of them while it lies in the L2 cache. Parts of du are added up in chunk order before they are
+transformed back. With a dilation the pixels that one tap meets are an image of their own, of every dilation-th row and
+column. Error: a few times that of the sum over taps, since all factors are halves and the sums four terms long.
 
-Cost: 2 * 16 K C P Q / 4 FLOPs for each image and each of the three, 4/9 of what the taps take; bytes: 16 transformed
-numbers for 4 pixels, written and read within the cache.
+Cost: 2 planes K C P Q / 4 FLOPs for each image and each of the three, for 3x3 taps (16 planes) 4/9 of what they take,
+for 5x5 (49) and 7x7 (100) half; bytes: so many transformed numbers for 4 pixels, written and read within the cache.
 
 With bf16 dot products v, u and d are rounded, once, after they are transformed in float32; m, du and all else stay in
 float32. A product's operands are sums of four terms or two, so the error is 5/3 of that of the rounded taps (of their
@@ -27,13 +28,13 @@ from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv import spread_slopes
 from convolt.engines.jit.kernels.dense import deep_rows
 from convolt.engines.jit.kernels.residues import slope_frame
-from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ReduceSpec
+from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, Frame
 from convolt.engines.jit.kernels.weights import bias_sum
 from convolt.engines.jit.kernels.winograd_specs import (
-    TRANSFORMED,
     Planes,
     Tiling,
     WinogradPack,
+    WinogradReduce,
     WinogradSpec,
 )
 from convolt.engines.jit.memory import hidden, view
@@ -55,11 +56,12 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
 
     A chunk is a run of images.
     """
-    conv, tiles, scratch = spec.conv, spec.forward, spec.scratch
-    together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
-    transformed = spec.planes(tiles, conv.x.C)
+    conv, tiles, scratch, chunk_images = spec.conv, spec.forward, spec.scratch, spec.conv.images
+    together, bands = tiles.images, tiles.high // tiles.rows
+    transformed = spec.planes(tiles)
     inputs, products = _inputs(spec, tiles, transformed), _products(spec, tiles)
     outputs, x_size, products_at = _outputs(spec, tiles), conv.x.size, transformed.size
+    residues, place_x, place_y = spec.residues, _residue(spec, conv.x), _residue(spec, conv.y)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -68,27 +70,54 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
         last = min((chunk + 1) * chunk_images, count)
         for first in range(chunk * chunk_images, last, together):
             present = min(together, last - first)
-            for band in range(bands):
-                inputs(arguments[1] + FLOAT * first * x_size, x_size, present, band, v)
-                products(v, arguments[2], m)
-                outputs(m, arguments[3], arguments[4], arguments[5], first, present, band)
+            for residue in range(residues):
+                x = arguments[1] + FLOAT * (first * x_size + place_x(residue))
+                y = arguments[4] + FLOAT * place_y(residue)
+                for band in range(bands):
+                    inputs(x, x_size, present, band, v)
+                    products(v, arguments[2], m)
+                    outputs(m, arguments[3], y, arguments[5], first, present, band)
 
     return kernel
 
 
+def _residue(spec: WinogradSpec, frame: Frame) -> Callable[[int], int]:
+    """``place(residue)``: elements from the first pixel to the first one of these pixels by the dilation."""
+    wide, pitch, C = spec.conv.window.dilation_w, frame.pitch, frame.C
+
+    @inlined
+    def place(residue: int) -> int:
+        return residue // wide * pitch + residue % wide * C
+
+    found: Callable[[int], int] = place
+    return found
+
+
+def _row(spec: WinogradSpec, tiles: Tiling, frame: Frame, planes: Planes) -> TileRow:
+    """A row of a block's tiles, in this frame and in these planes."""
+    lanes, window, C = spec.conv.lanes, spec.conv.window, frame.C
+    pixel, pitch = window.dilation_w * C, window.dilation_h * frame.pitch
+    return TileRow(window.R, window.S, tiles.width, 2, C, pixel, pitch, planes.plane, lanes, planes.written)
+
+
 def _inputs(spec: WinogradSpec, tiles: Tiling, planes: Planes) -> Callable[[int, int, int, int, int], None]:
     """The transformed inputs of a block: ``inputs(first image, size of one, images present, band, v)``."""
-    conv, x = spec.conv, spec.conv.x
-    row = input_tiles(TileRow(tiles.wide, x.C, x.C, x.pitch, planes.plane, conv.lanes, planes.written))
-    corner = x.origin - conv.window.top * x.pitch - conv.window.left * x.C
-    rows, pitch, step = tiles.rows, x.pitch, planes.step
+    window, x = spec.conv.window, spec.conv.x
+    tile_row = _row(spec, tiles, x, planes)
+    row, last_row = input_tiles(tile_row), input_tiles(replace(tile_row, high=1))
+    corner, odd, last = x.origin - window.top * x.pitch - window.left * x.C, tiles.height % 2, tiles.high - 1
+    rows, pitch, step = tiles.rows, tile_row.pitch, planes.step
 
     @inlined
     def inputs(source: int, size: int, present: int, band: int, v: int) -> None:
         for image in range(present):
             for i in range(rows):
-                place = image * size + corner + 2 * (band * rows + i) * pitch
-                row(source + FLOAT * place, v + FLOAT * (image * rows + i) * step)
+                h = band * rows + i
+                pixels = source + FLOAT * (image * size + corner + 2 * h * pitch)
+                if odd and h == last:
+                    last_row(pixels, v + FLOAT * (image * rows + i) * step)
+                else:
+                    row(pixels, v + FLOAT * (image * rows + i) * step)
 
     found: Callable[[int, int, int, int, int], None] = inputs
     return found
@@ -101,12 +130,12 @@ def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], No
     full = deep_rows(shape, tiles.tiles, depth, conv.registers)
     rest = K % block
     tail = deep_rows(replace(shape, columns=rest), tiles.tiles, depth, conv.registers) if rest and block < K else full
-    v_plane, m_plane = spec.planes(tiles, conv.x.C).plane, Planes.of(tiles, K).plane
-    panel, whole = depth * block, panels - (1 if rest else 0)
+    v_plane, m_plane = spec.planes(tiles).plane, spec.products(tiles).plane
+    planes, panel, whole = spec.transformed, depth * block, panels - (1 if rest else 0)
 
     @inlined
     def products(v: int, filters: int, m: int) -> None:
-        for plane in range(hidden(TRANSFORMED)):
+        for plane in range(hidden(planes)):
             a, c = v + FLOAT * plane * v_plane, m + FLOAT * plane * m_plane
             for j in range(panels):
                 b = filters + FLOAT * (plane * panels + j) * panel
@@ -123,12 +152,12 @@ def _outputs(spec: WinogradSpec, tiles: Tiling) -> Callable[..., None]:
     """Outputs of a block: ``outputs(m, bias, y, codes, first image, images present, band)``."""
     conv, y, K = spec.conv, spec.conv.y, spec.conv.K
     pooled = conv.pool != (1, 1)
-    row = output_tiles(
-        TileRow(tiles.wide, K, K, y.pitch, Planes.of(tiles, K).plane, conv.lanes),
-        Finish(conv.bias, conv.slope, pooled, DEAD, conv.add),
-    )
+    tile_row = _row(spec, tiles, y, spec.products(tiles))
+    finish = Finish(conv.bias, conv.slope, pooled, DEAD, conv.add)
+    row, last_row = output_tiles(tile_row, finish), output_tiles(replace(tile_row, high=1), finish)
+    odd, last = tiles.height % 2, tiles.high - 1
     rows, step, height, image_codes = tiles.rows, tiles.wide * K, 1 if pooled else 2, tiles.high * tiles.wide * K
-    size, origin, pitch = y.size, y.origin, y.pitch
+    size, origin, pitch = y.size, y.origin, tile_row.pitch
 
     @inlined
     def outputs(m: int, bias: int, y: int, codes: int, first: int, present: int, band: int) -> None:
@@ -137,7 +166,10 @@ def _outputs(spec: WinogradSpec, tiles: Tiling) -> Callable[..., None]:
                 h = band * rows + i
                 target = y + FLOAT * ((first + image) * size + origin + height * h * pitch)
                 code = codes + (first + image) * image_codes + h * step
-                row(m + FLOAT * (image * rows + i) * step, bias, target, code)
+                if odd and h == last:
+                    last_row(m + FLOAT * (image * rows + i) * step, bias, target, code)
+                else:
+                    row(m + FLOAT * (image * rows + i) * step, bias, target, code)
 
     found: Callable[..., None] = outputs
     return found
@@ -149,7 +181,7 @@ def _outputs(spec: WinogradSpec, tiles: Tiling) -> Callable[..., None]:
 def backward(spec: WinogradSpec) -> Callable[..., None]:
     """dx, and this chunk's part of du and db.
 
-    Arguments: state, x, turned filters, dy, y, codes, dx, du parts (chunks, 16, C, K), db parts, scratch.
+    Arguments: state, x, turned filters, dy, y, codes, dx, du parts (chunks, planes, C, K), db parts, scratch.
     """
     conv, tiles, scratch = spec.conv, spec.forward, spec.back_scratch
     together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
@@ -157,8 +189,9 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
     inputs, slopes, weights = _inputs(spec, tiles, transformed), _slopes(spec), _weights(spec)
     spread, slopes_at = spread_slopes(conv), transformed.size
     input_gradient = _input_gradient(spec) if conv.wants_dx else _no_gradient
-    x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv).size, spec.frames
-    K, bias, one_block = conv.K, conv.bias, spec.one_block
+    x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv), spec.frames
+    residues, place_x, place_dy = spec.residues, _residue(spec, conv.x), _residue(spec, frame)
+    K, bias, one_block, frame_size = conv.K, conv.bias, spec.one_block, frame.size
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -175,13 +208,15 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
         for first in range(chunk * chunk_images, last, together):
             present = min(together, last - first)
             for image in range(present):
-                spread(arguments, first + image, dy + FLOAT * image * frame, db)
+                spread(arguments, first + image, dy + FLOAT * image * frame_size, db)
             if present < together:  # tiles of images that are not there take part in the products
                 view(v, (size,), np.float32)[:] = np.float32(0)
-            for band in range(bands):
-                inputs(arguments[1] + FLOAT * first * x_size, x_size, present, band, v)
-                slopes(dy, present, band, d)
-                weights(v, d, du)
+            for residue in range(residues):
+                x = arguments[1] + FLOAT * (first * x_size + place_x(residue))
+                for band in range(bands):
+                    inputs(x, x_size, present, band, v)
+                    slopes(dy + FLOAT * place_dy(residue), present, band, d)
+                    weights(v, d, du)
             input_gradient(dy, arguments[2], arguments[6], first, present, v)
 
     return kernel
@@ -190,17 +225,20 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
 def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, int], None]:
     """The dx of a block's images: ``gradient(frames, turned filters, dx, first image, images present, v)``."""
     back, tiles, frame = spec.back, spec.inputs, slope_frame(spec.conv).size
-    transformed = back.planes(tiles, back.conv.x.C)
+    transformed = back.planes(tiles)
     inputs, products, outputs = _inputs(back, tiles, transformed), _products(back, tiles), _outputs(back, tiles)
     bands, products_at = tiles.high // tiles.rows, transformed.size
+    residues, place_dy, place_dx = spec.residues, _residue(back, back.conv.x), _residue(back, back.conv.y)
 
     @inlined
     def gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
         m = v + FLOAT * products_at
-        for band in range(bands):
-            inputs(dy, frame, present, band, v)
-            products(v, filters, m)
-            outputs(m, 0, dx, 0, first, present, band)
+        for residue in range(residues):
+            source, target = dy + FLOAT * place_dy(residue), dx + FLOAT * place_dx(residue)
+            for band in range(bands):
+                inputs(source, frame, present, band, v)
+                products(v, filters, m)
+                outputs(m, 0, target, 0, first, present, band)
 
     found: Callable[[int, int, int, int, int, int], None] = gradient
     return found
@@ -213,17 +251,22 @@ def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: in
 
 def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
     """The transformed dy of a block: ``slopes(frames, images present, band, d)``."""
-    conv, tiles, frame, K = spec.conv, spec.forward, slope_frame(spec.conv), spec.conv.K
-    planes = spec.summed(K)
-    row = slope_tiles(TileRow(tiles.wide, K, K, frame.pitch, planes.plane, conv.lanes, planes.written))
-    size, origin, pitch, rows, step = frame.size, frame.origin, frame.pitch, tiles.rows, planes.step
+    tiles, frame, planes = spec.forward, slope_frame(spec.conv), spec.summed(spec.conv.K)
+    tile_row = _row(spec, tiles, frame, planes)
+    row, last_row = slope_tiles(tile_row), slope_tiles(replace(tile_row, high=1))
+    odd, last, pitch = tiles.height % 2, tiles.high - 1, tile_row.pitch
+    size, origin, rows, step = frame.size, frame.origin, tiles.rows, planes.step
 
     @inlined
     def slopes(dy: int, present: int, band: int, d: int) -> None:
         for image in range(present):
             for i in range(rows):
-                place = image * size + origin + 2 * (band * rows + i) * pitch
-                row(dy + FLOAT * place, d + FLOAT * (image * rows + i) * step)
+                h = band * rows + i
+                pixels = dy + FLOAT * (image * size + origin + 2 * h * pitch)
+                if odd and h == last:
+                    last_row(pixels, d + FLOAT * (image * rows + i) * step)
+                else:
+                    row(pixels, d + FLOAT * (image * rows + i) * step)
 
     found: Callable[[int, int, int, int], None] = slopes
     return found
@@ -234,7 +277,7 @@ def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
     conv, block = spec.conv, VECTORS * spec.conv.lanes
     C, K = conv.x.C, conv.K
     inputs, slopes = spec.summed(C), spec.summed(K)
-    T, v_plane, d_plane = inputs.count, inputs.plane, slopes.plane
+    planes, T, v_plane, d_plane = spec.transformed, inputs.count, inputs.plane, slopes.plane
     whole, rest = divmod(K, block)
     word, tile = conv.together, conv.together * C
     start: Literal["zero", "load"] = "zero" if spec.one_block else "load"
@@ -244,7 +287,7 @@ def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
 
     @inlined
     def weights(v: int, d: int, du: int) -> None:
-        for plane in range(hidden(TRANSFORMED)):
+        for plane in range(hidden(planes)):
             a, b, c = v + FLOAT * plane * v_plane, d + FLOAT * plane * d_plane, du + FLOAT * plane * C * K
             for j in range(whole):
                 full(a, b + FLOAT * j * block, c + FLOAT * j * block)
@@ -259,19 +302,19 @@ def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
 
 
 def pack(spec: WinogradPack) -> Callable[..., None]:
-    """Transformed filters u = G w G^T of (K, C, 3, 3), packed (16, panels, depth, block); arguments: state, w, u.
+    """Transformed filters u = G w G^T of (K, C, R, S), packed (planes, panels, depth, block); arguments: state, w, u.
 
     Forward: depth = C, columns = K. Turned: depth = K, columns = C, taps in reverse. Of any size: the other arguments
-    are depth, columns, and how many words of depth a chunk is. In pairs: (16, panels, depth / 2, block, 2) of bf16.
+    are depth, columns, and how many words of depth a chunk is. In pairs: (planes, panels, depth / 2, block, 2) of bf16.
     """
     back, block, together = spec.turned, spec.block, 2 if spec.pairs else 1
-    lanes = block // VECTORS
-    transform = filter_tiles(lanes, back, spec.pairs)
+    lanes, taps = block // VECTORS, spec.R * spec.S
+    transform = filter_tiles(spec.R, spec.S, lanes, back, spec.pairs)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         depth, columns, run = arguments[3], arguments[4], arguments[5]
         words, panels = depth // together, (columns + block - 1) // block
-        column_step, depth_step = (9, 9 * columns) if back else (9 * depth, 9)
+        column_step, depth_step = (taps, taps * columns) if back else (taps * depth, taps)
         for first in range(0, columns, lanes):
             last, panel = min(lanes, columns - first) - 1, first // block
             for word in range(chunk * run, min((chunk + 1) * run, words)):
@@ -282,33 +325,33 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
     return kernel
 
 
-def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
+def reduce_parts(spec: WinogradReduce) -> Callable[..., None]:
     """``dw (+)= G^T (sum of parts) G``, of any size. A chunk is some channels; the first one adds up db.
 
-    Arguments: state, parts (chunks, 16, C, K), dw (K, C, 3, 3), db parts, db, scratch, K, C, images of a part, channels
-    of a chunk. A plane of each part is read in one run: pieces of all 16 together would defeat the hardware's fetching.
+    Arguments: state, parts (chunks, planes, C, K), dw (K, C, R, S), db parts, db, scratch, K, C, images of a part, channels
+    of a chunk. A plane of each part is read in one run: pieces of all planes would defeat the hardware's fetching.
     """
-    accumulate, add_bias, lanes = spec.accumulate, bias_sum(spec), spec.lanes
-    transform, transform_one = filter_taps(lanes, accumulate), filter_taps(1, accumulate)
+    add_bias, lanes, planes, taps = bias_sum(spec), spec.lanes, spec.planes, spec.R * spec.S
+    transform, transform_one = (filter_taps(spec.R, spec.S, width, spec.accumulate) for width in (lanes, 1))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         K, C, images, run = arguments[6], arguments[7], arguments[8], arguments[9]
         count = view(arguments[0], (1,), np.int64)[0]
-        parts, step = (count + images - 1) // images, 9 * C
+        parts, step = (count + images - 1) // images, taps * C
         first = chunk * run
         size, whole = (min(first + run, C) - first) * K, K - K % lanes
-        sums = arguments[5] + FLOAT * thread * (TRANSFORMED * run * K + lanes)
-        for plane in range(TRANSFORMED):
+        sums = arguments[5] + FLOAT * thread * (planes * run * K + lanes)
+        for plane in range(planes):
             total = view(sums + FLOAT * plane * size, (size,), np.float32)
             for i in range(size):
                 total[i] = np.float32(0)
             for part in range(parts):  # of an empty batch there is none
-                place = arguments[1] + FLOAT * (((part * TRANSFORMED + plane) * C + first) * K)
+                place = arguments[1] + FLOAT * (((part * planes + plane) * C + first) * K)
                 other = view(place, (size,), np.float32)
                 for i in range(size):
                     total[i] += other[i]
         for c in range(size // K):
-            du, dw = sums + FLOAT * c * K, arguments[2] + FLOAT * 9 * (first + c)
+            du, dw = sums + FLOAT * c * K, arguments[2] + FLOAT * taps * (first + c)
             for k in range(0, whole, lanes):
                 transform(du + FLOAT * k, size, dw + FLOAT * k * step, step)
             for k in range(whole, K):

@@ -4,12 +4,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from convolt.engines.jit.kernels.residues import parts, slope_frame
-from convolt.engines.jit.kernels.specs import VECTORS, ConvSpec, round_up
+from convolt.engines.jit.kernels.specs import VECTORS, ConvSpec, ReduceSpec, round_up
 
-TRANSFORMED = 16  # elements of a transformed 3x3 filter, and of a tile
-TILES, MANY_TILES = 64, 128  # of a block, about: few enough for the L2 cache; many for filters that fill it themselves
-LARGE_FILTERS = 1 << 15  # channels times filters from which they do: 2 MB transformed
+TILES, MANY_TILES = 64, 128  # of 16 planes in a block: few enough for the L2 cache; many for filters that fill it
+FEWEST_TILES = 16  # in a block, about, of more planes
+LARGE_FILTERS = 1 << 19  # transformed numbers from which they fill it: 2 MB
 PAYS = 16  # channels and filters from which the transforms cost little beside the products
+SAVING = 0.7  # of the products by taps, at most, are made
+LONGEST = 7  # taps along an axis: of a longer filter's tile, the planes are too many
 CHANNELS_AT_ONCE = 8  # channels whose gradient parts one chunk adds up
 
 Written = Literal["fp32", "channels", "tiles"]
@@ -18,29 +20,64 @@ Written = Literal["fp32", "channels", "tiles"]
 
 def obstacle(spec: ConvSpec) -> str:
     """Why a convolution cannot go by Winograd's algorithm, or would not gain; empty if it can."""
-    window, x = spec.window, spec.x
-    steps = (window.stride_h, window.stride_w, window.dilation_h, window.dilation_w)
-    if (window.R, window.S, *steps) != (3, 3, 1, 1, 1, 1):
-        return "not 3x3 with stride 1"
-    if spec.groups > 1:
-        return "groups"
-    if min(x.C, spec.K) < PAYS:
-        return f"fewer than {PAYS} channels"
-    if spec.P % 2 or spec.Q % 2 or (spec.wants_dx and (x.H % 2 or x.W % 2)):
-        return "an odd size"
-    if spec.pool not in ((1, 1), (2, 2)) or (spec.pool == (2, 2) and spec.slope not in (0, 1)):
-        return "the pool behind it"
-    return ""
+    window, x, dilations = spec.window, spec.x, (spec.window.dilation_h, spec.window.dilation_w)
+    sizes = [(spec.P, spec.Q), *([(x.H, x.W)] if spec.wants_dx else [])]
+    pool_fits = spec.pool == (1, 1) or (spec.pool == (2, 2) and spec.slope in (0, 1) and dilations == (1, 1))
+    found = {
+        "strides": (window.stride_h, window.stride_w) != (1, 1),
+        f"not 2x2 to {LONGEST}x{LONGEST}": min(window.R, window.S) < 2 or max(window.R, window.S) > LONGEST,
+        "groups": spec.groups > 1,
+        f"fewer than {PAYS} channels": min(x.C, spec.K) < PAYS,
+        "no multiple of the dilation": any(pair[i] % dilations[i] for pair in sizes for i in (0, 1)),
+        "the pool behind it": not pool_fits,
+    }
+    if reasons := [reason for reason, holds in found.items() if holds]:
+        return reasons[0]
+    return "" if all(_saves(spec, *pair) for pair in sizes) else "too few pixels"
+
+
+def _saves(spec: ConvSpec, height: int, width: int) -> bool:
+    """Whether products are saved that are worth the transforms: tiles at the edge may be half used."""
+    window = spec.window
+    tiles = -(-height // (2 * window.dilation_h)) * -(-width // (2 * window.dilation_w))
+    made = tiles * window.dilation_h * window.dilation_w * products_along(window.R) * products_along(window.S)
+    return made <= SAVING * height * width * window.R * window.S
+
+
+def cut(taps: int) -> tuple[tuple[int, int], ...]:
+    """The pieces of three and two taps of a filter along one axis: the first tap of each, and how many it has."""
+    twos = {0: 0, 1: 2, 2: 1}[taps % 3]
+    threes = (taps - 2 * twos) // 3
+    return (*((3 * i, 3) for i in range(threes)), *((3 * threes + 2 * i, 2) for i in range(twos)))
+
+
+def products_along(taps: int) -> int:
+    """Products for two outputs along such an axis: one more than each piece has taps."""
+    return sum(piece + 1 for _, piece in cut(taps))
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """An image as ``high`` x ``wide`` tiles of 2x2 pixels; a block is ``rows`` rows of them of ``images`` images."""
+    """An image as ``high`` x ``wide`` tiles of 2x2 pixels; a block is ``rows`` rows of them of ``images`` images.
 
-    high: int
-    wide: int
+    Of an odd height or width the last tiles have one row or column of pixels. With a dilation, the pixels that one tap
+    of the filter meets are an image of their own.
+    """
+
+    height: int
+    width: int
     rows: int
     images: int
+
+    @property
+    def high(self) -> int:
+        """Rows of tiles."""
+        return -(-self.height // 2)
+
+    @property
+    def wide(self) -> int:
+        """Tiles of a row."""
+        return -(-self.width // 2)
 
     @property
     def tiles(self) -> int:
@@ -50,22 +87,23 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Planes:
-    """The 16 planes of a block's transformed tiles, in words of 32 bits.
+    """The planes of a block's transformed tiles, in words of 32 bits.
 
     In each, ``rows`` rows of tiles have ``entries`` of so many ``words``: tiles, or pairs of them.
     """
 
+    number: int
     written: Written
     rows: int
     entries: int
     words: int
 
     @classmethod
-    def of(cls, tiling: Tiling, channels: int, written: Written = "fp32") -> "Planes":
-        """Of tiles with so many channels; of an odd number of tiles the last one has a pair to itself."""
+    def of(cls, number: int, tiling: Tiling, channels: int, written: Written = "fp32") -> "Planes":
+        """So many, of tiles with so many channels; of an odd number of tiles the last one has a pair to itself."""
         entries = -(-tiling.wide // 2) if written == "tiles" else tiling.wide
         words = channels // 2 if written == "channels" else channels
-        return cls(written, tiling.images * tiling.rows, entries, words)
+        return cls(number, written, tiling.images * tiling.rows, entries, words)
 
     @property
     def count(self) -> int:
@@ -85,15 +123,15 @@ class Planes:
     @property
     def size(self) -> int:
         """Words of all."""
-        return TRANSFORMED * self.plane
+        return self.number * self.plane
 
 
 def tiling(height: int, width: int, images: int, tiles: int = TILES) -> Tiling:
-    """Blocks of about so many tiles: whole rows that cut an image evenly, or whole images."""
-    high, wide = height // 2, width // 2
+    """Blocks of about so many tiles: whole rows that cut an image of so many pixels evenly, or whole images."""
+    high, wide = -(-height // 2), -(-width // 2)
     together = max(1, min(images, round(tiles / (high * wide))))
     rows = min((rows for rows in range(1, high + 1) if high % rows == 0), key=lambda rows: abs(rows - tiles / wide))
-    return Tiling(high, wide, high if together > 1 else rows, together)
+    return Tiling(height, width, high if together > 1 else rows, together)
 
 
 @dataclass(frozen=True)
@@ -102,17 +140,31 @@ class WinogradSpec:
 
     conv: ConvSpec
 
-    def planes(self, tiling: Tiling, channels: int) -> Planes:
+    @property
+    def transformed(self) -> int:
+        """Planes: elements of a transformed filter, and of a tile."""
+        return products_along(self.conv.window.R) * products_along(self.conv.window.S)
+
+    @property
+    def residues(self) -> int:
+        """Sets of pixels that no tap leads out of: as many as the dilation has positions."""
+        return self.conv.window.dilation_h * self.conv.window.dilation_w
+
+    def planes(self, tiling: Tiling) -> Planes:
         """Of tiles that are multiplied by filters: the sum goes over channels."""
-        return Planes.of(tiling, channels, "channels" if self.conv.pairs else "fp32")
+        return Planes.of(self.transformed, tiling, self.conv.x.C, "channels" if self.conv.pairs else "fp32")
+
+    def products(self, tiling: Tiling) -> Planes:
+        """Of their products."""
+        return Planes.of(self.transformed, tiling, self.conv.K)
 
     def products_size(self, tiling: Tiling) -> int:
         """Words of a block's transformed inputs and its products."""
-        return self.planes(tiling, self.conv.x.C).size + Planes.of(tiling, self.conv.K).size
+        return self.planes(tiling).size + self.products(tiling).size
 
     def summed(self, channels: int) -> Planes:
         """Of tiles of ``forward`` that are multiplied by those of dy: the sum goes over tiles."""
-        return Planes.of(self.forward, channels, "tiles" if self.conv.pairs else "fp32")
+        return Planes.of(self.transformed, self.forward, channels, "tiles" if self.conv.pairs else "fp32")
 
     @property
     def depth(self) -> int:
@@ -122,18 +174,23 @@ class WinogradSpec:
     @property
     def forward(self) -> Tiling:
         """Of y, before the pool."""
-        return tiling(self.conv.P, self.conv.Q, self.conv.images, MANY_TILES if self.large else TILES)
+        conv, window = self.conv, self.conv.window
+        tiles = max(FEWEST_TILES, 16 * (MANY_TILES if self.large else TILES) // self.transformed)
+        height, width = conv.P // window.dilation_h, conv.Q // window.dilation_w
+        if conv.pool != (1, 1):  # which drops what is left
+            height, width = height - height % 2, width - width % 2
+        return tiling(height, width, conv.images, tiles)
 
     @property
     def one_block(self) -> bool:
         """Whether all images of a chunk are one block."""
         tiles = self.forward
-        return tiles.rows == tiles.high and self.conv.images <= tiles.images
+        return tiles.rows == tiles.high and self.conv.images <= tiles.images and self.residues == 1
 
     @property
     def large(self) -> bool:
         """Whether its filters do not stay in the L2 cache."""
-        return self.conv.x.C * self.conv.K >= LARGE_FILTERS
+        return self.part >= LARGE_FILTERS
 
     @property
     def back(self) -> "WinogradSpec":
@@ -150,7 +207,7 @@ class WinogradSpec:
 
     @property
     def block(self) -> int:
-        """Columns of a panel of transformed filters, which are packed (16, panels, depth, block) words."""
+        """Columns of a panel of transformed filters, which are packed (planes, panels, depth, block) words."""
         return VECTORS * self.conv.lanes
 
     @property
@@ -161,16 +218,16 @@ class WinogradSpec:
     @property
     def packed(self) -> int:
         """Words of the packed filters, and a vector more, which products may read."""
-        return TRANSFORMED * self.panels * self.depth * self.block + self.conv.lanes
+        return self.transformed * self.panels * self.depth * self.block + self.conv.lanes
 
     @property
     def part(self) -> int:
-        """Elements of a chunk's gradient of the transformed filters, (16, C, K)."""
-        return TRANSFORMED * self.conv.x.C * self.conv.K
+        """Elements of a chunk's gradient of the transformed filters, (planes, C, K)."""
+        return self.transformed * self.conv.x.C * self.conv.K
 
     def part_run(self, channels: int) -> int:
         """Elements of so many of its channels, and a vector more."""
-        return TRANSFORMED * channels * self.conv.K + self.conv.lanes
+        return self.transformed * channels * self.conv.K + self.conv.lanes
 
     @property
     def scratch(self) -> int:
@@ -197,11 +254,26 @@ class WinogradSpec:
 
 @dataclass(frozen=True)
 class WinogradPack:
-    """Filters of any size transformed and packed in panels of ``block``; turned around and transposed for dx.
+    """R x S filters, any number, transformed and packed in panels of ``block``; turned around and transposed for dx.
 
     pairs: rounded to bf16, two neighbors in depth side by side.
     """
 
+    R: int
+    S: int
     block: int
     turned: bool
     pairs: bool
+
+
+@dataclass(frozen=True)
+class WinogradReduce(ReduceSpec):
+    """Parts of the gradient of transformed R x S filters, any number."""
+
+    R: int
+    S: int
+
+    @property
+    def planes(self) -> int:
+        """Elements of one."""
+        return products_along(self.R) * products_along(self.S)
