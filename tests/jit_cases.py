@@ -125,6 +125,8 @@ PAIRS = {
     "tiles in pairs": on_tiles((18, 6, 10), 20, 3, ReLU(), MaxPool2d(2), padding=1, batch=5),
     "one tile a row": on_tiles((16, 4, 2), 24, 3, padding=1, batch=37, bias=False),
     "two panels, padding 2": on_tiles((16, 8, 6), 70, 3, padding=2, batch=2),
+    "tiles of pieces, an odd number in a row": on_tiles((18, 7, 5), 20, (5, 4), padding=2, batch=7),
+    "tiles of a dilation": on_tiles((16, 10, 6), 18, 3, ReLU(), padding=2, dilation=2, batch=5),
     "an odd number of channels": on_tiles((17, 6, 6), 19, 3, padding=1),
     "tiles of a residual branch": Rounded(
         "tiles in residual", (16, 4, 8), (Residual((Conv2d(16, 16, 3, padding=1),)),), 9
@@ -230,6 +232,20 @@ WINOGRAD = {
             (16, 24, 24),
             (Residual((Conv2d(16, 16, 3, padding=1), ReLU(), Conv2d(16, 16, 3, padding=1))), ReLU()),
             2,
+        ),
+        Case("winograd, a filter in pieces", (17, 7, 10), (Conv2d(17, 20, 5, padding=2), ReLU(), MaxPool2d(2)), 5),
+        Case("winograd, odd sizes", (16, 5, 7), (Conv2d(16, 20, 3, padding=1), LeakyReLU(0.1)), 37),
+        Case(
+            "winograd, pieces of two, odd sizes, dx added",
+            (16, 9, 7),
+            (Residual((Conv2d(16, 16, (5, 7), padding=(2, 3), bias=False),)), ReLU()),
+            3,
+        ),
+        Case(
+            "winograd, dilation",
+            (18, 8, 9),
+            (Conv2d(18, 16, (3, 2), padding=(2, 3), dilation=(2, 3)), ReLU()),
+            5,
         ),
     )
 }

@@ -130,8 +130,10 @@ def paired(draw: st.DrawFn) -> Rounded:
     """Any convolution, and sometimes what is fused behind it; one in three is fit for Winograd's algorithm."""
     batch = draw(st.integers(1, 6))
     if draw(st.integers(0, 2)) == 0:
-        sizes = (2 * draw(st.integers(8, 40)), 2 * draw(st.integers(1, 6)), 2 * draw(st.integers(1, 6)))
-        return on_tiles(sizes, 2 * draw(st.integers(8, 40)), 3, batch=batch, padding=1, bias=draw(st.booleans()))
+        kernel, dilation = draw(st.tuples(st.integers(2, 7), st.integers(2, 7))), draw(st.integers(1, 2))
+        sizes = (2 * draw(st.integers(8, 40)), *(dilation * (k - 1 + draw(st.integers(1, 9))) for k in kernel))
+        options = {"padding": dilation * draw(st.integers(0, 2)), "dilation": dilation, "bias": draw(st.booleans())}
+        return on_tiles(sizes, 2 * draw(st.integers(8, 40)), kernel, batch=batch, **options)
     groups = draw(st.integers(1, 3))
     channels, filters = groups * draw(st.integers(1, 35)), groups * draw(st.integers(1, 35))
     kernel, dilation = draw(st.tuples(st.integers(1, 7), st.integers(1, 7))), draw(st.integers(1, 2))

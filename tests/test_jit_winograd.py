@@ -12,7 +12,7 @@ from convolt.engines import JIT
 from convolt.engines.jit import convolutions
 from convolt.engines.jit.kernels.residues import covers, parts, slope_frame, tap_order
 from convolt.engines.jit.kernels.specs import ConvSpec, Frame, Windowing
-from convolt.engines.jit.kernels.winograd_specs import WinogradSpec, obstacle, tiling
+from convolt.engines.jit.kernels.winograd_specs import WinogradSpec, cut, obstacle, products_along, tiling
 from convolt.layers import Conv2d, Dense, Flatten, MaxPool2d, ReLU
 from convolt.losses import CrossEntropy
 from convolt.model import Model
@@ -21,7 +21,6 @@ from convolt.recipe import Recipe
 from convolt.rng import SampleRng
 
 CASES = list(WINOGRAD.values())
-COMPILE_AGAIN = (reuses_buffers, needs_no_input_gradient)  # these need kernels of their own
 
 
 def spec(channels=16, filters=16, size=8, kernel=3, stride=1, padding=1, dilation=1, groups=1, pool=1, slope=0.0):
@@ -36,9 +35,9 @@ def spec(channels=16, filters=16, size=8, kernel=3, stride=1, padding=1, dilatio
 @pytest.mark.parametrize(
     ("case", "check"),
     [
-        pytest.param(case, check, marks=pytest.mark.slow if number > 1 and check in COMPILE_AGAIN else ())
+        pytest.param(case, check, marks=pytest.mark.slow if number > 1 and check is not adds_gradients else ())
         for number, case in enumerate(CASES)
-        for check in (equals_pytorch, adds_gradients, *COMPILE_AGAIN)
+        for check in (equals_pytorch, adds_gradients, reuses_buffers, needs_no_input_gradient)
     ],
     ids=lambda value: value.__name__ if callable(value) else value.name,
 )
@@ -100,33 +99,46 @@ def test_the_same_bits_for_any_number_of_threads():
 @pytest.mark.parametrize(
     ("what", "word"),
     [
-        ({"kernel": 5, "padding": 2}, "3x3"),
+        ({"kernel": 1, "padding": 0}, "2x2 to 7x7"),
+        ({"kernel": 9, "padding": 4}, "2x2 to 7x7"),
         ({"stride": 2}, "stride"),
-        ({"dilation": 2, "padding": 2}, "3x3"),
+        ({"dilation": 3, "padding": 3}, "dilation"),
         ({"groups": 2}, "groups"),
         ({"channels": 8}, "channels"),
         ({"filters": 15}, "channels"),
-        ({"size": 7}, "odd"),
-        ({"pool": 4}, "pool"),
-        ({"pool": 2, "slope": 0.1}, "pool"),
+        ({"size": 3}, "few pixels"),
     ],
 )
 def test_other_convolutions_go_tap_by_tap(what, word):
-    assert obstacle(spec()) == obstacle(spec(pool=2)) == ""
     assert word in obstacle(spec(**what))
 
 
-def test_an_odd_image_whose_gradient_nobody_needs():
-    odd = spec(size=7, padding=2)
-    wrong_before = replace(odd, P=8, Q=8, wants_dx=True)
-    assert "odd" in obstacle(wrong_before)
-    assert obstacle(replace(wrong_before, wants_dx=False)) == ""
+@pytest.mark.parametrize(
+    "what", [{}, {"pool": 2}, {"pool": 4}, {"kernel": 5, "padding": 2}, {"size": 7}, {"dilation": 2, "padding": 2}]
+)
+def test_these_go_by_winograds_algorithm(what):
+    assert obstacle(spec(**what)) == ""
 
 
-@pytest.mark.parametrize(("size", "images"), list(product([2, 4, 6, 8, 14, 32, 64], [1, 3, 8, 32])))
+def test_images_of_few_pixels_whose_gradient_nobody_needs():
+    """Of 8x8 outputs all tiles are whole, of 3x3 inputs most are not."""
+    small = spec(size=3, padding=3, kernel=2)
+    assert (small.P, small.Q) == (8, 8)
+    assert "few pixels" in obstacle(small)
+    assert obstacle(replace(small, wants_dx=False)) == ""
+
+
+@pytest.mark.parametrize("taps", range(2, 8))
+def test_pieces_are_the_whole_filter(taps):
+    found = [first + i for first, length in cut(taps) for i in range(length)]
+    assert found == list(range(taps))
+    assert products_along(taps) == taps + len(cut(taps)) < 2 * taps
+
+
+@pytest.mark.parametrize(("size", "images"), list(product([2, 4, 5, 7, 8, 14, 32, 63], [1, 3, 8, 32])))
 def test_blocks_hold_an_image_evenly(size, images):
     found = tiling(size, size, images)
-    assert found.high == found.wide == size // 2
+    assert found.high == found.wide == (size + 1) // 2
     assert found.high % found.rows == 0
     assert 1 <= found.images <= images
     assert found.images == 1 or found.rows == found.high

@@ -39,6 +39,7 @@ from convolt.engines.jit.kernels.winograd_specs import (
     WinogradPack,
     WinogradReduce,
     WinogradSpec,
+    fits_tiles,
     obstacle,
 )
 from convolt.engines.jit.phases import Argument, Served, Task, Tasks
@@ -61,6 +62,8 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
     """What a convolution's kernels are compiled for."""
     layer, source = cast(Conv2d, operation.layer), operation.inputs[0]
     _, P, Q = layer.output_shape(source.shape)
+    windows = Windowing.of(operation.pool) if operation.pool is not None else Windowing(1, 1, 1, 1, 0, 0, 1, 1)
+    apart = windows == Windowing(windows.R, windows.S, windows.R, windows.S, 0, 0, 1, 1)
     return ConvSpec(
         x=Frame.of(source),
         y=Frame.of(operation.output),
@@ -71,13 +74,14 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         Q=Q,
         bias=layer.bias or operation.norm is not None,
         slope=operation.slope,
-        pool=(1, 1) if operation.pool is None else operation.pool.geometry.kernel,
+        pool=(windows.R, windows.S) if apart else (1, 1),
         images=plan.images,
         lanes=plan.isa.lanes,
         registers=plan.isa.registers,
         wants_dx=source in plan.learning,
         half_dy=operation.output.half_slope,
         half_dx=source.half_slope,
+        windows=None if apart else windows,
     )
 
 
@@ -249,7 +253,7 @@ def _few_images(plan: Plan) -> str:
 def parts_of_images(plan: Plan, spec: ConvSpec) -> tuple[int, int]:
     """Bands of rows and stripes of filters; these where filters are more to read than an image."""
     weights = spec.K * spec.channels * spec.window.R * spec.window.S
-    rows = spec.P // spec.pool[0]
+    rows = spec.y.H
     parts = min(plan.parts, 2 * weights * spec.P * spec.Q // SHORT_PART)
     if parts <= 1 or spec.depthwise:
         return 1, 1
@@ -266,6 +270,8 @@ def _even(size: int, parts: int) -> int:
 def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served:
     """The same by Winograd's algorithm: filters and tiles of pixels are transformed, then multiplied."""
     name, label, source, target = operation.names[0], operation.label, operation.inputs[0], operation.output
+    if not fits_tiles(spec):
+        spec = replace(spec, pool=(1, 1), windows=spec.pooling)
     winograd, forward_chunks = WinogradSpec(spec), plan.chunks
     if winograd.large and plan.chunks > FORWARD_CHUNKS:  # more images for each time that the filters are read
         images = -(-plan.capacity // FORWARD_CHUNKS)

@@ -273,8 +273,8 @@ def _pool_obstacle(before: Operation, operation: Operation) -> str:
     pool, window = cast(MaxPool2d, operation.layer), cast(MaxPool2d, operation.layer).geometry
     if before.kind not in ("Conv2d", "BatchNorm2d") or before.adds:
         return f"{'a residual sum' if before.adds else before.kind} takes no max-pool"
-    if window.kernel != window.stride or pool.padding != (0, 0):
-        return "its windows overlap or are padded"
+    if before.kind == "BatchNorm2d" and (window.kernel != window.stride or pool.padding != (0, 0)):
+        return "its windows overlap or are padded, and a BatchNorm stands before it"
     if before.activation is not None and not isinstance(before.activation, ReLU):
         return "the activation before it is no ReLU"
     _, H, W = operation.inputs[0].shape

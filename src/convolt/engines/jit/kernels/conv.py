@@ -9,7 +9,8 @@ filters packed as w (R, S, C, K), and for a row p of the output:
 
 Nothing is gathered into columns. Columns of filters (at most four vectors) are the outermost loop: their panel stays
 in the L2 cache while the images of the chunk pass by. Bias, activation and max-pool are applied to an output row while
-it is in the L1 cache; the pool keeps which tap won, or that ReLU let nothing through, as one byte.
+it is in the L1 cache; the pool keeps which tap won, or that ReLU let nothing through, as one byte. Where its windows
+overlap, rows that two of them see are computed once.
 
 With ``pairs`` operands are bf16, two to a word of 32 bits (``kernels.pairs``), filters are packed (groups, depth,
 columns, 2), and forward has images outermost.
@@ -19,55 +20,26 @@ Cost: 2 K C/groups R S P Q FLOPs for each image and each of the three.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.epilogue import MaxOf, Through, Unpool, max_of, through, unpool
-from convolt.engines.jit.gemm import Gemm, gemm
+from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
+from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv_calls import in_turn
+from convolt.engines.jit.kernels.conv_rows import activated_rows, output_row, pooled_rows, register_rows
 from convolt.engines.jit.kernels.depthwise import (
     depthwise_forward,
     depthwise_input_gradients,
     depthwise_weight_gradient,
 )
 from convolt.engines.jit.kernels.pairs import BehindFrame, pixel_pairs, rounded
+from convolt.engines.jit.kernels.pooling import unpool_image
 from convolt.engines.jit.kernels.residues import Part, covers, packed_depth, parts, slope_frame
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec
 from convolt.engines.jit.kernels.winners import winners_backward
-from convolt.engines.jit.memory import hidden, view
-
-
-def _blocking(rows: int, vectors: int, registers: int) -> int:
-    """Rows of a register block: as many as the accumulators allow, and an even share of ``rows``.
-
-    Where there are many registers two are left free, or LLVM spills; more than 24 sums gain nothing.
-    """
-    most = (registers - vectors - 1) // vectors if registers <= 16 else min(registers - vectors - 3, 24) // vectors
-    most = max(1, most)
-    return -(-rows // -(-rows // most))
-
-
-def register_rows(spec: Gemm, total: int, registers: int) -> Callable[[int, int, int, int, int], None]:
-    """A product with any number of rows, in register blocks: ``run(a, b, c, bias, segments)``."""
-    vectors = -(-spec.columns // spec.lanes)
-    rows = _blocking(total, vectors, registers)
-    blocks, rest = divmod(total, rows)
-    main = gemm(replace(spec, rows=rows))
-    tail = gemm(replace(spec, rows=rest)) if rest else main
-    a_step, c_step = spec.a_number * rows * spec.a_row, FLOAT * rows * spec.c_row
-
-    @inlined
-    def run(a: int, b: int, c: int, bias: int, segments: int) -> None:
-        for block in range(hidden(blocks)):
-            main(a + block * a_step, b, c + block * c_step, bias, segments)
-        if rest:
-            tail(a + blocks * a_step, b, c + blocks * c_step, bias, segments)
-
-    found: Callable[[int, int, int, int, int], None] = run
-    return found
-
+from convolt.engines.jit.memory import view
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
@@ -85,7 +57,7 @@ def conv_forward(spec: ConvSpec) -> Callable[..., None]:
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
     full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
-    images, groups, rows, x_size = spec.images, spec.groups, spec.P // spec.pool[0], spec.x.size
+    images, groups, rows, x_size = spec.images, spec.groups, spec.y.H, spec.x.size
     bands, stripes = spec.bands, spec.stripes
     height, width = -(-rows // bands), -(-(whole + (1 if rest else 0)) // stripes)
 
@@ -115,7 +87,7 @@ def _forward_in_pairs(spec: ConvSpec) -> Callable[..., None]:
     block = VECTORS * spec.lanes
     whole, rest = divmod(spec.filters, block)
     full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
-    images, groups, rows, x_size = spec.images, spec.groups, spec.P // spec.pool[0], spec.x.size
+    images, groups, rows, x_size = spec.images, spec.groups, spec.y.H, spec.x.size
     ready, scratch_size, begin = rounded(x_size, spec.lanes), spec.scratch, spec.pooled_rows
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -134,116 +106,21 @@ def _forward_in_pairs(spec: ConvSpec) -> Callable[..., None]:
 
 def _forward_block(spec: ConvSpec, columns: int) -> Callable[[Any, int, int, int, int, int, int, int], None]:
     """Rows of some filters of a group: ``block(arguments, x, image, top, bottom, thread, group, first filter)``."""
-    x, y, window, number = spec.x, spec.y, spec.window, spec.number
-    K, Q, C = spec.K, spec.Q, spec.channels
-    pool_h = spec.pool[0]
-    pooled = spec.pool != (1, 1)
-    row = _output_row(spec, columns, c_row=columns if pooled else K)
-    finish: Callable[..., None] = _pool_rows(spec, columns) if pooled else _activate_row(spec, columns)
-    packed, filters_of_group = spec.packed_columns, spec.filters
+    x, window, number = spec.x, spec.window, spec.number
+    finished = (pooled_rows if spec.pooled else activated_rows)(spec, columns)
+    C, filters_of_group, scratch_size = spec.channels, spec.filters, spec.scratch
     corner = x.origin - window.top * x.pitch - window.left * x.C
-    group_filters = spec.segments * spec.depth * packed
-    row_step, scratch_size = window.stride_h * x.pitch, spec.scratch
-    y_size, y_origin, y_pitch = y.size, y.origin, y.pitch
+    group_filters = spec.segments * spec.depth * spec.packed_columns
 
     @inlined
     def block(arguments: Any, x: int, image: int, top: int, bottom: int, thread: int, group: int, column: int) -> None:
         filters = arguments[2] + FLOAT * (group * group_filters + column)
-        channel = group * filters_of_group + column
-        bias = arguments[3] + FLOAT * channel
         rows = arguments[6] + FLOAT * thread * scratch_size
         source = x + number * (corner + group * C)
-        if pooled:
-            for p in range(top, bottom):
-                for i in range(pool_h):
-                    place = source + number * (p * pool_h + i) * row_step
-                    row(place, filters, rows + FLOAT * i * Q * columns, bias)
-                finish(rows, arguments[4], arguments[5], image, p, channel)
-        else:
-            for p in range(top, bottom):
-                target = arguments[4] + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
-                row(source + number * p * row_step, filters, target, bias)
-                finish(target)
+        finished(arguments, source, filters, rows, image, top, bottom, group * filters_of_group + column)
 
     found: Callable[[Any, int, int, int, int, int, int, int], None] = block
     return found
-
-
-def _output_row(spec: ConvSpec, columns: int, c_row: int) -> Callable[[int, int, int, int], None]:
-    """One row of Q output pixels: ``row(a, b, c, bias)``."""
-    x, window, packed, R = spec.x, spec.window, spec.packed_columns, spec.window.R
-    start: Literal["zero", "load", "bias"] = "load" if spec.add else "bias" if spec.bias else "zero"
-    relu = spec.merged and spec.slope == 0
-    merged = Gemm(
-        rows=0,
-        columns=columns,
-        depth=spec.depth,
-        a_row=window.stride_w * x.C,
-        a_depth=spec.together,
-        a_segment=window.dilation_h * x.pitch if spec.merged else window.dilation_w * x.C,
-        b_depth=packed,
-        b_segment=spec.depth * packed,
-        c_row=c_row,
-        lanes=spec.lanes,
-        start=start,
-        relu=relu,
-        pairs=spec.pairs,
-    )
-    if spec.merged:
-        whole = register_rows(merged, spec.Q, spec.registers)
-
-        @inlined
-        def row(a: int, b: int, c: int, bias: int) -> None:
-            whole(a, b, c, bias, R)
-    else:
-        begin = register_rows(merged, spec.Q, spec.registers)
-        further = register_rows(replace(merged, start="load"), spec.Q, spec.registers)
-        S = window.S
-        a_step, b_step = spec.number * window.dilation_h * x.pitch, FLOAT * S * spec.depth * packed
-
-        @inlined
-        def row(a: int, b: int, c: int, bias: int) -> None:
-            begin(a, b, c, bias, S)
-            for r in range(1, R):
-                further(a + r * a_step, b + r * b_step, c, bias, S)
-
-    return row
-
-
-def _activate_row(spec: ConvSpec, columns: int) -> Callable[[int], None]:
-    """Apply the activation to a row that the product has not applied it to already: ``finish(target)``."""
-    slope, Q, K = np.float32(spec.slope), spec.Q, spec.K
-    done = slope == 1 or (slope == 0 and spec.merged)
-
-    @inlined
-    def finish(target: int) -> None:
-        if not done:
-            row = view(target, (Q, K), np.float32)
-            for q in range(Q):
-                for k in range(columns):
-                    value = row[q, k]
-                    row[q, k] = value if value > 0 else value * slope
-
-    return finish
-
-
-def _pool_rows(spec: ConvSpec, columns: int) -> Callable[[int, int, int, int, int, int], None]:
-    """Max-pool of ``pool_h`` finished rows and ReLU: ``finish(rows, y, codes, image, p, channel)``."""
-    frame, K, Q = spec.y, spec.K, spec.Q
-    pool_h, pool_w = spec.pool
-    PP, QQ = spec.P // pool_h, Q // pool_w
-    places = tuple((i * Q + j) * columns for i in range(pool_h) for j in range(pool_w))
-    pool = max_of(MaxOf(columns, places, DEAD, spec.lanes, bias=False, relu=spec.slope == 0, codes=spec.codes))
-    y_size, y_origin, y_pitch = frame.size, frame.origin, frame.pitch
-
-    @inlined
-    def finish(rows: int, y: int, codes: int, image: int, p: int, channel: int) -> None:
-        target = y + FLOAT * (image * y_size + y_origin + p * y_pitch + channel)
-        code = codes + ((image * PP + p) * QQ * K + channel)
-        for q in range(QQ):
-            pool(rows + FLOAT * q * pool_w * columns, 0, target + FLOAT * q * K, code + q * K)
-
-    return finish
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -295,6 +172,8 @@ def conv_backward(spec: ConvSpec) -> Callable[..., None]:
 def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
     """The gradient of the convolution's output, in its frame, and db: ``spread(arguments, image, dy, db)``."""
     framed, y, K, P, Q = slope_frame(spec), spec.y, spec.K, spec.P, spec.Q
+    if spec.windows is not None:
+        return _windows_spread(spec)
     pool_h, pool_w = spec.pool
     PP, QQ = P // pool_h, Q // pool_w
     row_step, column_step = framed.pitch, K
@@ -321,6 +200,18 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
                 let_through(dy + FLOAT * q * K, output + FLOAT * q * K, place, db)
 
     return pool_spread if spec.pool != (1, 1) else plain_spread
+
+
+def _windows_spread(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
+    """The same behind a pool whose windows overlap: slopes meet in a pixel and are added up."""
+    unpool_windows = unpool_image(spec.pool_spec(slope_frame(spec)))
+
+    @inlined
+    def spread(arguments: Any, image: int, target: int, db: int) -> None:
+        unpool_windows(target, arguments[3], arguments[5], db, image)
+
+    found: Callable[[Any, int, int, int], None] = spread
+    return found
 
 
 def _weight_gradient(spec: ConvSpec) -> Callable[[int, int, int], None]:
@@ -420,7 +311,7 @@ def _input_part(spec: ConvSpec, part: Part) -> Callable[[int, int, int], None]:
     back, window = part.conv, spec.window
     block, pixel = VECTORS * spec.lanes, window.stride_w * spec.x.C
     whole, rest = divmod(back.filters, block)
-    full, tail = _output_row(back, block, c_row=pixel), _output_row(back, rest or block, c_row=pixel)
+    full, tail = output_row(back, block, c_row=pixel), output_row(back, rest or block, c_row=pixel)
     groups, C, rows, target = spec.groups, back.filters, back.P, part.target
     source_channels, packed, number = back.channels, back.packed_columns, back.number
     before, group_filters = part.filters * packed, packed_depth(spec, turned=True) * packed

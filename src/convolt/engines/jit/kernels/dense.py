@@ -26,7 +26,7 @@ import numpy as np
 from convolt.engines.jit.dot import Dot, dot
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.inlined import inlined
-from convolt.engines.jit.kernels.conv import register_rows
+from convolt.engines.jit.kernels.conv_rows import register_rows
 from convolt.engines.jit.kernels.dense_specs import DensePackSpec, DenseSpec, dense_panel
 from convolt.engines.jit.kernels.specs import BLOCK, FLOAT, VECTORS, WIDE, round_up
 from convolt.engines.jit.memory import copy, view

@@ -13,6 +13,7 @@ Cost: 2 K C R S P Q FLOPs for each image and pass; bytes: R S C numbers of bf16 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import PairThrough, PairUnpool, pair_through, pair_unpool
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
+from convolt.engines.jit.kernels.pooling import unpooled_slopes
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec, InputSpec, number_bytes
 from convolt.engines.jit.kernels.tile_specs import PlaneBackSpec, TileSpec
 from convolt.engines.jit.memory import view
@@ -92,8 +94,10 @@ def conv_backward(spec: PlaneBackSpec) -> Callable[..., None]:
 
     Parts are (chunks, depth, filters in whole blocks), with depth in order r, s, c.
     """
-    conv = spec.conv
-    slopes, weights = _slopes(spec), _weight_gradient(spec, spec.group_rows)
+    conv, windows = spec.conv, spec.conv.windows is not None
+    plain = replace(spec, conv=replace(conv.before_pool, slope=1.0)) if windows else spec
+    slopes, prepare = _slopes(plain), unpooled_slopes(conv) if windows else _as_they_are
+    weights = _weight_gradient(spec, spec.group_rows)
     rest = spec.rows % spec.group_rows
     last_weights = _weight_gradient(spec, rest or spec.group_rows)
     images, rows, together, K, bias, scratch, part = (
@@ -105,6 +109,7 @@ def conv_backward(spec: PlaneBackSpec) -> Callable[..., None]:
         spec.scratch,
         spec.part,
     )
+    unpooled_at = scratch - FLOAT * conv.unpooled_size
     shifted_bytes, x_size, pitch, done = spec.shifted_bytes, conv.x.size, conv.x.columns, release(conv.unit)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -118,8 +123,9 @@ def conv_backward(spec: PlaneBackSpec) -> Callable[..., None]:
             view(db, (K,), np.float32)[:] = np.float32(0)
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             planes = arguments[1] + BF16 * image * x_size
+            own = prepare(arguments, image, shifted + unpooled_at)
             for p in range(0, rows, together):
-                slopes(arguments, image, p, pairs, db)
+                slopes(own, 0 if windows else image, p, pairs, db)
                 if p + together <= rows:
                     weights(planes + BF16 * p * pitch, shifted, pairs, dw)
                 elif rest:
@@ -127,6 +133,12 @@ def conv_backward(spec: PlaneBackSpec) -> Callable[..., None]:
         done()
 
     return kernel
+
+
+@inlined
+def _as_they_are(arguments: Any, image: int, scratch: int) -> Any:
+    """Where no windows overlap."""
+    return arguments
 
 
 def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:

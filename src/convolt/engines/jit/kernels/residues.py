@@ -93,6 +93,7 @@ def parts(spec: ConvSpec) -> tuple[Part, ...]:
             bias=False,
             slope=1.0,
             pool=(1, 1),
+            windows=None,
             wants_dx=False,
         )
         found.append(Part(conv, (rows.start * x.W + columns.start) * x.C, filters))

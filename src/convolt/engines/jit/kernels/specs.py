@@ -6,7 +6,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from convolt.engines.jit.isa import Unit
+from convolt.engines.jit.isa import Unit, converts
 from convolt.layers import AvgPool2d, Conv2d, MaxPool2d
 
 if TYPE_CHECKING:  # kernels do not depend on how the graph is made
@@ -112,7 +112,8 @@ class ConvSpec:
     """Everything a convolution kernel is compiled for.
 
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
-    pool: kernel of the fused max-pool, (1, 1) for none. images: of one chunk. add: whether dx is added.
+    pool: kernel of the fused max-pool whose windows lie side by side, (1, 1) for none; windows: those of one where they
+    overlap or are padded. images: of one chunk. add: whether dx is added.
     unit: what multiplies on tiles. pairs: dot products multiply pairs of bf16 numbers. codes: whether the pool keeps
     which tap won. half_dy, half_dx: whether these are bf16. bands, stripes: parts of the output's rows and of the
     filters into which forward cuts the images of a chunk, each a chunk then.
@@ -140,6 +141,39 @@ class ConvSpec:
     half_dx: bool = False
     bands: int = 1
     stripes: int = 1
+    windows: Windowing | None = None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a max-pool is fused."""
+        return self.pool != (1, 1) or self.windows is not None
+
+    @property
+    def pooling(self) -> Windowing:
+        """Its windows, whatever they are like; single pixels without one."""
+        return self.windows or Windowing(*self.pool, *self.pool, 0, 0, 1, 1)
+
+    def pool_spec(self, x: Frame) -> "PoolSpec":
+        """Of a pool with ``windows``, from the convolution's output in this frame."""
+        y, relu, native = self.y, self.slope == 0, converts(self.unit)
+        return PoolSpec(
+            x, y, self.pooling, y.H, y.W, 1, self.lanes, relu=relu, codes=self.codes, bias=self.bias, native=native
+        )
+
+    @property
+    def unpooled(self) -> Frame:
+        """The convolution's output of one image, in scratch memory, in front of such a pool."""
+        return Frame(self.K, self.P, self.Q, self.P, self.Q, 0)
+
+    @property
+    def unpooled_size(self) -> int:
+        """Elements of it, in whole lines; none without such a pool."""
+        return round_up(self.unpooled.size, 16) if self.windows is not None else 0
+
+    @property
+    def before_pool(self) -> "ConvSpec":
+        """The convolution whose output, or the gradient of it, is that image."""
+        return replace(self, y=self.unpooled, windows=None)
 
     @property
     def merged(self) -> bool:
@@ -149,7 +183,7 @@ class ConvSpec:
     @property
     def depthwise(self) -> bool:
         """Whether every channel has one filter of its own, and nothing is pooled behind."""
-        return 1 < self.groups == self.x.C == self.K and self.pool == (1, 1)
+        return 1 < self.groups == self.x.C == self.K and not self.pooled
 
     @property
     def sparse(self) -> bool:
@@ -208,7 +242,7 @@ class ConvSpec:
     @property
     def pooled_rows(self) -> int:
         """Elements of the rows that a max-pool takes together, of one block of filters."""
-        return self.pool[0] * self.Q * VECTORS * self.lanes
+        return self.pooling.R * self.Q * VECTORS * self.lanes
 
     @property
     def scratch(self) -> int:
@@ -240,9 +274,8 @@ def turned(spec: ConvSpec) -> ConvSpec:
     framed = spec.framed
     # Padding beyond the filter's reach cuts the first rows of the frame off.
     source = replace(framed, origin=(max(-top, 0) * framed.columns + max(-left, 0)) * spec.K)
-    return replace(
-        spec, x=source, y=target, window=rows, K=x.C, P=x.H, Q=x.W, bias=False, slope=1.0, pool=(1, 1), wants_dx=False
-    )
+    plain = replace(spec, bias=False, slope=1.0, pool=(1, 1), windows=None, wants_dx=False)
+    return replace(plain, x=source, y=target, window=rows, K=x.C, P=x.H, Q=x.W)
 
 
 @dataclass(frozen=True)
@@ -280,7 +313,12 @@ class AddSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """A max- or average-pool over any window. P, Q: output positions; add: whether dx is added to what is there."""
+    """A max- or average-pool over any window. P, Q: output positions; add: whether dx is added to what is there.
+
+    Fused behind a convolution, whose channels then are some of y's: relu: what is not above zero becomes that, with the
+    code DEAD, and has no gradient; codes: whether anybody wants them; bias: whether dy is summed up in db. native:
+    whether the CPU rounds to bf16.
+    """
 
     x: Frame
     y: Frame
@@ -291,6 +329,10 @@ class PoolSpec:
     lanes: int
     count_include_pad: bool = True
     add: bool = False
+    relu: bool = False
+    codes: bool = True
+    bias: bool = False
+    native: bool = False
 
     @property
     def code_bytes(self) -> int:

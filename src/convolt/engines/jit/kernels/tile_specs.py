@@ -110,7 +110,13 @@ class TileSpec:
     @property
     def scratch(self) -> int:
         """All of it, bytes for each thread."""
-        return self.group_images * self.image_bytes + self.gathered_bytes + self.result_bytes
+        images = self.group_images * (self.image_bytes + self.unpooled_bytes)
+        return images + self.gathered_bytes + self.result_bytes
+
+    @property
+    def unpooled_bytes(self) -> int:
+        """One image's output in front of a pool whose windows overlap; none without."""
+        return FLOAT * self.conv.unpooled_size
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class TileBackSpec:
     @property
     def gather(self) -> "TileSpec":
         """How x is gathered for dw: always as columns, without the pool's rows."""
-        return GatherSpec(replace(self.conv, pool=(1, 1)))
+        return GatherSpec(replace(self.conv, pool=(1, 1), windows=None))
 
     @property
     def depth(self) -> int:
@@ -176,7 +182,7 @@ class TileBackSpec:
     def scratch(self) -> int:
         """Bytes for each thread."""
         gather = self.gather
-        own = gather.group_images * (gather.image_bytes + self.slopes_bytes)
+        own = gather.group_images * (gather.image_bytes + self.slopes_bytes) + FLOAT * self.conv.unpooled_size
         columns = 2 * gather.gathered_bytes + round_up(BF16 * self.slopes_columns * gather.pixels, 64)
         if not self.conv.wants_dx:
             return own + columns
@@ -306,7 +312,8 @@ class ShiftedBackSpec:
         """Bytes for each thread."""
         inputs = self.inputs
         products = inputs.gathered_bytes + inputs.result_bytes if self.conv.wants_dx else 0
-        return self.slopes_bytes + self.copies * self.pairs_bytes + self.turned_bytes + products
+        own = self.slopes_bytes + self.copies * self.pairs_bytes + self.turned_bytes
+        return own + products + FLOAT * self.conv.unpooled_size
 
 
 def window_reach(conv: ConvSpec) -> int:
@@ -372,8 +379,8 @@ class PlaneBackSpec:
 
     @property
     def scratch(self) -> int:
-        """Bytes for each thread: runs of pixels, and the slopes of a group."""
-        return self.shifted_bytes + BF16 * self.wide * self.pixels
+        """Bytes for each thread: runs of pixels, the slopes of a group, and those in front of a pool."""
+        return self.shifted_bytes + BF16 * self.wide * self.pixels + FLOAT * self.conv.unpooled_size
 
 
 def input_gradients(conv: ConvSpec) -> tuple[TileSpec, ...]:

@@ -13,6 +13,7 @@ Cost: as in ``conv``; bytes beside: the gathered columns, R S times the image, w
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from convolt.engines.jit.epilogue import Finish, MaxOf, finish, max_of
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.planes import columns_of_planes
+from convolt.engines.jit.kernels.pooling import pool_behind
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, Frame, PackSpec
 from convolt.engines.jit.kernels.tile_specs import TileSpec
 from convolt.engines.jit.memory import copy, view
@@ -100,12 +102,15 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
     load, multiply = load_image(conv.x, spec), multiply_group(spec)
     shape, done = configure(product(spec)), release(conv.unit)
     gather = columns_of_planes(spec) if conv.x.planar else gather_rows(spec)
-    whole, rest = divmod(conv.K, BLOCK)
-    full, tail = finish_group(spec, BLOCK), finish_group(spec, rest or BLOCK)
+    (whole, rest), windows = divmod(conv.K, BLOCK), conv.windows is not None
+    finished = replace(spec, conv=conv.before_pool) if windows else spec
+    full, tail = finish_group(finished, BLOCK), finish_group(finished, rest or BLOCK)
+    pool = pool_behind(conv)
     images, together, rows_together, P = conv.images, spec.group_images, spec.group_rows, conv.P
     image_bytes, gathered_bytes, scratch = spec.image_bytes, spec.gathered_bytes, spec.scratch
     picture_bytes = BF16 * conv.x.size if in_place else image_bytes
     x_size, filters_bytes, direct = conv.x.size, BF16 * spec.depth * BLOCK, spec.direct
+    unpooled_at, unpooled_bytes = scratch - together * spec.unpooled_bytes, FLOAT * conv.unpooled.size
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -115,6 +120,7 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
         # Nor may what another kernel left behind the last tap be a NaN: zero times that is a NaN.
         view(own, (together * image_bytes + gathered_bytes,), np.uint8)[:] = np.uint8(0)
         last = min((chunk + 1) * images, count)
+        target = (0, 0, 0, arguments[3], own + unpooled_at if windows else arguments[4], arguments[5])
         shape()
         for first in range(chunk * images, last, together):
             end = min(first + together, last)
@@ -129,11 +135,16 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
                 for block in range(whole + (1 if rest else 0)):
                     filters = arguments[2] + block * filters_bytes
                     multiply(picture, columns, filters, result, p, end - first)
-                    for image in range(first, end):
+                    for place in range(end - first):
+                        image = place if windows else first + place
                         if block < whole:
-                            full(arguments, result, image, image - first, p, block * BLOCK)
+                            full(target, result, image, place, p, block * BLOCK)
                         elif rest:
-                            tail(arguments, result, image, image - first, p, block * BLOCK)
+                            tail(target, result, image, place, p, block * BLOCK)
+            if windows:
+                for image in range(first, end):
+                    unpooled = own + unpooled_at + (image - first) * unpooled_bytes
+                    pool(unpooled, arguments[4], arguments[5], image)
         done()
 
     return kernel

@@ -9,6 +9,7 @@ Cost: 2 K C R S P Q FLOPs for each image, once for dw and once for dx.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from convolt.engines.jit.epilogue import Through, Unpool, through, unpool
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.conv_calls import in_turn
+from convolt.engines.jit.kernels.pooling import unpooled_slopes
 from convolt.engines.jit.kernels.residues import covers, slope_frame
 from convolt.engines.jit.kernels.specs import (
     BF16,
@@ -65,6 +67,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     picture_bytes, dx_number = BF16 * conv.x.size if in_place else image_bytes, number_bytes(conv.half_dx)
     gaps = conv.wants_dx and not conv.add and not covers(conv)
     scratch, part, bias, wants_dx = spec.scratch, spec.part, conv.bias, conv.wants_dx
+    unpooled_at = scratch - FLOAT * conv.unpooled_size
     x_size, bare, wide, pixels = conv.x.size, conv.x.H * conv.x.W * conv.x.C, spec.slopes_columns, gather.pixels
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -74,6 +77,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
         dy = own + together * image_bytes
         columns = dy + together * slopes_bytes
         rest = columns + 2 * gathered_bytes + (BF16 * wide * pixels + 63) // 64 * 64
+        unpooled = own + unpooled_at
         view(own, (scratch,), np.uint8)[:] = np.uint8(0)
         dw = arguments[7] + FLOAT * chunk * part
         view(dw, (part,), np.float32)[:] = np.float32(0)
@@ -88,7 +92,7 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
                 if not in_place:
                     load(arguments[1] + FLOAT * image * x_size, own + (image - first) * image_bytes)
                 # Slopes of the images of a group lie one behind another, as their columns do.
-                slopes(arguments, image, dy + BF16 * (image - first) * P * Q * wide, db)
+                slopes(arguments, image, dy + BF16 * (image - first) * P * Q * wide, db, unpooled)
             for p in range(0, P, rows_together):
                 for image in range(first, end):
                     collect(picture + (image - first) * picture_bytes, columns, p, image - first)
@@ -111,8 +115,20 @@ def conv_backward(spec: TileBackSpec) -> Callable[..., None]:
     return kernel
 
 
-def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int, int], None]:
-    """The gradient of the output as bf16 rows of ``wide`` channels, ``pitch`` pixels a row, and db."""
+def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int, int, int], None]:
+    """The gradient of the output as bf16 rows of ``wide`` channels, ``pitch`` pixels a row, and db.
+
+    ``slopes(arguments, image, target, db, scratch)``.
+    """
+    if conv.windows is not None:
+        prepare, plain = unpooled_slopes(conv), slope_rows(replace(conv.before_pool, slope=1.0), wide, pitch)
+
+        @inlined
+        def windows_slopes(arguments: Any, image: int, target: int, db: int, scratch: int) -> None:
+            plain(prepare(arguments, image, scratch), 0, target, db, scratch)
+
+        found: Callable[[Any, int, int, int, int], None] = windows_slopes
+        return found
     y, native = conv.y, converts(conv.unit)
     pool_h, pool_w = conv.pool
     K, P, Q = conv.K, conv.P, conv.Q
@@ -124,7 +140,7 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     dy_number = number_bytes(conv.half_dy)
 
     @inlined
-    def pooled_slopes(arguments: Any, image: int, target: int, db: int) -> None:
+    def pooled_slopes(arguments: Any, image: int, target: int, db: int, scratch: int) -> None:
         for p in range(PP):
             first = (image * PP + p) * QQ * K
             for q in range(QQ):
@@ -132,7 +148,7 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
                 spread(arguments[3] + FLOAT * (first + q * K), arguments[5] + first + q * K, place, db)
 
     @inlined
-    def plain_slopes(arguments: Any, image: int, target: int, db: int) -> None:
+    def plain_slopes(arguments: Any, image: int, target: int, db: int, scratch: int) -> None:
         for p in range(P):
             dy = arguments[3] + dy_number * (image * P + p) * Q * K
             output = arguments[4] + number * (image * y_size + y_origin + p * y_pitch)

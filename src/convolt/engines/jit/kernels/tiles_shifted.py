@@ -56,6 +56,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     even = conv.x.rows * conv.x.columns % 2 == 0  # of an odd frame the second copy leaves a pair out, and that is read
     filled_bytes = spec.images * 2 * PAIR * spec.spacing // 2 if even else 0
     turned_bytes, bare = spec.turned_bytes, conv.x.H * conv.x.W * conv.x.C
+    unpooled_at = scratch - FLOAT * conv.unpooled_size
     image_pairs, wide, spacing = 2 * BF16 * TILE * spec.spacing // 2, spec.wide, spec.spacing
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
@@ -79,7 +80,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
             end = min(first + together, last)
             for image in range(first, end):
                 pair(arguments[1] + number * image * x_size, pairs + (image - first) * image_pairs)
-                slopes(arguments, image, dy + (image - first) * image_bytes, db)
+                slopes(arguments, image, dy + (image - first) * image_bytes, db, own + unpooled_at)
             if end - first < together:  # what the group before left behind the last image counts for nothing
                 view(dy + (end - first) * image_bytes, (DEPTH * wide,), np.uint16)[:] = np.uint16(0)
             weights(dy, turned, pairs, dw, (end - first) * spacing, first > chunk * images, one)

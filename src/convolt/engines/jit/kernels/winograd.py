@@ -27,6 +27,7 @@ from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv import spread_slopes
 from convolt.engines.jit.kernels.dense import deep_rows
+from convolt.engines.jit.kernels.pooling import pool_behind
 from convolt.engines.jit.kernels.residues import slope_frame
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, Frame
 from convolt.engines.jit.kernels.weights import bias_sum
@@ -62,21 +63,30 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
     inputs, products = _inputs(spec, tiles, transformed), _products(spec, tiles)
     outputs, x_size, products_at = _outputs(spec, tiles), conv.x.size, transformed.size
     residues, place_x, place_y = spec.residues, _residue(spec, conv.x), _residue(spec, conv.y)
+    pool, windows = pool_behind(conv), conv.windows is not None
+    if windows:
+        outputs = _outputs(WinogradSpec(conv.before_pool), tiles)
+        place_y = _residue(spec, conv.unpooled)
+    unpooled_at, unpooled_size = scratch - together * conv.unpooled_size, conv.unpooled.size
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         v = arguments[6] + FLOAT * thread * scratch
         m = v + FLOAT * products_at
+        unpooled = v + FLOAT * unpooled_at
         last = min((chunk + 1) * chunk_images, count)
         for first in range(chunk * chunk_images, last, together):
             present = min(together, last - first)
             for residue in range(residues):
                 x = arguments[1] + FLOAT * (first * x_size + place_x(residue))
-                y = arguments[4] + FLOAT * place_y(residue)
+                y = (unpooled if windows else arguments[4]) + FLOAT * place_y(residue)
                 for band in range(bands):
                     inputs(x, x_size, present, band, v)
                     products(v, arguments[2], m)
-                    outputs(m, arguments[3], y, arguments[5], first, present, band)
+                    outputs(m, arguments[3], y, arguments[5], 0 if windows else first, present, band)
+            if windows:
+                for image in range(present):
+                    pool(unpooled + FLOAT * image * unpooled_size, arguments[4], arguments[5], first + image)
 
     return kernel
 

@@ -22,14 +22,12 @@ def obstacle(spec: ConvSpec) -> str:
     """Why a convolution cannot go by Winograd's algorithm, or would not gain; empty if it can."""
     window, x, dilations = spec.window, spec.x, (spec.window.dilation_h, spec.window.dilation_w)
     sizes = [(spec.P, spec.Q), *([(x.H, x.W)] if spec.wants_dx else [])]
-    pool_fits = spec.pool == (1, 1) or (spec.pool == (2, 2) and spec.slope in (0, 1) and dilations == (1, 1))
     found = {
-        "strides": (window.stride_h, window.stride_w) != (1, 1),
+        "stride": (window.stride_h, window.stride_w) != (1, 1),
         f"not 2x2 to {LONGEST}x{LONGEST}": min(window.R, window.S) < 2 or max(window.R, window.S) > LONGEST,
         "groups": spec.groups > 1,
         f"fewer than {PAYS} channels": min(x.C, spec.K) < PAYS,
         "no multiple of the dilation": any(pair[i] % dilations[i] for pair in sizes for i in (0, 1)),
-        "the pool behind it": not pool_fits,
     }
     if reasons := [reason for reason, holds in found.items() if holds]:
         return reasons[0]
@@ -42,6 +40,12 @@ def _saves(spec: ConvSpec, height: int, width: int) -> bool:
     tiles = -(-height // (2 * window.dilation_h)) * -(-width // (2 * window.dilation_w))
     made = tiles * window.dilation_h * window.dilation_w * products_along(window.R) * products_along(window.S)
     return made <= SAVING * height * width * window.R * window.S
+
+
+def fits_tiles(spec: ConvSpec) -> bool:
+    """Whether a max-pool behind it, if there is one, takes the four outputs of a tile together."""
+    window = spec.window
+    return spec.pool == (1, 1) or (spec.pool == (2, 2) and (window.dilation_h, window.dilation_w) == (1, 1))
 
 
 def cut(taps: int) -> tuple[tuple[int, int], ...]:
@@ -231,8 +235,9 @@ class WinogradSpec:
 
     @property
     def scratch(self) -> int:
-        """Words of scratch memory for each thread, forward: transformed inputs and products."""
-        return self.products_size(self.forward) + self._spare
+        """Words of scratch memory for each thread, forward: transformed inputs and products, images to pool."""
+        tiles = self.forward
+        return self.products_size(tiles) + self._spare + tiles.images * self.conv.unpooled_size
 
     @property
     def back_scratch(self) -> int:
