@@ -7,9 +7,9 @@
                 0 -1  1  0        1/2 -1/2 1/2       0  1 -1 -1                  0  1  0      1 1        0 1 1
                 0  1  0 -1         0   0   1                                     0 -1  1      0 1
 
-A longer filter is cut into such pieces, each of which sees the pixels from its first tap on, and their outputs are added
-up: 5 taps are 3 and 2 with 7 products instead of 10. One algorithm for all taps would take 6, but by factors of 4 and
-more, which float32 pays with digits; here all are 1 and 1/2.
+A longer filter is cut into such pieces, each of which sees the pixels from its first tap on, and their outputs are
+added up: 5 taps are 3 and 2 with 7 products instead of 10. One algorithm for all taps would take 6, but by factors of 4
+and more, which float32 pays with digits; here all are 1 and 1/2.
 
 Along two axes the transforms are applied one after the other. All methods take and return LLVM values, vectors whose
 lanes are channels or filters.

@@ -35,7 +35,7 @@ from convolt.engines.jit.kernels.depthwise import (
     depthwise_weight_gradient,
 )
 from convolt.engines.jit.kernels.pairs import BehindFrame, pixel_pairs, rounded
-from convolt.engines.jit.kernels.pooling import unpool_image
+from convolt.engines.jit.kernels.pooling import behind, unpool_image
 from convolt.engines.jit.kernels.residues import Part, covers, packed_depth, parts, slope_frame
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, ConvSpec
 from convolt.engines.jit.kernels.winners import winners_backward
@@ -204,7 +204,7 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
 
 def _windows_spread(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
     """The same behind a pool whose windows overlap: slopes meet in a pixel and are added up."""
-    unpool_windows = unpool_image(spec.pool_spec(slope_frame(spec)))
+    unpool_windows = unpool_image(behind(spec, slope_frame(spec)))
 
     @inlined
     def spread(arguments: Any, image: int, target: int, db: int) -> None:

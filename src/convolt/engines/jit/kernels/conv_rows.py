@@ -13,7 +13,7 @@ import numpy as np
 from convolt.engines.jit.epilogue import MaxOf, max_of
 from convolt.engines.jit.gemm import Gemm, gemm
 from convolt.engines.jit.inlined import inlined
-from convolt.engines.jit.kernels.pooling import pool_row
+from convolt.engines.jit.kernels.pooling import behind, pool_row
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, ConvSpec, Frame
 from convolt.engines.jit.memory import hidden, view
 
@@ -162,7 +162,7 @@ def _pool_rows(spec: ConvSpec, columns: int) -> Callable[[int, int, int, int, in
     PP, QQ = frame.H, frame.W
     y_size, y_origin, y_pitch, line = frame.size, frame.origin, frame.pitch, spec.Q * columns
     if spec.windows is not None:
-        pool_windows = pool_row(spec.pool_spec(Frame(columns, P, spec.Q, P, spec.Q, 0)))
+        pool_windows = pool_row(behind(spec, Frame(columns, P, spec.Q, P, spec.Q, 0)))
         R, stride, padding = windows.R, windows.stride_h, windows.top
 
         @inlined

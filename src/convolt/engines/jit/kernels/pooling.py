@@ -17,6 +17,7 @@ from llvmlite import ir
 
 from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.inlined import inlined
+from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, ConvSpec, Frame, PoolSpec
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.pixels import Block, element_pointer, for_blocks, number_pointer, on_pixels, splat
@@ -72,6 +73,13 @@ def average_pool_backward(spec: PoolSpec) -> Callable[..., None]:
 # --- fused behind a convolution --------------------------------------------------------------------------------------
 
 
+def behind(conv: ConvSpec, x: Frame) -> PoolSpec:
+    """The pool behind a convolution, whose output lies in this frame."""
+    y, relu, native = conv.y, conv.slope == 0, converts(conv.unit)
+    plain = PoolSpec(x, y, conv.pooling, y.H, y.W, 1, conv.lanes)
+    return replace(plain, relu=relu, codes=conv.codes, bias=conv.bias, native=native)
+
+
 def pool_row(spec: PoolSpec) -> Callable[[int, int, int, int, int], None]:
     """A row of windows: ``row(x, y, codes, first, last)``, of the rows of taps [first, last), the first of which x is.
 
@@ -102,7 +110,7 @@ def pool_image(spec: PoolSpec) -> Callable[[int, int, int, int], None]:
 
 def pool_behind(conv: ConvSpec) -> Callable[[int, int, int, int], None]:
     """The same of the image in front of such a pool; nothing where there is none."""
-    return pool_image(conv.pool_spec(conv.unpooled)) if conv.windows is not None else _no_pool
+    return pool_image(behind(conv, conv.unpooled)) if conv.windows is not None else _no_pool
 
 
 @inlined
@@ -129,7 +137,7 @@ def unpooled_slopes(conv: ConvSpec) -> Callable[[Any, int, int], Any]:
 
     Behind a pool whose windows overlap, slopes meet in a pixel: they are added up in float32, in scratch memory.
     """
-    unpool_windows = unpool_image(replace(conv.pool_spec(conv.unpooled), bias=False))
+    unpool_windows = unpool_image(replace(behind(conv, conv.unpooled), bias=False))
 
     @inlined
     def prepare(arguments: Any, image: int, scratch: int) -> Any:

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from convolt.engines.jit.isa import Unit, converts
+from convolt.engines.jit.isa import Unit
 from convolt.layers import AvgPool2d, Conv2d, MaxPool2d
 
 if TYPE_CHECKING:  # kernels do not depend on how the graph is made
@@ -152,13 +152,6 @@ class ConvSpec:
     def pooling(self) -> Windowing:
         """Its windows, whatever they are like; single pixels without one."""
         return self.windows or Windowing(*self.pool, *self.pool, 0, 0, 1, 1)
-
-    def pool_spec(self, x: Frame) -> "PoolSpec":
-        """Of a pool with ``windows``, from the convolution's output in this frame."""
-        y, relu, native = self.y, self.slope == 0, converts(self.unit)
-        return PoolSpec(
-            x, y, self.pooling, y.H, y.W, 1, self.lanes, relu=relu, codes=self.codes, bias=self.bias, native=native
-        )
 
     @property
     def unpooled(self) -> Frame:

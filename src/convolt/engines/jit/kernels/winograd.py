@@ -4,8 +4,8 @@
     dx         the same on the framed dy, with filters turned around and transposed
     dw         du = v^T d over the tiles,  d = A dy A^T,  at the end  dw = G^T du G
 
-The transforms are ``engines.jit.winograd``, longer filters are cut into pieces (``filtering``). A block of some 64 tiles
-passes through all of them while it lies in the L2 cache. Parts of du are added up in chunk order before they are
+The transforms are ``engines.jit.winograd``, longer filters are cut into pieces (``filtering``). A block of some 64
+tiles passes through all of them while it lies in the L2 cache. Parts of du are added up in chunk order before they are
 transformed back. With a dilation the pixels that one tap meets are an image of their own, of every dilation-th row and
 column. Error: a few times that of the sum over taps, since all factors are halves and the sums four terms long.
 
@@ -338,8 +338,8 @@ def pack(spec: WinogradPack) -> Callable[..., None]:
 def reduce_parts(spec: WinogradReduce) -> Callable[..., None]:
     """``dw (+)= G^T (sum of parts) G``, of any size. A chunk is some channels; the first one adds up db.
 
-    Arguments: state, parts (chunks, planes, C, K), dw (K, C, R, S), db parts, db, scratch, K, C, images of a part, channels
-    of a chunk. A plane of each part is read in one run: pieces of all planes would defeat the hardware's fetching.
+    Arguments: state, parts (chunks, planes, C, K), dw (K, C, R, S), db parts, db, scratch, K, C, images of a part,
+    channels of a chunk. A plane of each part is read in one run: pieces of all would defeat the hardware's fetching.
     """
     add_bias, lanes, planes, taps = bias_sum(spec), spec.lanes, spec.planes, spec.R * spec.S
     transform, transform_one = (filter_taps(spec.R, spec.S, width, spec.accumulate) for width in (lanes, 1))
