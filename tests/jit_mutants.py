@@ -42,6 +42,8 @@ from jit_mutants_fp32 import FP32
 from jit_mutants_fp32 import ONE_PASS as ONE_PASS_FP32
 from jit_mutants_half import HALF
 from jit_mutants_pairs import PAIRS as OF_PAIRS
+from jit_mutants_windows import WINDOWS
+from pool_cases import POOLS
 
 from convolt.engines import JIT
 from convolt.engines.jit.compiler import Compiler
@@ -51,7 +53,7 @@ from convolt.optimizers import Adam
 
 # What a broken plan may raise besides a check's own AssertionError.
 BREAKDOWNS = (AssertionError, ValueError, IndexError, TypeError, KeyError, OverflowError, ConvoltError, RuntimeWarning)
-MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF)
+MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF, *WINDOWS)
 REPRESENTATIVE = tuple(number for number, mutant in enumerate(MUTANTS) if mutant.quick)
 
 
@@ -78,6 +80,13 @@ def _first(case: Rounded, unit: str) -> None:
         equals_float64_as_first_layer(case, unit)
 
 
+def _pool(case: Rounded, unit: str) -> None:
+    with poisoned():
+        equals_pytorch(JIT(threads=2), "fp32", case)
+        equals_float64(case, unit)
+        equals_float64_as_first_layer(case, unit)
+
+
 def _half(case: Case, unit: str) -> None:
     for bare in (False, True):
         equals_float32(case, unit, bare)
@@ -93,6 +102,7 @@ JUDGES: dict[str, Callable[[str], None]] = {
     **{name: partial(_tiles, case) for name, case in (TILES | PAIRS).items()},
     **{name: partial(_first, case) for name, case in FIRST.items()},
     **{name: partial(_half, case) for name, case in HALVES.items()},
+    **{name: partial(_pool, case) for name, case in POOLS.items()},
     **{repr(optimizer): _once(update_is_that_of_the_optimizer, optimizer) for optimizer in OPTIMIZERS},
     **{
         f"{ONE_PASS}{optimizer!r}": _once(one_pass_gives_the_bits_of_two, optimizer, "bf16") for optimizer in OPTIMIZERS

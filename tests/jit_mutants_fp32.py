@@ -5,7 +5,8 @@ from jit_mutant import JitMutant
 
 from convolt.layers import AvgPool2d, Dense, MaxPool2d, Normalize
 
-CONV, IMAGES, POOL = "kernels/conv.py", "kernels/images.py", "kernels/pooling.py"
+CONV, CONV_ROWS = "kernels/conv.py", "kernels/conv_rows.py"
+IMAGES, POOL = "kernels/images.py", "kernels/pooling.py"
 NORM, WEIGHTS, DENSE = "kernels/normalization.py", "kernels/weights.py", "kernels/dense.py"
 BATCHNORM, ADAM, DEPTHWISE, ROWS = "batchnorm.py", "adam.py", "kernels/depthwise.py", "depthwise.py"
 STRIDED, GROUPED = "conv dilation 2, stride 2, padding 2", "conv groups 2, stride 2, dilation 2"
@@ -18,7 +19,7 @@ TIES = f"{MaxPool2d(3, 2, 1)} of equals"
 UNCOUNTED = f"{AvgPool2d(3, 2, 1, count_include_pad=False)}"
 TILED_POOL, PANELS = "winograd, some channels of a vector, max-pool", "winograd, two panels, padding 2 and none"
 FIRST_POOLED, WINOGRADED = "winners, one channel 5x5", "kernels/winograd.py"
-TRANSFORMS, RESIDUES, WINNING = "winograd.py", "kernels/residues.py", "winners.py"
+TRANSFORMS, FILTERING, RESIDUES, WINNING = "winograd.py", "filtering.py", "kernels/residues.py", "winners.py"
 ONE_PASS = "one pass in float32"
 BATCHED = f"{Dense(200, 70)} of a batch"
 SCALED = f"{Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 2.0))}"
@@ -29,21 +30,35 @@ FP32 = (
         "a pixel to the right", CONV, "def _forward_block", "window.left * x.C", "(window.left - 1) * x.C", RAGGED
     ),
     JitMutant(
-        "stride of the other axis", CONV, "def _output_row", "a_row=window.stride_w", "a_row=window.stride_h", OBLONG
+        "stride of the other axis",
+        CONV_ROWS,
+        "def output_row",
+        "a_row=window.stride_w",
+        "a_row=window.stride_h",
+        OBLONG,
     ),
-    JitMutant("rows not dilated", CONV, "def _output_row", "number * window.dilation_h * ", "number * ", STRIDED),
-    JitMutant("rows of a filter not summed", CONV, "def _output_row", 'start="load")', "start=start)", STRIDED),
+    JitMutant("rows not dilated", CONV_ROWS, "def output_row", "number * window.dilation_h * ", "number * ", STRIDED),
+    JitMutant("rows of a filter not summed", CONV_ROWS, "def output_row", 'start="load")', "start=start)", STRIDED),
     JitMutant(
-        "bias of the first filters", CONV, "def _forward_block", "FLOAT * channel\n", "FLOAT * column\n", GROUPED
+        "bias of the first filters",
+        CONV_ROWS,
+        "def activated_rows",
+        "arguments[3] + FLOAT * channel",
+        "arguments[3]",
+        GROUPED,
     ),
-    JitMutant("tail rows dropped", CONV, "def register_rows", "        if rest:\n", "        if rest < 0:\n", BATCHED),
-    JitMutant("code of a dead ReLU", CONV, "def _pool_rows", "relu=spec.slope == 0", "relu=False", POOLED, quick=True),
+    JitMutant(
+        "tail rows dropped", CONV_ROWS, "def register_rows", "        if rest:\n", "        if rest < 0:\n", BATCHED
+    ),
+    JitMutant(
+        "code of a dead ReLU", CONV_ROWS, "def _pool_rows", "relu=spec.slope == 0", "relu=False", POOLED, quick=True
+    ),
     JitMutant(
         "taps of the pool transposed",
-        CONV,
+        CONV_ROWS,
         "def _pool_rows",
-        "(i * Q + j) * columns",
-        "(j * Q + i) * columns",
+        "i * line + j * columns",
+        "j * line + i * columns",
         POOLED,
     ),
     JitMutant(
@@ -171,7 +186,7 @@ FP32 = (
     JitMutant("a sum, not a mean", IMAGES, "def global_average_backward", "constant(1 / pixels)", "constant(1)", POOLS),
     # pooling
     JitMutant("padding read", POOL, "def _inside", "max(0, -start)", "0", POOLS),
-    JitMutant("the last of equals", POOL, "def max_pool(", 'ordered(">"', 'ordered(">="', TIES),
+    JitMutant("the last of equals", POOL, "def _largest(", 'ordered(">"', 'ordered(">="', TIES),
     JitMutant("dx not cleared", POOL, "def max_pool_backward", "not spec.add", "False", POOLS),
     JitMutant("padding counted", POOL, "    def share(", "if every:", "if True:", UNCOUNTED),
     # normalization
@@ -281,9 +296,9 @@ FP32 = (
     ),
     # Winograd's algorithm, residues of the stride, winners of a pool
     JitMutant(
-        "a sign of B", TRANSFORMS, "def _input(", "builder.fsub(d[2], d[1])", "builder.fsub(d[1], d[2])", TILED_POOL
+        "a sign of B", FILTERING, "class Three", "builder.fsub(x[2], x[1])", "builder.fsub(x[1], x[2])", TILED_POOL
     ),
-    JitMutant("a sign of A", TRANSFORMS, "def _slope(", "builder.fsub(a, b)", "builder.fsub(b, a)", TILED_POOL),
+    JitMutant("a sign of A", FILTERING, "class Three", "builder.fsub(a, b)", "builder.fsub(b, a)", TILED_POOL),
     JitMutant("dx overwritten", TRANSFORMS, "def output_tiles(", "if finish.add:", "if False:", "winograd, dx added"),
     JitMutant(
         "bands in the place of the first",
@@ -313,8 +328,8 @@ FP32 = (
         "filters not turned",
         TRANSFORMS,
         "def filter_tiles(",
-        "range(8, -1, -1) if turned else range(9)",
-        "range(9)",
+        "range(R * S)[::-1] if turned",
+        "range(R * S) if turned",
         TILED_POOL,
     ),
     JitMutant(

@@ -78,7 +78,7 @@ PAIRS = (
         ODD,
     ),
     PairMutant("one tile twice", TRANSFORMS, "def _write", "builder.add(left, I64(1))", "left", TILED),
-    PairMutant("an odd tile", TRANSFORMS, "def _write", "if spec.tiles % 2:", "if False:", TILED),
+    PairMutant("an odd tile", TRANSFORMS, "def _write", "elif single or half:", "elif False:", TILED),
     PairMutant(
         "planes of half words", TRANSFORMS, "def _write", "(2 if halves else 1)", "1", "tiles of a residual branch"
     ),
