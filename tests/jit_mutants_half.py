@@ -89,10 +89,8 @@ HALF = (
     JitMutant("the pivot's bits", NORM, "def statistics", "float32_of_bf16(view", "np.float32(view", LINEAR),
     JitMutant("slopes apart", NORM, "def slopes", "dy_number * (place", "FLOAT * (place", MAXIMUM),
     JitMutant("dx apart", NORM, "def normalize_backward", "dx_number * place", "FLOAT * place", MAXIMUM),
-    JitMutant("dx in float32", ROWS, "def backward", "if spec.half_dx:", "if False:", LINEAR),
-    JitMutant(
-        "y in float32", ROWS, "def apply", "for value in best] if spec.y.half", "for value in best] if False", MAXIMUM
-    ),
+    JitMutant("dx in float32", ROWS, "def backward", "numbers if spec.half_dx", "numbers if False", LINEAR),
+    JitMutant("y in float32", ROWS, "def apply", "numbers if spec.y.half", "numbers if False", MAXIMUM),
     JitMutant(
         "slopes of planes apart",
         PLANES,

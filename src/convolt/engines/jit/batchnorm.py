@@ -85,7 +85,7 @@ def apply(spec: NormSpec) -> Any:
                     others = b.load(floats.at(skip, place))
                     best = [builder.fadd(value, other) for value, other in zip(best, others, strict=True)]
                     best = [activated(floats, value, spec.outer) for value in best]
-                b.store([numbers.narrowed(value) for value in best] if spec.y.half else best, floats.at(y, place))
+                b.put(best, floats.at(y, place), narrow=numbers if spec.y.half else None)
                 return []
 
             carried_loop(builder, pixels, [], pixel)
@@ -170,10 +170,7 @@ def backward(spec: NormSpec) -> Any:
                         won = [_is(floats, winner, number) for winner in winners]
                         sent = [builder.select(w, g, floats.zero) for w, g in zip(won, slopes, strict=True)]
                     result = [gradient(value, g, j) for j, (value, g) in enumerate(zip(values, sent, strict=True))]
-                    if spec.half_dx:
-                        b.store([numbers.narrowed(value) for value in result], floats.at(dx, first, target))
-                    else:
-                        b.put(result, floats.at(dx, first, target), spec.add)
+                    b.put(result, floats.at(dx, first, target), spec.add, numbers if spec.half_dx else None)
                 return []
 
             carried_loop(builder, pixels, [], pixel)

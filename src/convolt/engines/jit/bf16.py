@@ -93,6 +93,10 @@ class Bf16Lanes:
         """A vector of float32 numbers rounded to one half as long, of bf16 numbers alone."""
         return self.floats.builder.trunc(self.rounded(x), ir.VectorType(I16, self.floats.lanes))
 
+    def stored(self, x: Any, half: bool) -> Any:
+        """A vector of float32 numbers as it is stored: as it is, or as bf16 numbers."""
+        return self.narrowed(x) if half else x
+
     def pair(self, even: Any, odd: Any) -> Any:
         """Lane by lane, `even` in the lower half (the lower address) and `odd` in the upper."""
         builder = self.floats.builder

@@ -13,8 +13,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes, source_of
-from convolt.engines.jit.pixels import Block, activated, for_blocks, number_pointer, on_pixels
-from convolt.engines.jit.vectors import F32, I8, I32, I64, Floats, carried_loop, for_vectors
+from convolt.engines.jit.pixels import Block, activated, for_blocks, let_through, number_pointer, on_pixels
+from convolt.engines.jit.vectors import I8, I32, I64, Floats, carried_loop, for_vectors
 
 LANES = 16  # of pairs of pixels, the right operands of blocks
 PAIR = 64  # bytes of 16 channels of two pixels
@@ -52,7 +52,7 @@ def unpool(spec: Unpool) -> Any:
             def channels(offset: Any, used: int) -> None:
                 slope = floats.load(floats.at(source, offset), used)
                 winner = floats.load_as(I8, builder.gep(code, [offset]), used)
-                value = _stored(numbers, slope, spec.half)
+                value = numbers.stored(slope, spec.half)
                 for tap, place in enumerate(spec.places):
                     won = builder.icmp_unsigned("==", winner, ir.Constant(bytes_kind, [I8(tap)] * spec.lanes))
                     kept = builder.select(won, value, ir.Constant(value.type, None))
@@ -102,15 +102,13 @@ def through(spec: Through) -> Any:
             )
             total = floats.pointer(args[3])
             pixel = number_pointer(builder, args[2], spec.half)
-            slope = ir.Constant(floats.type, [F32(spec.slope)] * spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
                 value = numbers.load_float(floats.at(source, offset), source_of(spec.half_dy), used)
                 if spec.slope != 1:
                     y = numbers.load_float(floats.at(output, offset), source_of(spec.half_y), used)
-                    positive = builder.fcmp_ordered(">", y, floats.zero)
-                    value = builder.select(positive, value, builder.fmul(value, slope))
-                floats.store(_stored(numbers, value, spec.half), builder.gep(pixel, [offset]), used)
+                    value = let_through(floats, value, y, spec.slope)
+                floats.store(numbers.stored(value, spec.half), builder.gep(pixel, [offset]), used)
                 if spec.bias:
                     sums = floats.at(total, offset)
                     floats.store(builder.fadd(floats.load(sums, used), value), sums, used)
@@ -235,7 +233,6 @@ def pair_through(spec: PairThrough) -> Any:
                 number_pointer(builder, args[1], spec.half_y),
             )
             total = floats.pointer(args[3])
-            slope = ir.Constant(floats.type, [F32(spec.slope)] * LANES)
 
             def channels(offset: Any, used: int) -> None:
                 values = []
@@ -244,8 +241,7 @@ def pair_through(spec: PairThrough) -> Any:
                     value = numbers.load_float(floats.at(source, place), source_of(spec.half_dy), used)
                     if spec.slope != 1:
                         y = numbers.load_float(floats.at(output, place), source_of(spec.half_y), used)
-                        positive = builder.fcmp_ordered(">", y, floats.zero)
-                        value = builder.select(positive, value, builder.fmul(value, slope))
+                        value = let_through(floats, value, y, spec.slope)
                     values.append(value)
                 halves = [numbers.rounded(value) for value in values]
                 halves += [ir.Constant(halves[0].type, None)] * (2 - len(halves))
@@ -312,7 +308,7 @@ def max_of(spec: MaxOf) -> Any:
                     dead = builder.fcmp_ordered("<=", best, floats.zero)
                     winner = builder.select(dead, ir.Constant(kind, [I8(spec.dead)] * spec.lanes), winner)
                     best = builder.select(dead, floats.zero, best)
-                floats.store(_stored(numbers, best, spec.half), floats.at(output, offset), used)
+                floats.store(numbers.stored(best, spec.half), floats.at(output, offset), used)
                 if spec.codes:
                     floats.store(winner, builder.gep(code, [offset]), used)
 
@@ -359,10 +355,7 @@ def finish(spec: Finish) -> Any:
                     values = [builder.fadd(value, offset) for value, offset in zip(values, offsets, strict=True)]
                 values = [activated(floats, value, spec.slope) for value in values]
                 pixel = floats.at(target, builder.mul(i, I64(spec.pixel)))
-                if spec.half:
-                    b.store([numbers.narrowed(value) for value in values], pixel)
-                else:
-                    b.put(values, pixel, spec.adds)
+                b.put(values, pixel, spec.adds, numbers if spec.half else None)
                 return []
 
             carried_loop(builder, pixels, [], finished)
@@ -370,8 +363,3 @@ def finish(spec: Finish) -> Any:
         for_blocks(floats, spec.columns, 2, block)
 
     return on_pixels(generate)
-
-
-def _stored(numbers: Bf16Lanes, value: Any, half: bool) -> Any:
-    """A float32 vector as it is stored."""
-    return numbers.narrowed(value) if half else value

@@ -14,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop
 
 F64 = ir.DoubleType()
@@ -66,9 +67,11 @@ class Block:
         for value, (place, used) in zip(values, self._places(pointer), strict=True):
             self.floats.store(value, place, used)
 
-    def put(self, values: Sequence[Any], pointer: Any, adds: bool) -> None:
-        """To a pixel, or added to what is there."""
-        if adds:
+    def put(self, values: Sequence[Any], pointer: Any, adds: bool = False, narrow: Bf16Lanes | None = None) -> None:
+        """To a pixel, or added to what is there; narrow: what rounds them to bf16, to which nothing is added."""
+        if narrow is not None:
+            values = [narrow.narrowed(value) for value in values]
+        elif adds:
             values = [self.floats.builder.fadd(old, new) for old, new in zip(self.load(pointer), values, strict=True)]
         self.store(values, pointer)
 

@@ -174,7 +174,7 @@ def _largest(spec: PoolSpec) -> Window:
             nobody = ir.Constant(kind, [codes(DEAD)] * floats.lanes)
             best = [builder.select(gone, floats.zero, value) for gone, value in zip(dead, best, strict=True)]
             winners = [builder.select(gone, nobody, winner) for gone, winner in zip(dead, winners, strict=True)]
-        b.store([numbers.narrowed(value) for value in best] if spec.y.half else best, y)
+        b.put(best, y, narrow=numbers if spec.y.half else None)
         if spec.codes:
             b.store(winners, element_pointer(builder, others[0], codes))
 
