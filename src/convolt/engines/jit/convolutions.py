@@ -110,8 +110,8 @@ def conv(plan: Plan, operation: Operation) -> Served:
     if plan.units.tiles is not None and _on_tiles(plan, operation):
         operation.because(f"{UNITS[plan.units.tiles]}: bf16, groups 1")
         return conv_on_tiles(plan, operation, plan.units.tiles)
-    few = _few_images(plan)
-    slow = obstacle(spec) or few
+    few, pairs = _few_images(plan), conv_unit == "dot" and spec.x.C % 2 == spec.K % 2 == 0
+    slow = obstacle(replace(spec, pairs=pairs)) or few
     why = few or _unpaired(spec, slow) if conv_unit == "dot" else f"groups {groups}, bf16 takes 1"
     if conv_unit == "dot" and not why:
         operation.because(f"{UNITS[conv_unit]}: bf16")

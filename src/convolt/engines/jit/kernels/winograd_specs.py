@@ -10,7 +10,7 @@ TILES, MANY_TILES = 64, 128  # of 16 planes in a block: few enough for the L2 ca
 FEWEST_TILES = 16  # in a block, about, of more planes
 LARGE_FILTERS = 1 << 19  # transformed numbers from which they fill it: 2 MB
 PAYS = 16  # channels and filters from which the transforms cost little beside the products
-SAVING = 0.7  # of the products by taps, at most, are made
+MOST_PRODUCTS, MOST_PAIRS = 0.7, 0.6  # of those by taps that pay for the transforms: in float32, in pairs of bf16
 LONGEST = 7  # taps along an axis: of a longer filter's tile, the planes are too many
 CHANNELS_AT_ONCE = 8  # channels whose gradient parts one chunk adds up
 
@@ -39,7 +39,8 @@ def _saves(spec: ConvSpec, height: int, width: int) -> bool:
     window = spec.window
     tiles = -(-height // (2 * window.dilation_h)) * -(-width // (2 * window.dilation_w))
     made = tiles * window.dilation_h * window.dilation_w * products_along(window.R) * products_along(window.S)
-    return made <= SAVING * height * width * window.R * window.S
+    most = MOST_PAIRS if spec.pairs else MOST_PRODUCTS
+    return made <= most * height * width * window.R * window.S
 
 
 def fits_tiles(spec: ConvSpec) -> bool:
