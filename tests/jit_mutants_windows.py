@@ -5,11 +5,11 @@ from jit_mutant import JitMutant
 FILTERING, TRANSFORMS, WINOGRAD = "filtering.py", "winograd.py", "kernels/winograd.py"
 ROWS, POOLING, TILES, PLANES = "kernels/conv_rows.py", "kernels/pooling.py", "kernels/tiles.py", "kernels/planes.py"
 PIECES, ODD, DILATED = "winograd, a filter in pieces", "winograd, odd sizes", "winograd, dilation"
-FEW, BLOCKS, WHOLE, IMAGES = (
+FEW, BLOCKS, IMAGES, TOGETHER = (
     "pool, few channels",
     "pool, two blocks of filters",
-    "pool, whole tiles",
     "pool, winograd",
+    "pool, images together",
 )
 
 WINDOWS = (
@@ -48,7 +48,7 @@ WINDOWS = (
     JitMutant("codes of the first image", POOLING, "def pool_image(", "code + image * codes", "code", IMAGES),
     JitMutant("nothing pooled", WINOGRAD, "def forward(", "first + image)", "first)", IMAGES),
     JitMutant(
-        "another image's place", TILES, "def conv_forward(", "own + unpooled_at + (", "own + unpooled_at - (", WHOLE
+        "another image's place", TILES, "def conv_forward(", "own + unpooled_at + (", "own + unpooled_at - (", TOGETHER
     ),
     JitMutant("slopes of another image", PLANES, "def conv_backward(", "0 if windows else image", "image", FEW),
 )

@@ -19,8 +19,8 @@ class Coarse(Rounded):
         return np.random.default_rng(2).integers(-7, 8, shape).astype(np.float32)
 
 
-def _case(name: str, shape: Shape, *layers: Layer) -> Coarse:
-    return Coarse(f"pool, {name}", shape, layers, 5)
+def _case(name: str, shape: Shape, *layers: Layer, batch: int = 5) -> Coarse:
+    return Coarse(f"pool, {name}", shape, layers, batch)
 
 
 #: Rows that are kept, edges that cut windows off, more than one block of filters, a stride beyond the window; images of
@@ -31,7 +31,8 @@ POOLS = {
         _case("few channels", (3, 13, 11), Conv2d(3, 20, 3, padding=1), ReLU(), MaxPool2d(3, 2)),
         _case("two blocks of filters", (3, 12, 14), Conv2d(3, 70, 5, 2, padding=1), MaxPool2d(3, 2, 1)),
         _case("whole tiles", (32, 9, 17), Conv2d(32, 32, 3, padding=1), ReLU(), MaxPool2d(3, 2, 1)),
-        _case("winograd", (16, 8, 10), Conv2d(16, 20, 3, padding=1), ReLU(), MaxPool2d(3, 2, 1)),
+        _case("winograd", (16, 8, 10), Conv2d(16, 20, 3, padding=1), ReLU(), MaxPool2d(3, 2, 1), batch=37),
+        _case("images together", (9, 5, 6), Conv2d(9, 20, 3, padding=1), ReLU(), MaxPool2d(3, 2), batch=37),
         _case(
             "groups",
             (8, 12, 10),
