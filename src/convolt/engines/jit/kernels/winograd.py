@@ -81,7 +81,7 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
                 x = arguments[1] + FLOAT * (first * x_size + place_x(residue))
                 y = (unpooled if windows else arguments[4]) + FLOAT * place_y(residue)
                 for band in range(bands):
-                    inputs(x, x_size, present, band, v)
+                    inputs(x, present, band, v)
                     products(v, arguments[2], m)
                     outputs(m, arguments[3], y, arguments[5], 0 if windows else first, present, band)
             if windows:
@@ -110,26 +110,43 @@ def _row(spec: WinogradSpec, tiles: Tiling, frame: Frame, planes: Planes) -> Til
     return TileRow(window.R, window.S, tiles.width, 2, C, pixel, pitch, planes.plane, lanes, planes.written)
 
 
-def _inputs(spec: WinogradSpec, tiles: Tiling, planes: Planes) -> Callable[[int, int, int, int, int], None]:
-    """The transformed inputs of a block: ``inputs(first image, size of one, images present, band, v)``."""
+def _inputs(spec: WinogradSpec, tiles: Tiling, planes: Planes) -> Callable[[int, int, int, int], None]:
+    """The transformed inputs of a block: ``inputs(first image, images present, band, v)``."""
     window, x = spec.conv.window, spec.conv.x
-    tile_row = _row(spec, tiles, x, planes)
-    row, last_row = input_tiles(tile_row), input_tiles(replace(tile_row, high=1))
-    corner, odd, last = x.origin - window.top * x.pitch - window.left * x.C, tiles.height % 2, tiles.high - 1
-    rows, pitch, step = tiles.rows, tile_row.pitch, planes.step
+    corner = x.origin - window.top * x.pitch - window.left * x.C
+    return _each_row(tiles, input_tiles, _row(spec, tiles, x, planes), (x.size, corner), planes.step)
+
+
+def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
+    """The transformed dy of a block: ``slopes(first frame, images present, band, d)``."""
+    tiles, frame, planes = spec.forward, slope_frame(spec.conv), spec.summed(spec.conv.K)
+    tile_row = _row(spec, tiles, frame, planes)
+    return _each_row(tiles, slope_tiles, tile_row, (frame.size, frame.origin), planes.step)
+
+
+def _each_row(
+    tiles: Tiling, transform: Callable[[TileRow], Any], tile_row: TileRow, image_and_origin: tuple[int, int], step: int
+) -> Callable[[int, int, int, int], None]:
+    """Every row of tiles of a band transformed: ``rows(images, images present, band, planes)``.
+
+    image_and_origin: elements from an image to the next, and to its first pixel; step: words of a row of tiles.
+    """
+    row, last_row = transform(tile_row), transform(replace(tile_row, high=1))
+    size, origin = image_and_origin
+    rows, pitch, odd, last = tiles.rows, tile_row.pitch, tiles.height % 2, tiles.high - 1
 
     @inlined
-    def inputs(source: int, size: int, present: int, band: int, v: int) -> None:
+    def each(images: int, present: int, band: int, planes: int) -> None:
         for image in range(present):
             for i in range(rows):
                 h = band * rows + i
-                pixels = source + FLOAT * (image * size + corner + 2 * h * pitch)
+                pixels = images + FLOAT * (image * size + origin + 2 * h * pitch)
                 if odd and h == last:
-                    last_row(pixels, v + FLOAT * (image * rows + i) * step)
+                    last_row(pixels, planes + FLOAT * (image * rows + i) * step)
                 else:
-                    row(pixels, v + FLOAT * (image * rows + i) * step)
+                    row(pixels, planes + FLOAT * (image * rows + i) * step)
 
-    found: Callable[[int, int, int, int, int], None] = inputs
+    found: Callable[[int, int, int, int], None] = each
     return found
 
 
@@ -224,7 +241,7 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
             for residue in range(residues):
                 x = arguments[1] + FLOAT * (first * x_size + place_x(residue))
                 for band in range(bands):
-                    inputs(x, x_size, present, band, v)
+                    inputs(x, present, band, v)
                     slopes(dy + FLOAT * place_dy(residue), present, band, d)
                     weights(v, d, du)
             input_gradient(dy, arguments[2], arguments[6], first, present, v)
@@ -234,7 +251,7 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
 
 def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, int], None]:
     """The dx of a block's images: ``gradient(frames, turned filters, dx, first image, images present, v)``."""
-    back, tiles, frame = spec.back, spec.inputs, slope_frame(spec.conv).size
+    back, tiles = spec.back, spec.inputs
     transformed = back.planes(tiles)
     inputs, products, outputs = _inputs(back, tiles, transformed), _products(back, tiles), _outputs(back, tiles)
     bands, products_at = tiles.high // tiles.rows, transformed.size
@@ -246,7 +263,7 @@ def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, in
         for residue in range(residues):
             source, target = dy + FLOAT * place_dy(residue), dx + FLOAT * place_dx(residue)
             for band in range(bands):
-                inputs(source, frame, present, band, v)
+                inputs(source, present, band, v)
                 products(v, filters, m)
                 outputs(m, 0, target, 0, first, present, band)
 
@@ -257,29 +274,6 @@ def _input_gradient(spec: WinogradSpec) -> Callable[[int, int, int, int, int, in
 @inlined
 def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: int) -> None:
     """Of images that nobody needs a gradient of."""
-
-
-def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
-    """The transformed dy of a block: ``slopes(frames, images present, band, d)``."""
-    tiles, frame, planes = spec.forward, slope_frame(spec.conv), spec.summed(spec.conv.K)
-    tile_row = _row(spec, tiles, frame, planes)
-    row, last_row = slope_tiles(tile_row), slope_tiles(replace(tile_row, high=1))
-    odd, last, pitch = tiles.height % 2, tiles.high - 1, tile_row.pitch
-    size, origin, rows, step = frame.size, frame.origin, tiles.rows, planes.step
-
-    @inlined
-    def slopes(dy: int, present: int, band: int, d: int) -> None:
-        for image in range(present):
-            for i in range(rows):
-                h = band * rows + i
-                pixels = dy + FLOAT * (image * size + origin + 2 * h * pitch)
-                if odd and h == last:
-                    last_row(pixels, d + FLOAT * (image * rows + i) * step)
-                else:
-                    row(pixels, d + FLOAT * (image * rows + i) * step)
-
-    found: Callable[[int, int, int, int], None] = slopes
-    return found
 
 
 def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
