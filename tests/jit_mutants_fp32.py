@@ -186,7 +186,7 @@ FP32 = (
     JitMutant("a sum, not a mean", IMAGES, "def global_average_backward", "constant(1 / pixels)", "constant(1)", POOLS),
     # pooling
     JitMutant("padding read", POOL, "def _inside", "max(0, -start)", "0", POOLS),
-    JitMutant("the last of equals", POOL, "def _largest(", 'ordered(">"', 'ordered(">="', TIES),
+    JitMutant("the last of equals", "pixels.py", "def beats(", 'ordered(">"', 'ordered(">="', TIES),
     JitMutant("dx not cleared", POOL, "def max_pool_backward", "not spec.add", "False", POOLS),
     JitMutant("padding counted", POOL, "    def share(", "if every:", "if True:", UNCOUNTED),
     # normalization
@@ -206,7 +206,7 @@ FP32 = (
         quick=True,
     ),
     JitMutant("a tap too far", BATCHNORM, "def add_slopes", "taps[1:], start=1", "taps[1:], start=2", NORM_POOL),
-    JitMutant("not the largest", BATCHNORM, "def _largest", 'ordered(">"', 'ordered("<"', NORM_POOL),
+    JitMutant("not the largest", "pixels.py", "def beats(", 'ordered(">"', 'ordered("<"', NORM_POOL),
     JitMutant("a branch overwritten", BATCHNORM, "def backward", "spec.adds_skip", "False", NESTED),
     JitMutant(
         "x under its gradient", "graph.py", "    def consumes", "maker.slope == 1", "maker is source.maker", LATE

@@ -42,7 +42,7 @@ WINDOWS = (
     JitMutant("another row kept", ROWS, "def pooled_rows(", "kept[i + stride * line]", "kept[i + line]", FEW),
     JitMutant("rows above the image", ROWS, "def _pool_rows(", "max(0, padding - p * stride)", "0", BLOCKS),
     JitMutant("the last slope alone", POOLING, "def _to_winner(", "place), adds=True", "place), adds=False", FEW),
-    JitMutant("a dead winner", POOLING, "def _largest(", "codes(DEAD)", "codes(0)", FEW),
+    JitMutant("a dead winner", POOLING, "def _largest(", "floats, DEAD, codes", "floats, 0, codes", FEW),
     JitMutant("db of the dead", POOLING, "def _to_winner(", "if spec.relu else", "if False else", FEW),
     JitMutant("slopes of the image before", POOLING, "def unpool_image(", "np.float32(0)", "np.float32(1)", FEW),
     JitMutant("codes of the first image", POOLING, "def pool_image(", "code + image * codes", "code", IMAGES),

@@ -40,7 +40,6 @@ POOLS = {
             ReLU(),
             MaxPool2d((3, 2), (2, 1), (1, 0)),
         ),
-        _case("depthwise", (20, 12, 10), Conv2d(20, 20, 3, padding=1, groups=20), ReLU(), MaxPool2d(3, 2, 1)),
         _case("apart", (5, 12, 10), Conv2d(5, 20, 1), ReLU(), MaxPool2d(2, 3)),
         _case("four by four", (16, 9, 13), Conv2d(16, 34, 3, padding=2), ReLU(), MaxPool2d(4)),
         _case("dilation", (16, 8, 12), Conv2d(16, 18, 3, padding=2, dilation=2), ReLU(), MaxPool2d(2)),

@@ -114,7 +114,7 @@ def test_scratch_memory_has_room_for_what_lies_behind_the_frame():
         window = Windowing(R, R, stride, stride, padding, padding, dilation, dilation)
         spec = ConvSpec(x, y, window, 1, K, P, P, True, 0.0, (1, 1), 4, 16, 32, pairs=True)
         behind = BehindFrame.of(spec).slopes + P * -(-P // 2) * K + spec.lanes
-        assert spec.pooled_rows + max(behind, C * high * high // 2 + 1) <= spec.scratch
+        assert spec.pool_buffer + max(behind, C * high * high // 2 + 1) <= spec.scratch
 
 
 def test_few_images_are_predicted_in_float32():

@@ -18,10 +18,12 @@ from half_cases import equals_float32, reads_what_was_written
 from jit_cases import equals_float64, equals_float64_as_first_layer, poisoned
 from pool_cases import POOLS
 
-from convolt.engines import JIT
-from convolt.layers import Conv2d, Flatten, LeakyReLU, MaxPool2d, ReLU
+from convolt.engines import JIT, Loops
+from convolt.layers import Conv2d, Dense, Flatten, LeakyReLU, MaxPool2d, ReLU
+from convolt.losses import CrossEntropy
 from convolt.model import Model
 from convolt.params import Params
+from convolt.recipe import Recipe
 from convolt.rng import SampleRng
 
 FORCED = [unit for unit in UNITS if unit != "amx"]
@@ -108,3 +110,31 @@ def test_the_image_before_a_pool_is_not_kept():
         found[activation] = sizes[1] - sizes[0]
     unpooled = 4 * 64 * 32 * 32  # bytes of an image
     assert found[ReLU()] <= found[LeakyReLU(0.1)] - 64 * unpooled
+
+
+@pytest.mark.parametrize("pool", [MaxPool2d(2), MaxPool2d(3, 2, 1)])
+def test_depthwise_kernels_take_no_pool(pool):
+    """They have none, and products with one channel of depth are slower than a pool by itself."""
+    model = Model((20, 8, 8), (Conv2d(20, 20, 3, padding=1, groups=20), ReLU(), pool, Flatten()))
+    stages = JIT(threads=1).explain(model, "fp32", 4).stages
+    assert any("pooling:max_pool" in stage.kernels for stage in stages)
+    assert any("depthwise" in stage.reason for stage in stages)
+
+
+@pytest.mark.parametrize("pool", [MaxPool2d(2), MaxPool2d(3, 2, 1)], ids=["side by side", "overlapping"])
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("unit", [None, *FORCED])
+def test_a_number_that_is_none_stays_one(unit, channels, pool):
+    """As in the engine that defines what is right: in whichever tap, through ReLU, and backward."""
+    model = Model((channels, 8, 8), (Conv2d(channels, 16, 3, padding=1), ReLU(), pool, Flatten(), Dense(256, 3)))
+    x = np.random.default_rng(0).normal(size=(3, *model.input_shape)).astype(np.float32)
+    x[0, 0, 1, 2] = np.nan
+    x[1] = np.inf
+    found = []
+    for engine, precision in ((Loops(), "fp64"), (JIT(threads=1, unit=unit), "bf16" if unit else "fp32")):
+        executor = engine.executor(model, Params.init(model, 0, np.float32), Recipe(precision=precision))
+        with np.errstate(invalid="ignore"):
+            logits = executor.predict(x)
+            result = executor.loss_and_grads(x, np.array([0, 1, 2]), CrossEntropy(), 1.0, SampleRng(0, 0, np.arange(3)))
+        found.append((np.isfinite(logits).all(axis=1).tolist(), bool(np.isfinite(result.loss))))
+    assert found[0] == found[1] == ([False, False, True], False)

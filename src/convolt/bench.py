@@ -11,7 +11,7 @@ the first weights (a batch that is learned by heart computes other numbers than 
 does not count: it brings this contender's threads and data back.
 
 Speed is also given in FLOPs of the model (see ``flops``) and as a part of the measured peak. A figure above the peak,
-even if every 3x3 convolution went by Winograd's algorithm, means that the measurement is wrong, and is flagged.
+even if every convolution took the fewest products that can do, means that the measurement is wrong, and is flagged.
 """
 
 import math

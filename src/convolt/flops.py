@@ -68,9 +68,9 @@ def _work(layers: tuple[Layer, ...], shape: Shape, prefix: str, needed: bool) ->
 
 
 def _needed(layer: Layer) -> Fraction:
-    """The least part of the products, in any engine: along an axis, two outputs of n taps take n + 1 (Winograd 1980).
+    """The least part of the products where outputs are made two by two, as engines here do at most.
 
-    Of a 3x3 convolution with stride 1 that is 16 instead of 36 for 2x2 outputs.
+    Along an axis two outputs of n taps take n + 1 products (Winograd 1980): with 3x3 taps 16 instead of 36 for four.
     """
     if not isinstance(layer, Conv2d) or layer.geometry.stride != (1, 1) or layer.groups > 1:
         return Fraction(1)

@@ -21,7 +21,9 @@ from convolt.engines.jit.pixels import (
     activated,
     element_pointer,
     for_blocks,
+    largest,
     let_through,
+    number_of,
     number_pointer,
     on_pixels,
 )
@@ -78,8 +80,9 @@ def apply(spec: NormSpec) -> Any:
                 ]
                 best = values[0]
                 if len(taps) > 1:
-                    best, winners = _largest(floats, values)
-                    b.store(winners, builder.gep(codes, [place]))
+                    found = [largest(floats, vectors) for vectors in zip(*values, strict=True)]
+                    best = [value for value, _ in found]
+                    b.store([winner for _, winner in found], builder.gep(codes, [place]))
                 best = [activated(floats, value, spec.slope) for value in best]
                 if spec.skip is not None:
                     others = b.load(floats.at(skip, place))
@@ -197,23 +200,8 @@ def _normalized(floats: Floats, values: list[Any], scale: list[Any], shift: list
     return [floats.multiply_add(*three) for three in zip(values, scale, shift, strict=True)]
 
 
-def _largest(floats: Floats, taps: list[list[Any]]) -> tuple[list[Any], list[Any]]:
-    """The largest of each channel, the first of equals, and the number of its tap."""
-    builder, best = floats.builder, taps[0]
-    winners = [_code(floats, 0)] * len(best)
-    for number, values in enumerate(taps[1:], start=1):
-        better = [builder.fcmp_ordered(">", value, old) for value, old in zip(values, best, strict=True)]
-        winners = [builder.select(b, _code(floats, number), old) for b, old in zip(better, winners, strict=True)]
-        best = [builder.select(*choice) for choice in zip(better, values, best, strict=True)]
-    return best, winners
-
-
-def _code(floats: Floats, number: int) -> Any:
-    return ir.Constant(ir.VectorType(I8, floats.lanes), [I8(number)] * floats.lanes)
-
-
 def _is(floats: Floats, codes: Any, number: int) -> Any:
-    return floats.builder.icmp_unsigned("==", codes, _code(floats, number))
+    return floats.builder.icmp_unsigned("==", codes, number_of(floats, number))
 
 
 def _outer_slopes(spec: NormSpec, b: Block, dy: Any, y: Any) -> list[Any]:

@@ -128,7 +128,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
     taps = window.R * window.S
     weight, bias, folding = filters(plan, operation)
     packed, pack = packed_filters(plan, operation, spec, weight)
-    codes = _codes(plan, operation)
+    codes = _codes(plan, operation, spec)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(spec.scratch))
     forward = [*folding, pack, plan.by_image(label, "conv:conv_forward", spec, *arguments)]
 
@@ -188,10 +188,10 @@ def packed_filters(plan: Plan, operation: Operation, spec: ConvSpec, weight: Arg
     return packed, _pack(plan, f"{operation.label} pack", spec, weight, packed, turned=False)
 
 
-def _codes(plan: Plan, operation: Operation) -> Argument:
+def _codes(plan: Plan, operation: Operation, spec: ConvSpec) -> Argument:
     """Where a fused pool keeps which tap won; 0 without one."""
     size = plan.capacity * math.prod(operation.output.shape)
-    return 0 if operation.pool is None else plan.address(f"codes {operation.names[0]}", size, np.uint8)
+    return plan.address(f"codes {operation.names[0]}", size, np.uint8) if spec.pooled else 0
 
 
 def _pack(plan: Plan, label: str, spec: ConvSpec, weight: Argument, packed: Address, turned: bool) -> Task:
@@ -284,7 +284,7 @@ def conv_by_winograd(plan: Plan, operation: Operation, spec: ConvSpec) -> Served
         winograd, forward_chunks = WinogradSpec(replace(spec, images=images)), -(-plan.capacity // images)
     weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", winograd.packed)
-    codes = _codes(plan, operation)
+    codes = _codes(plan, operation, spec)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(winograd.scratch))
 
     def transformed(what: str, spec: WinogradSpec, turned: bool, to: Address) -> Task:
@@ -371,7 +371,7 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     taps = spec.window.R * spec.window.S
     weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
-    codes = _codes(plan, operation)
+    codes = _codes(plan, operation, spec)
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
     forward = [
         *folding,

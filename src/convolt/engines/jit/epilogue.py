@@ -13,7 +13,17 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes, source_of
-from convolt.engines.jit.pixels import Block, activated, for_blocks, let_through, number_pointer, on_pixels
+from convolt.engines.jit.pixels import (
+    Block,
+    activated,
+    for_blocks,
+    largest,
+    let_largest_through,
+    let_through,
+    number_of,
+    number_pointer,
+    on_pixels,
+)
 from convolt.engines.jit.vectors import I8, I32, I64, Floats, carried_loop, for_vectors
 
 LANES = 16  # of pairs of pixels, the right operands of blocks
@@ -292,22 +302,14 @@ def max_of(spec: MaxOf) -> Any:
             source, offsets = floats.pointer(args[0]), floats.pointer(args[1])
             output = number_pointer(builder, args[2], spec.half)
             code = builder.inttoptr(args[3], I8.as_pointer())
-            kind = ir.VectorType(I8, spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
-                best = floats.load(floats.at(source, offset, spec.places[0]), used)
-                winner = ir.Constant(kind, [I8(0)] * spec.lanes)
-                for tap, place in enumerate(spec.places[1:], start=1):
-                    value = floats.load(floats.at(source, offset, place), used)
-                    better = builder.fcmp_ordered(">", value, best)
-                    winner = builder.select(better, ir.Constant(kind, [I8(tap)] * spec.lanes), winner)
-                    best = builder.select(better, value, best)
+                taps = [floats.load(floats.at(source, offset, place), used) for place in spec.places]
+                best, winner = largest(floats, taps)
                 if spec.bias:
                     best = builder.fadd(best, floats.load(floats.at(offsets, offset), used))
                 if spec.relu:
-                    dead = builder.fcmp_ordered("<=", best, floats.zero)
-                    winner = builder.select(dead, ir.Constant(kind, [I8(spec.dead)] * spec.lanes), winner)
-                    best = builder.select(dead, floats.zero, best)
+                    best, winner = let_largest_through(floats, best, winner, number_of(floats, spec.dead))
                 floats.store(numbers.stored(best, spec.half), floats.at(output, offset), used)
                 if spec.codes:
                     floats.store(winner, builder.gep(code, [offset]), used)

@@ -273,6 +273,8 @@ def _pool_obstacle(before: Operation, operation: Operation) -> str:
     pool, window = cast(MaxPool2d, operation.layer), cast(MaxPool2d, operation.layer).geometry
     if before.kind not in ("Conv2d", "BatchNorm2d") or before.adds:
         return f"{'a residual sum' if before.adds else before.kind} takes no max-pool"
+    if isinstance(before.layer, Conv2d) and 1 < before.layer.groups == before.layer.out_channels:
+        return "a depthwise convolution takes none: its kernels write all pixels of a row at once"
     if before.kind == "BatchNorm2d" and (window.kernel != window.stride or pool.padding != (0, 0)):
         return "its windows overlap or are padded, and a BatchNorm stands before it"
     if before.activation is not None and not isinstance(before.activation, ReLU):

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
-from convolt.engines.jit.vectors import F32, I16, I32, I64, Floats, carried_loop
+from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop
 
 F64 = ir.DoubleType()
 
@@ -142,3 +142,32 @@ def let_through(floats: Floats, dy: Any, y: Any, slope: float) -> Any:
     builder = floats.builder
     less = floats.zero if slope == 0 else builder.fmul(dy, floats.constant(slope))
     return builder.select(builder.fcmp_ordered(">", y, floats.zero), dy, less)
+
+
+def beats(floats: Floats, value: Any, best: Any) -> Any:
+    """Where a max-pool takes ``value`` for ``best``: it is larger, or a NaN, which no later value replaces."""
+    builder = floats.builder
+    return builder.or_(builder.fcmp_ordered(">", value, best), builder.fcmp_unordered("uno", value, value))
+
+
+def largest(floats: Floats, taps: Sequence[Any]) -> tuple[Any, Any]:
+    """The largest of some vectors, lane by lane, the first of equals, and its number in bytes."""
+    builder, best = floats.builder, taps[0]
+    winner = number_of(floats, 0)
+    for tap, value in enumerate(taps[1:], start=1):
+        better = beats(floats, value, best)
+        winner = builder.select(better, number_of(floats, tap), winner)
+        best = builder.select(better, value, best)
+    return best, winner
+
+
+def number_of(floats: Floats, tap: int, element: Any = I8) -> Any:
+    """The same integer in every lane."""
+    return ir.Constant(ir.VectorType(element, floats.lanes), [element(tap)] * floats.lanes)
+
+
+def let_largest_through(floats: Floats, best: Any, winner: Any, dead: Any) -> tuple[Any, Any]:
+    """ReLU of it: where that is closed zero, and ``dead`` for its tap."""
+    builder = floats.builder
+    closed = builder.fcmp_ordered("<=", best, floats.zero)
+    return builder.select(closed, floats.zero, best), builder.select(closed, dead, winner)

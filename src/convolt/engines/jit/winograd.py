@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.filtering import Axis, Piece
 from convolt.engines.jit.kernels.winograd_specs import Written
-from convolt.engines.jit.pixels import activated
+from convolt.engines.jit.pixels import activated, largest, let_largest_through, number_of
 from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors
 
 Transformed = tuple[Iterator[Any], list[Any]]
@@ -309,7 +308,11 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
                     values = [pixel for row in along for pixel in columns.outputs(floats, list(row))]
                     shift = floats.load(floats.at(offsets, offset), used) if finish.bias else None
                     if finish.pooled:
-                        best, winner = _largest(floats, finish, values, shift)
+                        best, winner = largest(floats, values)
+                        if shift is not None:
+                            best = builder.fadd(best, shift)
+                        if finish.slope == 0:
+                            best, winner = let_largest_through(floats, best, winner, number_of(floats, finish.dead))
                         floats.store(best, floats.at(target, offset, builder.mul(t, I64(spec.pixel))), used)
                         floats.store(winner, builder.gep(code, [builder.add(offset, own)]), used)
                         return []
@@ -332,20 +335,3 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
         return types.void(*[types.int64] * 4), generate
 
     return kernel
-
-
-def _largest(floats: Floats, finish: Finish, values: list[Any], shift: Any) -> tuple[Any, Any]:
-    """The largest, the first of equals, with bias and ReLU; and which it was, or that ReLU let nothing through."""
-    builder, kind = floats.builder, ir.VectorType(I8, floats.lanes)
-    best, winner = values[0], ir.Constant(kind, [I8(0)] * floats.lanes)
-    for tap, value in enumerate(values[1:], start=1):
-        better = builder.fcmp_ordered(">", value, best)
-        winner = builder.select(better, ir.Constant(kind, [I8(tap)] * floats.lanes), winner)
-        best = builder.select(better, value, best)
-    if shift is not None:
-        best = builder.fadd(best, shift)
-    if finish.slope == 0:
-        dead = builder.fcmp_ordered("<=", best, floats.zero)
-        winner = builder.select(dead, ir.Constant(kind, [I8(finish.dead)] * floats.lanes), winner)
-        best = builder.select(dead, floats.zero, best)
-    return best, winner

@@ -88,7 +88,7 @@ def _forward_in_pairs(spec: ConvSpec) -> Callable[..., None]:
     whole, rest = divmod(spec.filters, block)
     full, tail = _forward_block(spec, block), _forward_block(spec, rest or block)
     images, groups, rows, x_size = spec.images, spec.groups, spec.y.H, spec.x.size
-    ready, scratch_size, begin = rounded(x_size, spec.lanes), spec.scratch, spec.pooled_rows
+    ready, scratch_size, begin = rounded(x_size, spec.lanes), spec.scratch, spec.pool_buffer
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -145,7 +145,7 @@ def conv_backward(spec: ConvSpec) -> Callable[..., None]:
     bias, K = spec.bias, spec.K
     part = spec.window.R * spec.window.S * spec.channels * K
     x_size, bare = spec.x.size, spec.x.H * spec.x.W * spec.x.C
-    rows_offset = spec.pooled_rows
+    rows_offset = spec.pool_buffer
     framed_size = slope_frame(spec).size
     gaps = wants_dx and not spec.add and not covers(spec)
 

@@ -20,7 +20,17 @@ from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, ConvSpec, Frame, PoolSpec
 from convolt.engines.jit.memory import view
-from convolt.engines.jit.pixels import Block, element_pointer, for_blocks, number_pointer, on_pixels, splat
+from convolt.engines.jit.pixels import (
+    Block,
+    beats,
+    element_pointer,
+    for_blocks,
+    let_largest_through,
+    number_of,
+    number_pointer,
+    on_pixels,
+    splat,
+)
 from convolt.engines.jit.vectors import F32, I64, Floats, carried_loop
 
 VECTORS = 2  # of a block of channels
@@ -157,23 +167,22 @@ def _largest(spec: PoolSpec) -> Window:
 
     def window(b: Block, x: Any, y: Any, others: list[Any], taps: "_Taps") -> None:
         floats, builder = b.floats, b.floats.builder
-        numbers, kind = Bf16Lanes(floats, native=spec.native), ir.VectorType(codes, floats.lanes)
-        lowest, none = floats.constant(-math.inf), ir.Constant(kind, None)
+        numbers, lowest = Bf16Lanes(floats, native=spec.native), floats.constant(-math.inf)
+        nobody = number_of(floats, DEAD, codes)
 
         def tap(place: Any, number: Any, held: list[Any]) -> list[Any]:
             best, winners, here = held[: len(b.used)], held[len(b.used) :], splat(floats, number, codes)
             values = b.load(floats.at(x, place))
-            better = [builder.fcmp_ordered(">", value, old) for value, old in zip(values, best, strict=True)]
+            better = [beats(floats, value, old) for value, old in zip(values, best, strict=True)]
             best = [builder.select(*choice) for choice in zip(better, values, best, strict=True)]
             return best + [builder.select(won, here, old) for won, old in zip(better, winners, strict=True)]
 
-        found = taps.each([*[lowest] * len(b.used), *[none] * len(b.used)], tap)
+        first = splat(floats, taps.first, codes)
+        found = taps.each([*[lowest] * len(b.used), *[first] * len(b.used)], tap)
         best, winners = found[: len(b.used)], found[len(b.used) :]
         if spec.relu:
-            dead = [builder.fcmp_ordered("<=", value, floats.zero) for value in best]
-            nobody = ir.Constant(kind, [codes(DEAD)] * floats.lanes)
-            best = [builder.select(gone, floats.zero, value) for gone, value in zip(dead, best, strict=True)]
-            winners = [builder.select(gone, nobody, winner) for gone, winner in zip(dead, winners, strict=True)]
+            opened = [let_largest_through(floats, *pair, nobody) for pair in zip(best, winners, strict=True)]
+            best, winners = [value for value, _ in opened], [winner for _, winner in opened]
         b.put(best, y, narrow=numbers if spec.y.half else None)
         if spec.codes:
             b.store(winners, element_pointer(builder, others[0], codes))
@@ -198,7 +207,7 @@ def _to_winner(spec: PoolSpec) -> Window:
 
         taps.each([], tap)
         if spec.bias:
-            nobody = ir.Constant(ir.VectorType(codes, floats.lanes), [codes(DEAD)] * floats.lanes)
+            nobody = number_of(floats, DEAD, codes)
             alive = [builder.icmp_unsigned("!=", winner, nobody) for winner in winners] if spec.relu else []
             added = [builder.select(a, g, floats.zero) for a, g in zip(alive, slopes, strict=True)] if alive else slopes
             b.put(added, floats.pointer(others[1]), adds=True)
@@ -211,7 +220,7 @@ class _Taps:
 
     def __init__(self, floats: Floats, spec: PoolSpec, pitch: int, first: Any, rows: Any, columns: Any) -> None:
         self._floats, self._spec, self._pitch = floats, spec, pitch
-        self._first, self._rows, self._columns = first, rows, columns
+        self.first, self._rows, self._columns = first, rows, columns
 
     def each(self, start: list[Any], tap: Callable[[Any, Any, list[Any]], list[Any]]) -> list[Any]:
         """``values = tap(offset in elements, tap number, values)`` for each."""
@@ -220,7 +229,7 @@ class _Taps:
         def row(r: Any, held: list[Any]) -> list[Any]:
             def column(s: Any, values: list[Any]) -> list[Any]:
                 place = builder.add(builder.mul(r, I64(self._pitch)), builder.mul(s, I64(C)))
-                number = builder.add(builder.add(self._first, builder.mul(r, I64(S))), s)
+                number = builder.add(builder.add(self.first, builder.mul(r, I64(S))), s)
                 return tap(place, number, values)
 
             return carried_loop(builder, self._columns, held, column)

@@ -112,8 +112,8 @@ class ConvSpec:
     """Everything a convolution kernel is compiled for.
 
     y: where the output goes (after the pool). slope: of the activation's negative side, 1 for none, 0 for ReLU.
-    pool: kernel of the fused max-pool whose windows lie side by side, (1, 1) for none; windows: those of one where they
-    overlap or are padded. images: of one chunk. add: whether dx is added.
+    pool: kernel of the fused max-pool whose windows lie side by side, (1, 1) for none; windows: those of any other one,
+    which overlap, are padded, lie apart or fit no tile. images: of one chunk. add: whether dx is added.
     unit: what multiplies on tiles. pairs: dot products multiply pairs of bf16 numbers. codes: whether the pool keeps
     which tap won. half_dy, half_dx: whether these are bf16. bands, stripes: parts of the output's rows and of the
     filters into which forward cuts the images of a chunk, each a chunk then.
@@ -175,8 +175,8 @@ class ConvSpec:
 
     @property
     def depthwise(self) -> bool:
-        """Whether every channel has one filter of its own, and nothing is pooled behind."""
-        return 1 < self.groups == self.x.C == self.K and not self.pooled
+        """Whether every channel has one filter of its own."""
+        return 1 < self.groups == self.x.C == self.K
 
     @property
     def sparse(self) -> bool:
@@ -233,14 +233,14 @@ class ConvSpec:
         return round_up(self.channels, self.lanes)
 
     @property
-    def pooled_rows(self) -> int:
+    def pool_buffer(self) -> int:
         """Elements of the rows that a max-pool takes together, of one block of filters."""
         return self.pooling.R * self.Q * VECTORS * self.lanes
 
     @property
     def scratch(self) -> int:
         """Elements of scratch memory for each thread: rows to pool, and the framed dy of one image."""
-        rows = self.pooled_rows + self.framed.size + VECTORS * self.lanes
+        rows = self.pool_buffer + self.framed.size + VECTORS * self.lanes
         if self.pairs:  # x and dy in bf16, as ``kernels.pairs`` lays them out
             rows += self.x.size + self.framed.size // 2 + self.P * -(-self.Q // 2) * self.K + 3 * WORDS_APART
         return max(rows, 4 * self.x.size) if self.sparse else rows

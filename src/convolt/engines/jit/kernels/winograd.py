@@ -4,17 +4,19 @@
     dx         the same on the framed dy, with filters turned around and transposed
     dw         du = v^T d over the tiles,  d = A dy A^T,  at the end  dw = G^T du G
 
-The transforms are ``engines.jit.winograd``, longer filters are cut into pieces (``filtering``). A block of some 64
-tiles passes through all of them while it lies in the L2 cache. Parts of du are added up in chunk order before they are
-transformed back. With a dilation the pixels that one tap meets are an image of their own, of every dilation-th row and
-column. Error: a few times that of the sum over taps, since all factors are halves and the sums four terms long.
+The transforms are ``engines.jit.winograd``, longer filters are cut into pieces (``filtering``). A block of tiles (some
+64 of 16 planes) passes through all of them while it lies in the L2 cache. Parts of du are added up in chunk order
+before they are transformed back. With a dilation the pixels that one tap meets are an image of their own, of every
+dilation-th row and column. Error: a few times that of the sum over taps, since all factors are 1 or halves and sums
+short.
 
 Cost: 2 planes K C P Q / 4 FLOPs for each image and each of the three, for 3x3 taps (16 planes) 4/9 of what they take,
 for 5x5 (49) and 7x7 (100) half; bytes: so many transformed numbers for 4 pixels, written and read within the cache.
 
 With bf16 dot products v, u and d are rounded, once, after they are transformed in float32; m, du and all else stay in
-float32. A product's operands are sums of four terms or two, so the error is 5/3 of that of the rounded taps (of their
-variance, along each axis). Pairs lie along the sum: of channels in v and u, of tiles in v and d for dw.
+float32. A product's operands are sums of four terms or two, so the variance of the error, along each axis, is 5/3 of
+that of the rounded taps, and twice that in pieces of two taps. Pairs lie along the sum: of channels in v and u, of
+tiles in v and d for dw.
 """
 
 from collections.abc import Callable
