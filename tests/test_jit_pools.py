@@ -28,7 +28,7 @@ from convolt.rng import SampleRng
 
 FORCED = [unit for unit in UNITS if unit != "amx"]
 FEW, BLOCKS, TILES, WINOGRAD = list(POOLS)[:4]
-QUICK = {("fp32", FEW), ("fp32", BLOCKS), ("fp32", WINOGRAD), ("fma", TILES), ("fma", FEW), ("dot", WINOGRAD)}
+QUICK = {("fp32", FEW), ("fp32", BLOCKS), ("fp32", WINOGRAD), ("fma", TILES), ("dot", WINOGRAD)}
 
 
 def some(units):
@@ -123,7 +123,7 @@ def test_depthwise_kernels_take_no_pool(pool):
 
 @pytest.mark.parametrize("pool", [MaxPool2d(2), MaxPool2d(3, 2, 1)], ids=["side by side", "overlapping"])
 @pytest.mark.parametrize("channels", [3, 16])
-@pytest.mark.parametrize("unit", [None, *FORCED])
+@pytest.mark.parametrize("unit", [None, *(pytest.param(unit, marks=pytest.mark.slow) for unit in FORCED)])
 def test_a_number_that_is_none_stays_one(unit, channels, pool):
     """As in the engine that defines what is right: in whichever tap, through ReLU, and backward."""
     model = Model((channels, 8, 8), (Conv2d(channels, 16, 3, padding=1), ReLU(), pool, Flatten(), Dense(256, 3)))

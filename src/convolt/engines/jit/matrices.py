@@ -92,7 +92,7 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
         wide_chunks = -(-layer.in_features // wide_run)
         dy = plan.slope(target)
         slopes = [
-            plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db),
+            plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db, x),
             plan.whole(f"{label} turn", "dense_tiles:turn", back, 1, dy, rows, turned_rows, largest + FLOAT * chunks),
         ]
 
@@ -212,7 +212,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
         dx: Argument = plan.slope(source) if back.wants_dx else 0
         dy = plan.slope(target)
-        slopes = plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db)
+        slopes = plan.whole(f"{label} slopes", "dense:dense_slopes", back, 1, y, dy, db, x)
 
         def products(what: str, spec: DenseSpec) -> Task:
             arguments = (x, weight, dy, dw, dx, plan.scratch(dense_panel(spec)))

@@ -28,7 +28,7 @@ from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv_rows import register_rows
 from convolt.engines.jit.kernels.dense_specs import DensePackSpec, DenseSpec, dense_panel
-from convolt.engines.jit.kernels.specs import BLOCK, FLOAT, VECTORS, WIDE, round_up
+from convolt.engines.jit.kernels.specs import BF16, BLOCK, FLOAT, VECTORS, WIDE, round_up
 from convolt.engines.jit.memory import copy, view
 from convolt.engines.jit.transpose import Transpose, transpose
 
@@ -73,7 +73,8 @@ def _part(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         first = FLOAT * chunk * run
         x, c = arguments[1] + first, arguments[3] + FLOAT * chunk * N * columns
         if arguments[5]:
-            view(arguments[5] + FLOAT * chunk, (1,), np.int32)[0] = largest(x, N, inputs, all_inputs)
+            count = min(view(arguments[0], (1,), np.int64)[0], N)
+            view(arguments[5] + FLOAT * chunk, (1,), np.int32)[0] = largest(x, count, inputs, all_inputs)
         if packed:
             panel = arguments[2] + first * row
         else:
@@ -233,11 +234,13 @@ def _dot_panel(spec: DenseSpec, depth: int) -> Callable[[int, int, int, int, int
 
 
 def dense_slopes(spec: DenseSpec) -> Callable[..., None]:
-    """The gradient before the activation and db: arguments: state, y, dy (changed in place), db. One chunk.
+    """The gradient before the activation and db: arguments: state, y, dy (changed in place), db, x. One chunk.
 
-    Rows of samples that are not in the batch become zero.
+    Rows of samples that are not in the batch become zero, in x too: dw is a product with all rows, and zero times what
+    a larger batch or another tensor has left there may be no number.
     """
     N, outputs, bias, slope, accumulate = spec.N, spec.outputs, spec.bias, np.float32(spec.slope), spec.accumulate
+    row_bytes = (BF16 if spec.half else FLOAT) * spec.inputs
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
@@ -248,6 +251,7 @@ def dense_slopes(spec: DenseSpec) -> Callable[..., None]:
         for n in range(N):
             if n >= count:
                 dy[n, :] = np.float32(0)
+                view(arguments[4] + n * row_bytes, (row_bytes,), np.uint8)[:] = np.uint8(0)
             elif slope != np.float32(1):
                 for o in range(outputs):
                     dy[n, o] = dy[n, o] if y[n, o] > np.float32(0) else dy[n, o] * slope

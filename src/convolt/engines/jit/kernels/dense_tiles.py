@@ -99,7 +99,7 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         packed = rows + weights_bytes
         view(x, (panel_bytes + weights_bytes,), np.uint8)[:] = np.uint8(0)
         first = chunk * run
-        for n in range(N):
+        for n in range(view(arguments[0], (1,), np.int64)[0]):
             if half:
                 _move(arguments[1] + BF16 * (n * all_inputs + first), x + BF16 * n * row, inputs)
             else:
