@@ -43,6 +43,7 @@ from jit_mutants_fp32 import ONE_PASS as ONE_PASS_FP32
 from jit_mutants_half import HALF
 from jit_mutants_pairs import PAIRS as OF_PAIRS
 from jit_mutants_windows import WINDOWS
+from jit_scratch import needs_no_scratch_of_others
 from pool_cases import POOLS
 
 from convolt.engines import JIT
@@ -85,6 +86,7 @@ def _pool(case: Rounded, unit: str) -> None:
         equals_pytorch(JIT(threads=2), "fp32", case)
         equals_float64(case, unit)
         equals_float64_as_first_layer(case, unit)
+    needs_no_scratch_of_others(case, unit)
 
 
 def _half(case: Case, unit: str) -> None:

@@ -50,5 +50,13 @@ WINDOWS = (
     JitMutant(
         "another image's place", TILES, "def conv_forward(", "own + unpooled_at + (", "own + unpooled_at - (", TOGETHER
     ),
+    JitMutant(
+        "images that are not there",
+        "kernels/tiles_shifted.py",
+        "def conv_backward(",
+        "min(together, max(0, last - chunk * images))",
+        "together",
+        TOGETHER,
+    ),
     JitMutant("slopes of another image", PLANES, "def conv_backward(", "0 if windows else image", "image", FEW),
 )

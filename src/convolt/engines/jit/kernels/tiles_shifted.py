@@ -54,7 +54,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     image_bytes, pairs_bytes = BF16 * spec.spacing * spec.wide, spec.copies * spec.pairs_bytes
     runs, run_bytes = spec.copies * spec.channels // TILE, 2 * PAIR * spec.pairs
     even = conv.x.rows * conv.x.columns % 2 == 0  # of an odd frame the second copy leaves a pair out, and that is read
-    filled_bytes = spec.images * 2 * PAIR * spec.spacing // 2 if even else 0
+    image_filled = 2 * PAIR * spec.spacing // 2 if even else 0
     turned_bytes, bare = spec.turned_bytes, conv.x.H * conv.x.W * conv.x.C
     unpooled_at = scratch - FLOAT * conv.unpooled_size
     image_pairs, wide, spacing = 2 * BF16 * TILE * spec.spacing // 2, spec.wide, spec.spacing
@@ -68,12 +68,13 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
         turned = pairs + pairs_bytes
         rest = turned + turned_bytes
         view(own, (slopes_bytes,), np.uint8)[:] = np.uint8(0)
-        for i in range(runs):  # behind the last image, where the last step reads
-            view(pairs + i * run_bytes + filled_bytes, (run_bytes - filled_bytes,), np.uint8)[:] = np.uint8(0)
+        last = min((chunk + 1) * images, count)
+        filled = min(together, max(0, last - chunk * images)) * image_filled
+        for i in range(runs):  # behind the last image of the first group, where its last step reads
+            view(pairs + i * run_bytes + filled, (run_bytes - filled,), np.uint8)[:] = np.uint8(0)
         dw, db = arguments[7] + FLOAT * chunk * part, arguments[8] + FLOAT * chunk * K
         if bias:
             view(db, (K,), np.float32)[:] = np.float32(0)
-        last = min((chunk + 1) * images, count)
         if last <= chunk * images:
             view(dw, (part,), np.float32)[:] = np.float32(0)
         for first in range(chunk * images, last, together):
