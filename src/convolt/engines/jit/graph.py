@@ -274,9 +274,9 @@ def _pool_obstacle(before: Operation, operation: Operation) -> str:
     if before.kind not in ("Conv2d", "BatchNorm2d") or before.adds:
         return f"{'a residual sum' if before.adds else before.kind} takes no max-pool"
     if isinstance(before.layer, Conv2d) and 1 < before.layer.groups == before.layer.out_channels:
-        return "a depthwise convolution takes none: its kernels write all pixels of a row at once"
+        return "depthwise kernels pool nothing"
     if before.kind == "BatchNorm2d" and (window.kernel != window.stride or pool.padding != (0, 0)):
-        return "its windows overlap or are padded, and a BatchNorm stands before it"
+        return "its windows overlap or are padded"
     if before.activation is not None and not isinstance(before.activation, ReLU):
         return "the activation before it is no ReLU"
     _, H, W = operation.inputs[0].shape

@@ -203,7 +203,7 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
 
 
 def _windows_spread(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
-    """The same behind a pool whose windows overlap: slopes meet in a pixel and are added up."""
+    """The same behind any other pool: where windows overlap, slopes meet in a pixel and are added up."""
     unpool_windows = unpool_image(behind(spec, slope_frame(spec)))
 
     @inlined

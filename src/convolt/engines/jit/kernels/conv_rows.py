@@ -70,13 +70,8 @@ def pooled_rows(spec: ConvSpec, columns: int) -> Callable[[Any, int, int, int, i
     """The same of a pooled y. Rows that the next windows see as well are moved up."""
     row, pool, windows = output_row(spec, columns, c_row=columns), _pool_rows(spec, columns), spec.pooling
     row_step, line = spec.number * spec.window.stride_h * spec.x.pitch, spec.Q * columns
-    R, stride, padding, P, shared = (
-        windows.R,
-        windows.stride_h,
-        windows.top,
-        spec.P,
-        max(0, windows.R - windows.stride_h),
-    )
+    R, stride, padding, P = windows.R, windows.stride_h, windows.top, spec.P
+    shared = max(0, R - stride)
 
     @inlined
     def run(

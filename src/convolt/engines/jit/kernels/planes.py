@@ -137,7 +137,7 @@ def conv_backward(spec: PlaneBackSpec) -> Callable[..., None]:
 
 @inlined
 def _as_they_are(arguments: Any, image: int, scratch: int) -> Any:
-    """Where no windows overlap."""
+    """Without such a pool."""
     return arguments
 
 

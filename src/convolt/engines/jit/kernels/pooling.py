@@ -125,7 +125,7 @@ def pool_behind(conv: ConvSpec) -> Callable[[int, int, int, int], None]:
 
 @inlined
 def _no_pool(x: int, y: int, codes: int, image: int) -> None:
-    """Where no windows overlap."""
+    """Where there is no such pool."""
 
 
 def unpool_image(spec: PoolSpec) -> Callable[[int, int, int, int, int], None]:
@@ -145,7 +145,7 @@ def unpool_image(spec: PoolSpec) -> Callable[[int, int, int, int, int], None]:
 def unpooled_slopes(conv: ConvSpec) -> Callable[[Any, int, int], Any]:
     """``prepare(arguments, image, scratch)``: arguments for the slopes of ``conv.before_pool``, whose image is 0.
 
-    Behind a pool whose windows overlap, slopes meet in a pixel: they are added up in float32, in scratch memory.
+    Where windows overlap, slopes meet in a pixel: they are added up in float32, in scratch memory.
     """
     unpool_windows = unpool_image(replace(behind(conv, conv.unpooled), bias=False))
 

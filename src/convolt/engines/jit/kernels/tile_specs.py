@@ -115,7 +115,7 @@ class TileSpec:
 
     @property
     def unpooled_bytes(self) -> int:
-        """One image's output in front of a pool whose windows overlap; none without."""
+        """One image's output in front of a pool with ``windows``; none without."""
         return FLOAT * self.conv.unpooled_size
 
 
