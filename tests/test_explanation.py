@@ -85,6 +85,7 @@ def test_reasons_of_bf16(unit):
     [
         ((Conv2d(8, 4, 3), BatchNorm2d(4), MaxPool2d(3, 2)), "not fused: its windows overlap or are padded"),
         ((Conv2d(8, 8, 3, groups=8), MaxPool2d(2)), "not fused: depthwise kernels pool nothing"),
+        ((Conv2d(8, 4, 3, groups=4), LeakyReLU(0.1), MaxPool2d(2)), "not fused: the activation before it is no ReLU"),
         ((Conv2d(8, 4, 3), LeakyReLU(0.1), MaxPool2d(2)), "not fused: the activation before it is no ReLU"),
         ((Conv2d(8, 4, 3), ReLU(), LeakyReLU(0.1)), "not fused: an activation is there already"),
         ((Conv2d(8, 4, 3), LeakyReLU(-1.0)), "not fused: the sign of its output does not tell that of its input"),

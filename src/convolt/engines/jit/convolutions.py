@@ -62,8 +62,9 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
     """What a convolution's kernels are compiled for."""
     layer, source = cast(Conv2d, operation.layer), operation.inputs[0]
     _, P, Q = layer.output_shape(source.shape)
-    windows = Windowing.of(operation.pool) if operation.pool is not None else Windowing(1, 1, 1, 1, 0, 0, 1, 1)
-    apart = windows == Windowing(windows.R, windows.S, windows.R, windows.S, 0, 0, 1, 1)
+    kernel = (1, 1) if operation.pool is None else operation.pool.geometry.kernel
+    windows = Windowing.side_by_side(kernel) if operation.pool is None else Windowing.of(operation.pool)
+    aligned = windows == Windowing.side_by_side(kernel)
     return ConvSpec(
         x=Frame.of(source),
         y=Frame.of(operation.output),
@@ -74,14 +75,14 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         Q=Q,
         bias=layer.bias or operation.norm is not None,
         slope=operation.slope,
-        pool=(windows.R, windows.S) if apart else (1, 1),
+        pool=kernel if aligned else (1, 1),
         images=plan.images,
         lanes=plan.isa.lanes,
         registers=plan.isa.registers,
         wants_dx=source in plan.learning,
         half_dy=operation.output.half_slope,
         half_dx=source.half_slope,
-        windows=None if apart else windows,
+        windows=None if aligned else windows,
     )
 
 

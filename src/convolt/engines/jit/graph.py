@@ -273,7 +273,8 @@ def _pool_obstacle(before: Operation, operation: Operation) -> str:
     pool, window = cast(MaxPool2d, operation.layer), cast(MaxPool2d, operation.layer).geometry
     if before.kind not in ("Conv2d", "BatchNorm2d") or before.adds:
         return f"{'a residual sum' if before.adds else before.kind} takes no max-pool"
-    if isinstance(before.layer, Conv2d) and 1 < before.layer.groups == before.layer.out_channels:
+    conv = before.layer
+    if isinstance(conv, Conv2d) and 1 < conv.groups == conv.in_channels == conv.out_channels:
         return "depthwise kernels pool nothing"
     if before.kind == "BatchNorm2d" and (window.kernel != window.stride or pool.padding != (0, 0)):
         return "its windows overlap or are padded"

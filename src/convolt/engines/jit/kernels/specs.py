@@ -101,6 +101,11 @@ class Windowing:
         (top, _), (left, _) = window.pads
         return cls(*window.kernel, *window.stride, top, left, *window.dilation)
 
+    @classmethod
+    def side_by_side(cls, kernel: tuple[int, int]) -> "Windowing":
+        """Windows of this size that neither overlap nor leave pixels between them."""
+        return cls(*kernel, *kernel, 0, 0, 1, 1)
+
 
 def round_up(size: int, multiple: int) -> int:
     """The smallest multiple that is not less than ``size``."""
@@ -151,7 +156,7 @@ class ConvSpec:
     @property
     def pooling(self) -> Windowing:
         """Its windows, whatever they are like; single pixels without one."""
-        return self.windows or Windowing(*self.pool, *self.pool, 0, 0, 1, 1)
+        return self.windows or Windowing.side_by_side(self.pool)
 
     @property
     def unpooled(self) -> Frame:
@@ -165,8 +170,8 @@ class ConvSpec:
 
     @property
     def before_pool(self) -> "ConvSpec":
-        """The convolution whose output, or the gradient of it, is that image."""
-        return replace(self, y=self.unpooled, windows=None)
+        """The convolution whose output, or the gradient of it, is that image; itself without such a pool."""
+        return self if self.windows is None else replace(self, y=self.unpooled, windows=None)
 
     @property
     def merged(self) -> bool:

@@ -103,7 +103,7 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
     shape, done = configure(product(spec)), release(conv.unit)
     gather = columns_of_planes(spec) if conv.x.planar else gather_rows(spec)
     (whole, rest), windows = divmod(conv.K, BLOCK), conv.windows is not None
-    finished = replace(spec, conv=conv.before_pool) if windows else spec
+    finished = replace(spec, conv=conv.before_pool)
     full, tail = finish_group(finished, BLOCK), finish_group(finished, rest or BLOCK)
     pool = pool_behind(conv)
     images, together, rows_together, P = conv.images, spec.group_images, spec.group_rows, conv.P

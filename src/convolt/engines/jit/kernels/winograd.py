@@ -14,9 +14,9 @@ Cost: 2 planes K C P Q / 4 FLOPs for each image and each of the three, for 3x3 t
 for 5x5 (49) and 7x7 (100) half; bytes: so many transformed numbers for 4 pixels, written and read within the cache.
 
 With bf16 dot products v, u and d are rounded, once, after they are transformed in float32; m, du and all else stay in
-float32. A product's operands are sums of four terms or two, so the variance of the error, along each axis, is 5/3 of
-that of the rounded taps, and twice that in pieces of two taps. Pairs lie along the sum: of channels in v and u, of
-tiles in v and d for dw.
+float32. A product's operands are sums of four terms or two: along each axis the variance of the error is 5/3 of that of
+the rounded taps in a piece of three taps, and 2 of it in a piece of two. Pairs lie along the sum: of channels in v and
+u, of tiles in v and d for dw.
 """
 
 from collections.abc import Callable
@@ -63,12 +63,9 @@ def forward(spec: WinogradSpec) -> Callable[..., None]:
     together, bands = tiles.images, tiles.high // tiles.rows
     transformed = spec.planes(tiles)
     inputs, products = _inputs(spec, tiles, transformed), _products(spec, tiles)
-    outputs, x_size, products_at = _outputs(spec, tiles), conv.x.size, transformed.size
-    residues, place_x, place_y = spec.residues, _residue(spec, conv.x), _residue(spec, conv.y)
-    pool, windows = pool_behind(conv), conv.windows is not None
-    if windows:
-        outputs = _outputs(WinogradSpec(conv.before_pool), tiles)
-        place_y = _residue(spec, conv.unpooled)
+    before_pool, x_size, products_at = WinogradSpec(conv.before_pool), conv.x.size, transformed.size
+    outputs, pool, windows = _outputs(before_pool, tiles), pool_behind(conv), conv.windows is not None
+    residues, place_x, place_y = spec.residues, _residue(spec, conv.x), _residue(spec, before_pool.conv.y)
     unpooled_at, unpooled_size = scratch - together * conv.unpooled_size, conv.unpooled.size
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
