@@ -361,7 +361,6 @@ COMPILED = frozenset(
         "gelu-silu-leaky",
         "pools in a row",
         "flatten-dense-relu-dense",
-        f"{Dense(200, 70)} of a batch",
         f"{Dense(70, 601)} of a batch",
         "residual identity",
         "residual in place on both sides",

@@ -62,7 +62,6 @@ from convolt.params import Params
 from convolt.recipe import Recipe
 from convolt.rng import SampleRng
 
-every_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 TILE_UNITS = tuple(unit for unit in UNITS if unit != "dot")
 every_unit = pytest.mark.parametrize("unit", TILE_UNITS)
 # The widest unit meets every case. The others share all kernels but the product itself: in every run they meet two.
@@ -108,7 +107,7 @@ def train(executor, batch, optimizer: Optimizer):
 # --- bits ------------------------------------------------------------------------------------------------------------
 
 
-@every_precision
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_threads_and_repetition_leave_the_bits(precision):
     """37 images are 13 chunks, the last of them a single image."""
     results = set()
@@ -121,7 +120,7 @@ def test_threads_and_repetition_leave_the_bits(precision):
     assert len(results) == 1
 
 
-@every_precision
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_plan_for_more_images_serves_fewer(precision):
     """Images behind the end of a batch are those of another batch: nothing may come of them."""
     recipe = Recipe(precision=precision)
@@ -176,7 +175,13 @@ def test_bf16_adds_gradients(name, unit):
     adds_gradients(JIT(threads=2, unit=unit), "bf16", TILES[name])
 
 
-@pytest.mark.parametrize("name", ["an odd width, channels that fill no tile", "few channels, wide filter, stride 2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "an odd width, channels that fill no tile",
+        pytest.param("few channels, wide filter, stride 2", marks=pytest.mark.slow),
+    ],
+)
 def test_large_filters_have_few_parts_of_their_gradient(name, monkeypatch):
     """A part is of more images then: as many as the kernel that adds them up believes."""
     monkeypatch.setattr(convolutions, "LARGE_PART", 100)

@@ -31,9 +31,8 @@ def test_half_equals_float32(name):
     equals_float32(HALF[name], ON_TILES, bare=False)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "direct rows" else pytest.mark.slow) for name in HALF]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALF)
 def test_half_behind_a_first_layer_equals_float32(name):
     equals_float32(HALF[name], ON_TILES, bare=True)
 

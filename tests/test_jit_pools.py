@@ -28,7 +28,7 @@ from convolt.rng import SampleRng
 
 FORCED = [unit for unit in UNITS if unit != "amx"]
 FEW, BLOCKS, TILES, WINOGRAD = list(POOLS)[:4]
-QUICK = {("fp32", FEW), ("fp32", BLOCKS), ("fp32", WINOGRAD), ("fma", TILES), ("dot", WINOGRAD)}
+QUICK = {("fp32", FEW), ("fp32", WINOGRAD), ("dot", WINOGRAD)}
 
 
 def some(units):

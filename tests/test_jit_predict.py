@@ -37,7 +37,7 @@ NET = Model(
         *(Flatten(), Dense(180, 33), ReLU(), Dense(33, 5)),
     ),
 )
-SIZES = (1, 2, 3, 5, 8, 9, 33, 1, 5)
+SIZES = (1, 3, 8, 33, 1, 5)  # each is a plan of its own to compile, 5 that of the steps before
 
 
 def images(model: Model, count: int, kind: type = np.uint8) -> np.ndarray:
@@ -67,7 +67,7 @@ def test_any_number_of_images_in_any_order(kind):
     for size in SIZES:
         x = images(NET, size, kind)
         assert_near(trained.predict(x), exact(NET, trained.params, x), TOLERANCE["fp32"], f"{size} images")
-    apart = images(NET, 9, kind)
+    apart = images(NET, 8, kind)
     np.testing.assert_array_equal(trained.predict(apart[::2]), trained.predict(apart[::2].copy()))
     trained.close()
 
@@ -98,7 +98,7 @@ def _restored(executor):
 
 
 @pytest.mark.parametrize("change", [_written, steps, _forward_alone, _restored], ids=lambda change: change.__name__)
-@pytest.mark.parametrize("size", [1, 9])
+@pytest.mark.parametrize("size", [1, 8])
 def test_predictions_follow_the_weights(change, size):
     x, executor = images(NET, size), executor_of(2)
     before = executor.predict(x)
@@ -115,7 +115,7 @@ def test_predictions_leave_training_alone():
     one, other = executor_of(2), executor_of(2)
     for _ in range(3):
         steps(one)
-        for size in (1, 9):
+        for size in (1, 8):
             other.predict(images(NET, size))
         steps(other)
     np.testing.assert_array_equal(one.params.flat, other.params.flat)

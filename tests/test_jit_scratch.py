@@ -39,7 +39,7 @@ def test_scratch_is_a_kernels_own(case: Case, unit: str | None):
 
 
 @pytest.mark.parametrize("unit", [None, *(pytest.param(unit, marks=pytest.mark.slow) for unit in FORCED)])
-@pytest.mark.parametrize("hidden", [8, 300])
+@pytest.mark.parametrize("hidden", [8, pytest.param(300, marks=pytest.mark.slow)])
 def test_what_was_no_number_is_gone_with_its_batch(unit, hidden):
     """Gradients of dense layers are products with all rows, also with those that a larger batch has left."""
     model = Model((3, 6, 6), (Conv2d(3, 16, 3), ReLU(), Flatten(), Dense(256, hidden), ReLU(), Dense(hidden, 5)))

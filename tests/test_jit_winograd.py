@@ -21,6 +21,10 @@ from convolt.recipe import Recipe
 from convolt.rng import SampleRng
 
 CASES = list(WINOGRAD.values())
+IN_EVERY_RUN = {
+    *("winograd, some channels of a vector, max-pool", "winograd, blocks of whole images"),
+    *("winograd, a filter in pieces", "winograd, dilation"),
+}
 
 
 def spec(channels=16, filters=16, size=8, kernel=3, stride=1, padding=1, dilation=1, groups=1, pool=1, slope=0.0):
@@ -45,7 +49,10 @@ def test_winograd(case, check):
     check(JIT(threads=2), "fp32", case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case.name in IN_EVERY_RUN else pytest.mark.slow) for case in CASES],
+)
 def test_memory_that_nobody_wrote_is_not_read(case):
     with poisoned():
         equals_pytorch(JIT(threads=2), "fp32", case)
@@ -162,7 +169,7 @@ def test_scratch_memory_holds_what_a_block_needs():
 # --- the pixels that won a pool --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", [None, "avx2", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("isa", [None, *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx2", "plain"))])
 @pytest.mark.parametrize("case", POOLED_FIRST.values(), ids=lambda case: case.name)
 def test_gradient_from_the_pixels_that_won(case, isa):
     engine = JIT(threads=2, isa=isa)
