@@ -19,7 +19,7 @@ TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5, "fp32-master64": 1e-5}  # of the loss
 SMALL = 1e-2
 ROUNDING = {"fp64": 0.0, "fp32": float(np.spacing(np.float32(8))), "fp32-master64": float(np.spacing(np.float32(8)))}
 
-SLOWLY_2, SLOWLY_3, SLOWLY_4 = (pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 3, 4))
+SLOWLY_3, SLOWLY_4 = (pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))
 
 
 def on_ranks(ranks: int, suite: str, folder: Path, limit: float = 100) -> dict:
@@ -63,7 +63,7 @@ def test_the_optimizer_is_sharded_where_that_sends_no_more():
     assert not Parallel(shard_optimizer=False).shards
 
 
-@pytest.mark.parametrize("ranks", [SLOWLY_2, 3, SLOWLY_4])
+@pytest.mark.parametrize("ranks", [2, SLOWLY_3, SLOWLY_4])
 def test_ranks_give_the_serial_curve(ranks, serial, tmp_path):
     assert_same(on_ranks(ranks, "quick", tmp_path / "ranks"), serial("quick"), "quick")
 
