@@ -277,8 +277,10 @@ def test_ratios_are_to_the_fastest_and_to_the_fastest_alike(monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("peak", "impossible"), [(1.01, False), (0.99, True)])
-def test_figure_above_the_peak_is_flagged(clock, peak, impossible):
+@pytest.mark.parametrize(
+    ("peak", "impossible", "remarks"), [(1.01 / WORKLOAD.needed_part, False, 0), (1.01, False, 1), (0.99, True, 0)]
+)
+def test_figure_above_the_peak_is_flagged(clock, peak, impossible, remarks):
     ceiling = Peak(peak * WORKLOAD.needed_part * WORKLOAD.flops / 1e9, 0.0)
     peaks = Peaks(1, ceiling, None, Peak(1, 1))
     report = bench(WORKLOAD, [contender("im2col", 1), contender("torch-bf16", 1)], 1, 0, peaks)
@@ -287,6 +289,8 @@ def test_figure_above_the_peak_is_flagged(clock, peak, impossible):
     assert fp32.peak_part == pytest.approx(1 / peak / WORKLOAD.needed_part)
     assert (bf16.peak_part, bf16.impossible) == (None, False)
     assert any("im2col is above the measured peak" in line for line in report.warnings()) is impossible
+    assert len(report.remarks()) == remarks
+    assert all(f"needs {WORKLOAD.needed_part:.0%} of them" in line for line in report.remarks())
 
 
 def test_peak_of_threads_is_not_less_than_that_of_one_core_times_their_number():

@@ -145,18 +145,32 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """All results of one workload. peer: the contender that the ratios are to. rounds: the order of each."""
+    """All results of one workload.
+
+    needed_part: of the FLOPs, what no algorithm in use spares. peer: the contender that the ratios are to. rounds: the
+    order of each.
+    """
 
     batch_size: int
     inference: bool
     threads: int
     parameters: int
     flops: int
+    needed_part: float
     peer: str | None
     results: tuple[Result, ...]
     rounds: tuple[tuple[str, ...], ...]
     load: Load
     peaks: Peaks | None
+
+    def remarks(self) -> tuple[str, ...]:
+        """Why a part of the peak may be above 100 %, where one is and it is possible."""
+        above = any((result.peak_part or 0.0) > 1 and not result.impossible for result in self.results)
+        text = (
+            "of peak: FLOPs are those of products tap by tap; by Winograd's algorithm this model needs "
+            f"{self.needed_part:.0%} of them, so up to {1 / self.needed_part:.0%} of the peak is possible"
+        )
+        return (text,) if above else ()
 
     def warnings(self) -> tuple[str, ...]:
         """What a reader must know before believing a figure."""
@@ -214,6 +228,7 @@ def bench(
         max((each.engine.threads for each in contenders), default=1),
         workload.model.parameter_count,
         workload.flops,
+        workload.needed_part,
         None if peer is None else peer.contender.name,
         tuple(results.values()),
         order,

@@ -201,6 +201,8 @@ def show(name: str, report: Report, absent: dict[str, str], console: Console) ->
     console.print(Text(f"{report.flops / 1e9:.3g} GFLOP a step, {report.parameters:,} parameters"))
     console.print(Text(f"medians of {rounds} rounds, {coverage:.1%} intervals"))
     console.print(contender_table(timed, report.peer))
+    for remark in report.remarks():
+        console.print(Text(remark))
     for result in report.results:
         if result.status != "timed":
             console.print(Text(f"{result.name}: {result.status}: {result.reason}", style="red"))
