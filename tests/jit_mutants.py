@@ -28,6 +28,7 @@ from jit_cases import (
     Rounded,
     equals_float64,
     equals_float64_as_first_layer,
+    few_predictions_equal_float64,
     forced_unit_is_taken,
     one_pass_gives_the_bits_of_two,
     overflow_leaves_the_weights,
@@ -38,6 +39,7 @@ from jit_cases import (
 from jit_kernels import check_conversion, check_product
 from jit_mutant import JitMutant
 from jit_mutants_bf16 import BF16, BLOCK_OF_C, CONVERSION, FASTEST, FORCED, ONE_PASS, OVERFLOW
+from jit_mutants_few import FEW, FEW_IN_BF16
 from jit_mutants_fp32 import FP32
 from jit_mutants_fp32 import ONE_PASS as ONE_PASS_FP32
 from jit_mutants_half import HALF
@@ -54,7 +56,7 @@ from convolt.optimizers import Adam
 
 # What a broken plan may raise besides a check's own AssertionError.
 BREAKDOWNS = (AssertionError, ValueError, IndexError, TypeError, KeyError, OverflowError, ConvoltError, RuntimeWarning)
-MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF, *WINDOWS)
+MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF, *WINDOWS, *FEW)
 REPRESENTATIVE = tuple(number for number, mutant in enumerate(MUTANTS) if mutant.quick)
 
 
@@ -111,6 +113,7 @@ JUDGES: dict[str, Callable[[str], None]] = {
     },
     ONE_PASS_FP32: _once(one_pass_gives_the_bits_of_two, Adam(lr=0.01), "fp32"),
     OVERFLOW: _once(overflow_leaves_the_weights, "bf16"),
+    FEW_IN_BF16: few_predictions_equal_float64,
     FASTEST: _once(unit_is_the_fastest),
     FORCED: _once(forced_unit_is_taken),
     BLOCK_OF_C: lambda unit: check_product(Compiler(detect()), unit, 20, 32, 24, 3, 2, "bias"),

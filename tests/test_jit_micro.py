@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jit_kernels import SENTINEL, available, integers, run, started
+from jit_kernels import SENTINEL, available, bf16, integers, run, started
 from numpy.lib.stride_tricks import as_strided
 
 from convolt.engines.jit.codegen import assembly
@@ -212,17 +212,18 @@ def dot_kernel(spec):
     return kernel
 
 
+@pytest.mark.parametrize("source", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("rows", "columns", "depth", "start", "relu"),
     [(1, 1, 1, "zero", False), (5, 3, 77, "bias", True), (4, 4, 64, "load", False), (2, 1, 15, "load", True)],
 )
-def test_dot(compiler, rows, columns, depth, start, relu):
+def test_dot(compiler, rows, columns, depth, start, relu, source):
     stride = depth + 3
     a, b = integers(rows * stride, 1).reshape(rows, stride), integers(columns * stride, 2).reshape(columns, stride)
     a[:, depth:] = b[:, depth:] = np.nan
     c, bias = np.full((rows, columns + 2), SENTINEL, np.float32), integers(columns, 3)
-    spec = Dot(rows, columns, depth, stride, stride, columns + 2, compiler.isa.lanes, start, relu)
+    spec = Dot(rows, columns, depth, stride, stride, columns + 2, compiler.isa.lanes, start, relu, source)
     expected = started(spec, c[:, :columns], bias) + a[:, :depth].astype(np.float64) @ b[:, :depth].T
-    run(compiler, dot_kernel, spec, a, b, c, bias)
+    run(compiler, dot_kernel, spec, a, bf16(b) if source == "bf16" else b, c, bias)
     np.testing.assert_array_equal(c[:, :columns], np.maximum(expected, 0) if relu else expected)
     assert (c[:, columns:] == SENTINEL).all()

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from engine_cases import TOLERANCE
+from engine_cases import TOLERANCE, UNITS
 from engine_checks import assert_near
+from jit_cases import few_predictions_equal_float64
 
 from convolt.engines import JIT, Im2col
 from convolt.engines.jit.compiler import Compiler
@@ -131,6 +132,11 @@ def test_what_was_predicted_is_the_callers_own():
     executor.predict(images(NET, 1))
     np.testing.assert_array_equal(first, kept)
     executor.close()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_few_images_are_predicted_with_dense_weights_in_bf16(unit):
+    few_predictions_equal_float64(unit)
 
 
 # --- 3x3 filters -----------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""The fp32 dot-product kernel: both operands contiguous along the sum.
+"""The dot-product kernel: both operands contiguous along the sum, which is in float32.
 
     C[i, j] = start + sum over k < depth of A[i*a_row + k] * B[j*b_row + k]
 
 The input gradient of a dense layer (dx = dy w^T), and its forward pass with weights [out, in], have this shape. Every
-element has a vector of partial sums; they are added across lanes once, at the end. `depth` may be anything: the last
-vectors are masked. rows * columns accumulators lie in registers: 5 x 5 on AVX-512, 3 x 4 on AVX2.
+element has a vector of partial sums; they are added across lanes once, at the end. B may be bf16: a product with few
+rows is bound by reading it. `depth` may be anything: the last vectors are masked. rows * columns accumulators lie in
+registers: 5 x 5 on AVX-512, 3 x 4 on AVX2.
 The order of the sum depends on `lanes`, not on the blocking.
 """
 
@@ -14,12 +15,13 @@ from typing import Any, Literal
 from numba import types
 from numba.extending import intrinsic
 
-from convolt.engines.jit.vectors import I64, Floats, carried_loop
+from convolt.engines.jit.bf16 import Bf16Lanes, Source
+from convolt.engines.jit.vectors import F32, I16, I64, Floats, carried_loop
 
 
 @dataclass(frozen=True)
 class Dot:
-    """Sizes and strides in elements, all constants; columns <= lanes. `start` as in `Gemm`."""
+    """Sizes and strides in elements, all constants; columns <= lanes. `start` as in `Gemm`; b: the format of B."""
 
     rows: int
     columns: int
@@ -30,6 +32,7 @@ class Dot:
     lanes: int
     start: Literal["zero", "load", "bias"] = "zero"
     relu: bool = False
+    b: Source = "fp32"
 
 
 def dot(spec: Dot) -> Any:
@@ -47,10 +50,13 @@ def dot(spec: Dot) -> Any:
 
 
 def _emit(spec: Dot, floats: Floats, a: Any, b: Any, c: Any, bias: Any) -> None:
-    a, b, c, bias = (floats.pointer(address) for address in (a, b, c, bias))
+    a, c, bias = (floats.pointer(address) for address in (a, c, bias))
+    b = floats.builder.inttoptr(b, (F32 if spec.b == "fp32" else I16).as_pointer())
+    numbers = Bf16Lanes(floats, native=False)  # widening is a shift everywhere
 
     def products(k: Any, sums: list[Any], used: int | None = None) -> list[Any]:
-        right = [floats.load(floats.at(b, j * spec.b_row, k), used) for j in range(spec.columns)]
+        count = spec.lanes if used is None else used
+        right = [numbers.load_float(floats.at(b, j * spec.b_row, k), spec.b, count) for j in range(spec.columns)]
         following = []
         for i in range(spec.rows):
             left = floats.load(floats.at(a, i * spec.a_row, k), used)

@@ -36,17 +36,33 @@ MOST_PACKED = 1 << 24  # weights of a dense layer that are kept a second time fo
 TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
 
 
-def reads_half(tensor: Tensor) -> bool:
+def reads_half(plan: Plan, tensor: Tensor) -> bool:
     """Whether all that read a tensor round it to bf16 anyway: dense layers on tiles."""
     return bool(tensor.readers) and all(
-        operation.kind == "Dense" and _weights(operation) >= TILES_PAY for operation in tensor.readers
+        operation.kind == "Dense" and not _obstacle(plan, operation) for operation in tensor.readers
     )
 
 
 def reads_pixels(plan: Plan, image: Tensor, features: Tensor) -> bool:
     """Whether flattening is left to weights that are packed for predictions: they may have any order of inputs."""
-    bare = not (plan.training or plan.units.dense is not None or any(image.border) or image.planar)
+    on_tiles = plan.units.dense is not None and not _few(plan)
+    bare = not (plan.training or on_tiles or any(image.border) or image.planar)
     return bare and bool(features.readers) and all(_is_packed(operation) for operation in features.readers)
+
+
+def _obstacle(plan: Plan, operation: Operation) -> str:
+    """Why a dense layer does not multiply in blocks of bf16; empty where it does."""
+    weights = _weights(operation)
+    if plan.units.dense is None:
+        return "fp32"
+    if weights < TILES_PAY:
+        return f"{weights:,} weights, bf16 pays from {TILES_PAY:,}"
+    return "weights in bf16, for blocks too few samples" if _few(plan) and _is_packed(operation) else ""
+
+
+def _few(plan: Plan) -> bool:
+    """Whether a plan is for predictions of a few samples."""
+    return not plan.training and plan.capacity < FEW_SAMPLES
 
 
 def _is_packed(operation: Operation) -> bool:
@@ -126,19 +142,20 @@ def dense_prediction(plan: Plan, operation: Operation) -> list[Task]:
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(operation.output)
-    few = N < FEW_SAMPLES
+    few = _few(plan)
+    unit = plan.units.dense if few and _weights(operation) >= TILES_PAY else None
     channels = 1 if source.image is None else source.image.shape[0]
-    spec = DensePackSpec(inputs, outputs, channels, plan.isa.lanes, panels=not few)
+    spec = DensePackSpec(inputs, outputs, channels, plan.isa.lanes, panels=not few, unit=unit)
     tasks: list[Task] = []
     packed: Argument = weight
-    if not few or channels not in (1, inputs):
-        packed = plan.address(f"filters {operation.names[0]}", spec.size)
+    if not few or unit is not None or channels not in (1, inputs):
+        packed = plan.address(f"filters {operation.names[0]}", spec.size, np.float32 if unit is None else np.uint16)
         chunks = -(-outputs // plan.isa.lanes)
         own = plan.scratch(plan.isa.lanes * inputs)
         tasks.append(plan.whole(f"{label} pack", "dense:pack", spec, chunks, weight, packed, own))
     if few:
         run = round_up(-(-outputs // RUNS), 4)
-        dots = _dense_spec(plan, operation, run)
+        dots = replace(_dense_spec(plan, operation, run), rounded=unit is not None)
         return [*tasks, plan.whole(label, "dense:dense_dots", dots, -(-outputs // run), x, packed, bias, y)]
     run = max(-(-inputs // RUNS), SHORT_RUN)
     products, chunks = replace(_dense_spec(plan, operation, run), packed=True), -(-inputs // run)
@@ -176,11 +193,11 @@ def dense(plan: Plan, operation: Operation) -> Served:
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
     weights, N = _weights(operation), plan.capacity
     unit = plan.units.dense
-    if unit is not None and weights >= TILES_PAY:
+    obstacle = _obstacle(plan, operation)
+    if unit is not None and not obstacle:
         operation.because(f"{UNITS[unit]}: bf16, {weights:,} weights")
         return dense_on_tiles(plan, operation, unit)
-    why = "fp32" if unit is None else f"{weights:,} weights, bf16 pays from {TILES_PAY:,}"
-    operation.because(f"{plan.isa.name} vectors: {why}")
+    operation.because(f"{plan.isa.name} vectors: {obstacle}")
     label = operation.label
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0

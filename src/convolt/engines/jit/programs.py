@@ -102,7 +102,7 @@ class Programs:
             if operation.kind == "Flatten" and reads_pixels(self.plan, operation.inputs[0], operation.output):
                 operation.output.image = operation.inputs[0]
             flat = operation.kind == "Flatten"
-            operation.output.half = units.dense is not None and flat and reads_half(operation.output)
+            operation.output.half = flat and reads_half(self.plan, operation.output)
         for operation in self._operations:
             keep_half(self.plan, operation.output)
         self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]

@@ -8,7 +8,8 @@ Forward has two ways. A batch splits the sum: a chunk is a run of inputs, whose 
 cache; ``dense_tiles.total`` then adds the chunks' parts in order, with bias and activation. Every number of x and W is
 read once, where blocks of outputs would read x again for each, more than the L3 cache gives. A few samples do not pay
 for a transpose: ``dense_dots`` multiplies rows of x and of W as they are, a chunk being a run of outputs. For
-predictions W is packed once, in panels and with its inputs in the order in which pixels lie, so nothing is flattened.
+predictions W is packed once, in panels and with its inputs in the order in which pixels lie, so nothing is flattened;
+for a few samples in rows, which in bf16 are half of what has to be read.
 
 Backward goes over blocks of 128 inputs: rows of 512 bytes, which the hardware fetches ahead. Those of x and of W are
 copied into the cache: left where they are, some kilobytes apart, they share few of its sets and drive one another out.
@@ -23,9 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from convolt.engines.jit.bf16 import source_of, to_bf16
 from convolt.engines.jit.dot import Dot, dot
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.inlined import inlined
+from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.conv_rows import register_rows
 from convolt.engines.jit.kernels.dense_specs import DensePackSpec, DenseSpec, dense_panel
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, FLOAT, VECTORS, WIDE, round_up
@@ -96,17 +99,23 @@ def pack(spec: DensePackSpec) -> Callable[..., None]:
     reorder = transpose(Transpose(channels, pixels, pixels, channels, lanes))
     across = transpose(Transpose(lanes, inputs, inputs, columns, lanes))
     rest = transpose(Transpose(outputs % lanes or lanes, inputs, inputs, columns, lanes))
-    plain = channels in (1, inputs)
+    plain, rounded = channels in (1, inputs), spec.unit is not None
+    narrow = to_bf16(inputs, lanes, converts(spec.unit or "fma"))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         first = chunk * lanes
+        count = min(lanes, outputs - first)
         rows = arguments[1] + FLOAT * first * inputs
         if not plain:
-            target = arguments[3] + FLOAT * thread * lanes * inputs if panels else arguments[2] + FLOAT * first * inputs
-            for row in range(min(lanes, outputs - first)):
+            own, place = arguments[3] + FLOAT * thread * lanes * inputs, arguments[2] + FLOAT * first * inputs
+            target = own if panels or rounded else place
+            for row in range(count):
                 reorder(rows + FLOAT * row * inputs, target + FLOAT * row * inputs)
             rows = target
-        if panels:
+        if rounded:
+            for row in range(count):
+                narrow(rows + FLOAT * row * inputs, arguments[2] + BF16 * (first + row) * inputs)
+        elif panels:
             place = arguments[2] + FLOAT * (first // columns * inputs * columns + first % columns)
             if first + lanes <= outputs:
                 across(rows, place)
@@ -168,7 +177,7 @@ def deep_rows(spec: Gemm, rows: int, depth: int, registers: int) -> Callable[[in
 
 def dense_dots(spec: DenseSpec) -> Callable[..., None]:
     """``y = act(x W^T + b)``; arguments: state, x, W, bias, y. A chunk is ``run`` outputs."""
-    N, inputs, outputs, run = spec.N, spec.inputs, spec.outputs, spec.run
+    N, inputs, outputs, run, number = spec.N, spec.inputs, spec.outputs, spec.run, _number(spec)
     slope, bias = np.float32(spec.slope), spec.bias
     panel = min(DEPTH_BLOCK, inputs)
     panels, rest = divmod(inputs, panel)
@@ -182,10 +191,11 @@ def dense_dots(spec: DenseSpec) -> Callable[..., None]:
         for n in range(N):
             for o in range(first, end):
                 y[n, o] = view(arguments[3], (outputs,), np.float32)[o] if bias else np.float32(0)
+        x, w = arguments[1], arguments[2]
         for block in range(panels):
-            whole(arguments[1] + FLOAT * block * panel, arguments[2] + FLOAT * block * panel, arguments[4], first, end)
+            whole(x + FLOAT * block * panel, w + number * block * panel, arguments[4], first, end)
         if rest:
-            last(arguments[1] + FLOAT * panels * panel, arguments[2] + FLOAT * panels * panel, arguments[4], first, end)
+            last(x + FLOAT * panels * panel, w + number * panels * panel, arguments[4], first, end)
         if slope != np.float32(1):
             for n in range(N):
                 for o in range(first, end):
@@ -195,14 +205,19 @@ def dense_dots(spec: DenseSpec) -> Callable[..., None]:
     return kernel
 
 
+def _number(spec: DenseSpec) -> int:
+    """Bytes of a number of W."""
+    return BF16 if spec.rounded else FLOAT
+
+
 def _dot_panel(spec: DenseSpec, depth: int) -> Callable[[int, int, int, int, int], None]:
     """``y[:, first:end] += x W^T`` over some inputs: ``panel(x, w, y, first, end)``."""
-    N, inputs, outputs = spec.N, spec.inputs, spec.outputs
+    N, inputs, outputs, w_row = spec.N, spec.inputs, spec.outputs, _number(spec) * spec.inputs
     row_blocks, row_rest = divmod(N, DOT_ROWS)
 
     def tile(rows: int, columns: int) -> Callable[[int, int, int, int], None]:
         found: Callable[[int, int, int, int], None] = dot(
-            Dot(rows, columns, depth, inputs, inputs, outputs, spec.lanes, start="load")
+            Dot(rows, columns, depth, inputs, inputs, outputs, spec.lanes, "load", b=source_of(spec.rounded))
         )
         return found
 
@@ -215,18 +230,18 @@ def _dot_panel(spec: DenseSpec, depth: int) -> Callable[[int, int, int, int, int
         while o + DOT_COLUMNS <= end:
             for block in range(row_blocks):
                 n = block * DOT_ROWS
-                main(x + FLOAT * n * inputs, w + FLOAT * o * inputs, y + FLOAT * (n * outputs + o), 0)
+                main(x + FLOAT * n * inputs, w + w_row * o, y + FLOAT * (n * outputs + o), 0)
             if row_rest:
                 n = row_blocks * DOT_ROWS
-                rest_main(x + FLOAT * n * inputs, w + FLOAT * o * inputs, y + FLOAT * (n * outputs + o), 0)
+                rest_main(x + FLOAT * n * inputs, w + w_row * o, y + FLOAT * (n * outputs + o), 0)
             o += DOT_COLUMNS
         while o < end:
             for block in range(row_blocks):
                 n = block * DOT_ROWS
-                edge(x + FLOAT * n * inputs, w + FLOAT * o * inputs, y + FLOAT * (n * outputs + o), 0)
+                edge(x + FLOAT * n * inputs, w + w_row * o, y + FLOAT * (n * outputs + o), 0)
             if row_rest:
                 n = row_blocks * DOT_ROWS
-                rest_edge(x + FLOAT * n * inputs, w + FLOAT * o * inputs, y + FLOAT * (n * outputs + o), 0)
+                rest_edge(x + FLOAT * n * inputs, w + w_row * o, y + FLOAT * (n * outputs + o), 0)
             o += 1
 
     found: Callable[[int, int, int, int, int], None] = panel

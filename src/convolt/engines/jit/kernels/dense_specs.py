@@ -25,7 +25,7 @@ class DenseSpec:
 
     accumulate: whether dw is added to what is there; add: whether dx is. wants_dw: whether the backward pass makes dw;
     without, it is made in one pass with the optimizer's step. half: whether x is bf16. unit: what multiplies bf16.
-    packed: whether W is given as ``DensePackSpec`` packs it, in panels.
+    packed: whether W is given as ``DensePackSpec`` packs it, in panels. rounded: whether W is bf16, for dots of rows.
     """
 
     N: int
@@ -43,6 +43,7 @@ class DenseSpec:
     half: bool = False
     unit: Unit = "fma"
     packed: bool = False
+    rounded: bool = False
 
     @property
     def panel_row(self) -> int:
@@ -55,7 +56,8 @@ class DenseSpec:
 class DensePackSpec:
     """W (outputs, inputs) packed for predictions, its inputs ordered as pixels of so many channels, (H, W, C).
 
-    panels: in panels of four vectors of outputs, (inputs, columns) each; else in rows, as W is.
+    panels: in panels of four vectors of outputs, (inputs, columns) each; else in rows, as W is. unit: what rounds rows
+    to bf16; None where they stay float32, as panels do.
     """
 
     inputs: int
@@ -63,6 +65,7 @@ class DensePackSpec:
     channels: int
     lanes: int
     panels: bool
+    unit: Unit | None = None
 
     @property
     def columns(self) -> int:
