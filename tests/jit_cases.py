@@ -15,7 +15,7 @@ import torch
 from engine_cases import UNITS, Case
 from engine_checks import Step, assert_near, executor_of, oracle_of, step_on
 
-from convolt.engines import JIT, Im2col
+from convolt.engines import JIT
 from convolt.engines.jit import buffers, plan, units
 from convolt.engines.jit.buffers import Buffer
 from convolt.engines.jit.isa import FP32, Units, detect
@@ -161,33 +161,6 @@ def equals_float64(case: Rounded, unit: str) -> None:
         data = case.deltas[:count], case.slopes()[:count], case.rng[:count]
         got, want = step_on(executor, *data), oracle_of(case.model, case.params(), *data)
         _sums_are_near(case, got, want, images.stop, unit)
-    executor.close()
-
-
-# Few of its images are predicted by rows of dense weights: in bf16, of pixels and in more than one part; in bf16, of
-# features; in float32.
-FEW = Model(
-    (3, 16, 16),
-    (
-        *(Conv2d(3, 18, 5, padding=2), ReLU(), MaxPool2d(2), Flatten()),
-        *(Dense(1152, 70), ReLU(), Dense(70, 301, bias=False), LeakyReLU(0.25), Dense(301, 5)),
-    ),
-)
-
-
-def few_predictions_equal_float64(unit: str) -> None:
-    """Of bf16 images and weights, to float32's sums; again after the weights have changed."""
-    params = Params.init(FEW, seed=3, dtype=np.float64)
-    params.flat[...] = rounded(params.flat)
-    executor = executor_of(JIT(threads=2, unit=unit), "bf16", FEW, params)
-    for factor in (1.0, -0.5):
-        params.flat[...] *= factor
-        executor.params.flat[...] = params.flat
-        executor.weights_changed()
-        for count in (1, 3, 7):
-            x = rounded(np.random.default_rng(count).normal(size=(count, *FEW.input_shape)))
-            want = executor_of(Im2col(), "fp64", FEW, params).predict(x)
-            assert_near(executor.predict(x), want, 2e-5, f"{count} images")
     executor.close()
 
 

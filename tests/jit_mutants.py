@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from engine_cases import CASES, Case
 from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
+from few_cases import few_predictions_equal_float64
 from half_cases import HALF as HALVES
 from half_cases import equals_float32, reads_what_was_written
 from jit_cases import (
@@ -28,7 +29,6 @@ from jit_cases import (
     Rounded,
     equals_float64,
     equals_float64_as_first_layer,
-    few_predictions_equal_float64,
     forced_unit_is_taken,
     one_pass_gives_the_bits_of_two,
     overflow_leaves_the_weights,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from engine_cases import TOLERANCE, UNITS
 from engine_checks import assert_near
-from jit_cases import few_predictions_equal_float64
+from few_cases import few_predictions_equal_float64
 
 from convolt.engines import JIT, Im2col
 from convolt.engines.jit.compiler import Compiler

@@ -3,6 +3,7 @@
 The contract is that of ``serve``, whose table leads here.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -34,6 +35,8 @@ BACKWARD_CHUNKS = 64  # of inputs, into which its backward pass is cut: fine eno
 UPDATE_PAYS = 1 << 16  # weights of a dense layer from which its gradient is made in the optimizer's pass
 MOST_PACKED = 1 << 24  # weights of a dense layer that are kept a second time for predictions
 TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
+BLOCKS_PAY: Mapping[Unit, int] = {"amx": 2, "dot": 8, "fma": 8}
+"""Predicted samples from which blocks of 32 rows beat rows of bf16 weights; for AMX by its bounds, not measured."""
 
 
 def reads_half(plan: Plan, tensor: Tensor) -> bool:
@@ -45,9 +48,12 @@ def reads_half(plan: Plan, tensor: Tensor) -> bool:
 
 def reads_pixels(plan: Plan, image: Tensor, features: Tensor) -> bool:
     """Whether flattening is left to weights that are packed for predictions: they may have any order of inputs."""
-    on_tiles = plan.units.dense is not None and not _few(plan)
-    bare = not (plan.training or on_tiles or any(image.border) or image.planar)
-    return bare and bool(features.readers) and all(_is_packed(operation) for operation in features.readers)
+    bare = not (plan.training or any(image.border) or image.planar)
+    return (
+        bare
+        and bool(features.readers)
+        and all(_is_packed(operation) and bool(_obstacle(plan, operation)) for operation in features.readers)
+    )
 
 
 def _obstacle(plan: Plan, operation: Operation) -> str:
@@ -57,12 +63,8 @@ def _obstacle(plan: Plan, operation: Operation) -> str:
         return "fp32"
     if weights < TILES_PAY:
         return f"{weights:,} weights, bf16 pays from {TILES_PAY:,}"
-    return "weights in bf16, for blocks too few samples" if _few(plan) and _is_packed(operation) else ""
-
-
-def _few(plan: Plan) -> bool:
-    """Whether a plan is for predictions of a few samples."""
-    return not plan.training and plan.capacity < FEW_SAMPLES
+    few = not plan.training and plan.capacity < BLOCKS_PAY[plan.units.dense] and _is_packed(operation)
+    return "weights in bf16, for blocks too few samples" if few else ""
 
 
 def _is_packed(operation: Operation) -> bool:
@@ -142,8 +144,8 @@ def dense_prediction(plan: Plan, operation: Operation) -> list[Task]:
     weight = plan.parameter(operation, "weight")
     bias = plan.parameter(operation, "bias") if layer.bias else 0
     x, y = plan.value(source), plan.value(operation.output)
-    few = _few(plan)
-    unit = plan.units.dense if few and _weights(operation) >= TILES_PAY else None
+    few = N < FEW_SAMPLES
+    unit = plan.units.dense if _weights(operation) >= TILES_PAY else None  # then few, or blocks would serve it
     channels = 1 if source.image is None else source.image.shape[0]
     spec = DensePackSpec(inputs, outputs, channels, plan.isa.lanes, panels=not few, unit=unit)
     tasks: list[Task] = []
