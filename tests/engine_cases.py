@@ -291,6 +291,7 @@ NETWORKS = (
     Case("conv-relu-pool", (1, 6, 7), (Conv2d(1, 3, 3, padding=1), ReLU(), MaxPool2d(2))),
     Case("conv-bn-relu", (2, 5, 4), (Conv2d(2, 3, 3, bias=False), BatchNorm2d(3), ReLU())),
     Case("conv-bn-relu-pool", (2, 6, 4), (Conv2d(2, 19, 3, padding=1), BatchNorm2d(19), ReLU(), MaxPool2d((3, 2)))),
+    Case("conv of one weight-bn", (3, 4, 5), (Conv2d(3, 6, 1, groups=3), BatchNorm2d(6), ReLU())),
     Case("conv-bn-pool", (2, 4, 4), (Conv2d(2, 3, 1), BatchNorm2d(3), MaxPool2d(2))),
     Case("conv-bn-relu-pool, a row left over", (2, 5, 4), (Conv2d(2, 3, 1), BatchNorm2d(3), ReLU(), MaxPool2d(2))),
     Case("conv-relu-bn", (2, 4, 4), (Conv2d(2, 3, 3), ReLU(), BatchNorm2d(3), LeakyReLU(0.1))),

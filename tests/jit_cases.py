@@ -15,6 +15,7 @@ import torch
 from engine_cases import UNITS, Case
 from engine_checks import Step, assert_near, executor_of, oracle_of, step_on
 
+from convolt.engine import Executor
 from convolt.engines import JIT
 from convolt.engines.jit import buffers, plan, units
 from convolt.engines.jit.buffers import Buffer
@@ -347,6 +348,7 @@ DEFERRED = Model(
 MATRIX = Model((1, 4, 8), (Flatten(), Dense(32, 512, bias=False)))  # whose gradient is all that is learned from
 
 
+WIDEST = JIT(threads=2, unit=UNITS[0])
 FULL = 40  # samples of a batch: every size has kernels of its own to compile
 
 
@@ -356,25 +358,27 @@ def batch_for(model: Model, size: int = FULL, seed: int = 0):
     return generator.integers(0, 256, (size, *model.input_shape), np.uint8), generator.integers(0, 256, size)
 
 
-def trained(optimizer: Optimizer, precision: str, scales=(1.0, 1.0, 1.0), sizes=(FULL, FULL, 29)):
+def trained(executor: Executor, optimizer: Optimizer, scales):
     """Losses, weights, state and predictions after steps of which the last has fewer samples."""
-    executor = JIT(threads=2, unit=UNITS[0]).executor(DEFERRED, None, Recipe(precision=precision))
     losses = []
-    for step, (scale, size) in enumerate(zip(scales, sizes, strict=True)):
-        x, y = batch_for(DEFERRED, size, step)
+    for step, (scale, size) in enumerate(zip(scales, (FULL, FULL, 29), strict=True)):
+        x, y = batch_for(executor.model, size, step)
         losses.append(executor.train_step(x, y, CrossEntropy(), scale / size, optimizer).loss)
     state = [array.tobytes() for _, array in sorted(executor.optimizer_state().items())]
-    predicted = executor.predict(batch_for(DEFERRED, 5)[0]).tobytes()
+    predicted = executor.predict(batch_for(executor.model, 5)[0]).tobytes()
     executor.close()
     return losses, executor.params.flat.tobytes(), state, predicted
 
 
-def one_pass_gives_the_bits_of_two(optimizer: Optimizer, precision: str, scales=(1.0, 1.0, 1.0)) -> None:
+def one_pass_gives_the_bits_of_two(
+    optimizer: Optimizer, precision: str, scales=(1.0, 1.0, 1.0), model: Model = DEFERRED, engine: JIT = WIDEST
+) -> None:
     """The same as where gradients are written to memory before the optimizer reads them."""
-    together = trained(optimizer, precision, scales)
+    recipe = Recipe(precision=precision)
+    together = trained(engine.executor(model, None, recipe), optimizer, scales)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Updater, "fuses", lambda self, optimizer: False)
-        assert trained(optimizer, precision, scales) == together
+        assert trained(engine.executor(model, None, recipe), optimizer, scales) == together
 
 
 def overflow_leaves_the_weights(precision: str) -> None:

@@ -72,6 +72,11 @@ def test_usage_error_is_one_line_with_the_nearest_name(args, parts, capsys):
         (click.BadParameter("not a number"), 2, "Invalid value: not a number See: convolt doctor --help"),
         (click.ClickException("no"), 1, "no"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            MemoryError("Unable to allocate 9 TiB"),
+            1,
+            f"out of memory (Unable to allocate 9 TiB); a smaller batch, images or layers need less: {cli.LESS_MEMORY}",
+        ),
     ],
 )
 def test_error_is_one_line(verb, error, code, line, capsys):

@@ -1,4 +1,3 @@
-import sys
 import warnings
 
 import numpy as np
@@ -7,7 +6,6 @@ import pytest
 import convolt as cv
 from convolt.cli.settings import defaults, merge, resolve
 from convolt.config import to_plain
-from convolt.engines import default_engine
 from convolt.layers import Dense, Flatten
 
 MODEL = cv.Model((1, 4, 4), (Flatten(), Dense(16, 2)))
@@ -37,11 +35,3 @@ def test_so_it_is_on_the_command_line():
     merge(settings, {"precision": "fp32-master64", "engine": {"threads": 1}}, "file")
     with pytest.warns(UserWarning, match="not jit, which has no precision fp32-master64"):
         assert resolve(settings).engine == cv.engines.Im2col(threads=1)
-
-
-def test_an_engine_that_cannot_be_imported_is_passed_over(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("convolt.engines.jit")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "llvmlite", None)
-    with pytest.warns(UserWarning, match="the engine is im2col; not jit: import of llvmlite"):
-        assert default_engine().NAME == "im2col"

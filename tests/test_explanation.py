@@ -110,6 +110,12 @@ def test_a_precision_that_an_engine_lacks_is_refused():
         Im2col(threads=1).explain(NET, "bf16")
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(batch_size):
+    with pytest.raises(EngineError, match=f"batch size must be at least 1; got {batch_size}"):
+        JIT(threads=1).explain(NET, batch_size=batch_size)
+
+
 def test_the_command_line_explains_instead_of_training(tmp_path, capsys):
     options = ["train", "--explain", "--engine", "jit", "--batch-size", "32", "--runs-dir", str(tmp_path / "runs")]
     assert main(options) == 0

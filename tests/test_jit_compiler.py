@@ -104,6 +104,26 @@ def test_a_cold_start_tells_its_progress(compiled, tmp_path):
     assert seen == [(0, 2, "scale"), (1, 2, "other"), (2, 2, "")]
 
 
+def test_damaged_files_are_missing_ones(compiled, tmp_path):
+    """They are told of and shared among processes as if they were not there."""
+    requests = [(scale, Scale(4)), (other, Scale(4))]
+    Compiler(ISA, tmp_path).kernels(requests)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"garbage")
+    seen, cache = [], Compiler(ISA, tmp_path)
+    cache.kernels(requests, lambda *line: seen.append(line))
+    assert [line[:2] for line in seen] == [(0, 2), (1, 2), (2, 2)]
+    assert cache.statistics.rebuilt == 2
+
+
+def test_a_folder_that_is_removed_meanwhile_is_done_without(compiled, tmp_path):
+    cache = Compiler(ISA, tmp_path / "jit")
+    cache.kernels([(scale, Scale(4))])
+    shutil.rmtree(tmp_path / "jit")
+    assert doubles(cache.kernels([(other, Scale(4))])[0])
+    assert cache.statistics.unsaved == 1
+
+
 def test_the_key_changes_with_everything_that_the_code_depends_on(tmp_path, monkeypatch):
     here = Compiler(ISA, tmp_path)
     keys = [
@@ -179,7 +199,8 @@ def test_a_valid_file_under_another_name_is_rebuilt(compiled, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_done_without(compiled, tmp_path):
     (tmp_path / "file").write_text("")
-    cache = Compiler(ISA, tmp_path / "file" / "jit")
+    with pytest.warns(UserWarning, match=r"every start: .*/file/jit cannot be made \(Not a directory\)"):
+        cache = Compiler(ISA, tmp_path / "file" / "jit")
     assert doubles(cache.kernel(scale, Scale(4)))
     assert cache.statistics.unsaved == 1
 
@@ -197,7 +218,8 @@ def test_a_full_disk_is_done_without(compiled, tmp_path, monkeypatch):
 def test_code_is_not_loaded_from_a_folder_that_others_can_write_to(compiled, tmp_path):
     Compiler(ISA, tmp_path).kernel(scale, Scale(4))
     tmp_path.chmod(0o777)
-    assert not Compiler(ISA, tmp_path).kernel(scale, Scale(4)).from_cache
+    with pytest.warns(UserWarning, match="run: chmod go-w"):
+        assert not Compiler(ISA, tmp_path).kernel(scale, Scale(4)).from_cache
     tmp_path.chmod(0o700)
     assert Compiler(ISA, tmp_path).kernel(scale, Scale(4)).from_cache
 

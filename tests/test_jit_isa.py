@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from convolt.engines import JIT
 from convolt.engines.jit import codegen, isa
 from convolt.engines.jit.isa import Isa, detect
 from convolt.errors import EngineError
@@ -40,6 +41,12 @@ def test_one_beyond_the_cpu_is_refused_with_what_is_missing():
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(EngineError, match="unknown isa 'avx-2'; did you mean 'avx2'"):
         detect("avx-2", SERVER)
+
+
+@pytest.mark.parametrize(("field", "value"), [("isa", "avx-2"), ("isa", 5), ("unit", "dots"), ("unit", 5)])
+def test_a_wrong_name_is_refused_before_anything_is_done(field, value):
+    with pytest.raises(EngineError, match=f"engine jit: unknown {field} {value!r}; .*valid: "):
+        JIT(**{field: value})
 
 
 def test_this_cpu_has_one_and_can_be_forced_to_each_that_it_has():

@@ -1,13 +1,22 @@
 """What the jit engine's planner finds: fusions, phases, and where memory is used again."""
 
+from itertools import product
+
 import numpy as np
 import pytest
+from engine_cases import CASES
 from engine_checks import assert_near
+from jit_cases import TILES
 
 from convolt import zoo
 from convolt.engines import JIT
+from convolt.engines.jit.buffers import SCRATCH, Address
+from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.graph import operations
-from convolt.engines.jit.phases import Task, grouped
+from convolt.engines.jit.isa import FP32, Units, detect
+from convolt.engines.jit.phases import Task, grouped, without_calls
+from convolt.engines.jit.programs import Programs
+from convolt.errors import EngineError
 from convolt.layers import AvgPool2d, BatchNorm2d, Conv2d, Flatten, LeakyReLU, MaxPool2d, ReLU, Residual
 from convolt.losses import MSE
 from convolt.model import Model
@@ -59,6 +68,39 @@ def test_pools_that_join_no_norm(behind):
 def test_two_readers_prevent_a_fusion():
     model = Model((2, 4, 4), (Conv2d(2, 2, 1), BatchNorm2d(2), Residual((ReLU(),))))
     assert labels(model, training=True)[:2] == ["0 Conv2d", "1 BatchNorm2d"]
+
+
+class Tanh(ReLU):
+    """A layer that the engine does not know."""
+
+
+def test_an_unknown_layer_is_named():
+    with pytest.raises(EngineError, match="layer 0: engine jit has no kernel for Tanh"):
+        JIT(threads=1).explain(Model((2, 4, 4), (Tanh(), Flatten())))
+
+
+# Kernels that write an image in the place of another, or a sum in that of one of its terms, when that is read last.
+IN_PLACE = {
+    *("conv:conv_backward", "winograd:backward", "normalization:normalize_backward"),
+    *("tiles_backward:conv_backward", "tiles_shifted:conv_backward", "planes:conv_backward"),
+    *("images:add", "images:add_backward"),
+}
+
+
+@pytest.mark.parametrize("units", [FP32, Units("dot", "dot"), Units("amx", "amx")], ids=str)
+def test_no_memory_has_two_meanings_in_a_kernel(units):
+    found, compiler = set(), Compiler(detect())
+    for case, training in product((*CASES, *TILES.values()), (False, True)):
+        model, grads = case.model, Params(case.model) if training else None
+        programs = Programs(model, Params(model), grads, case.batch, True, units, detect(), 2, compiler)
+        tasks = [*programs.forward_tasks]
+        tasks += [task for task, _ in programs.backward_tasks(accumulate=False)] if training else []
+        for task in without_calls(tasks):
+            given = [one for one in task.arguments[1:] if one]
+            kept = [one for one in given if not (isinstance(one, Address) and one.buffer.name == SCRATCH)]
+            if len(set(kept)) < len(kept):
+                found.add(task.factory)
+    assert found <= IN_PLACE
 
 
 def image(name: str, *addresses: int, chunks: int = 4) -> Task:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from engine_cases import UNITS
 from jit_cases import DEFERRED, OPTIMIZERS, batch_for, one_pass_gives_the_bits_of_two, overflow_leaves_the_weights
+from jit_kernels import available
 
 from convolt.engines import JIT, Loops
 from convolt.engines.jit.executor import SAFE
@@ -29,6 +30,14 @@ precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_pass_gives_the_bits_of_two(optimizer, precision):
     """An eighth of them in each precision, the others in the slow suite: each is kernels of its own to compile."""
     one_pass_gives_the_bits_of_two(optimizer, precision)
+
+
+@pytest.mark.parametrize("isa", ["plain", pytest.param("avx2", marks=pytest.mark.slow)])
+def test_one_pass_on_narrow_vectors(isa):
+    if isa not in [one.name for one in available()]:
+        pytest.skip(f"this CPU has no {isa}")
+    model = Model((1, 8, 64), (Flatten(), Dense(512, 258)))  # in blocks of 12 columns where a vector has four lanes
+    one_pass_gives_the_bits_of_two(Adam(lr=0.01), "fp32", model=model, engine=JIT(threads=2, isa=isa))
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])

@@ -33,6 +33,7 @@ VERBS = {
 }
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+LESS_MEMORY = "--batch-size, --micro-batch-size, or --set engine.checkpoint_segments=4 with the jit engine"
 
 
 class Verbs(click.Group):
@@ -90,7 +91,7 @@ def main(args: Sequence[str] | None = None) -> int:
         # The reader has left (convolt ... | head): what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    except (click.ClickException, ConvoltError, OSError) as error:
+    except (click.ClickException, ConvoltError, OSError, MemoryError) as error:
         if options.debug:
             raise
         return fail(error)
@@ -105,6 +106,8 @@ def fail(error: BaseException, who: str = "") -> int:
 
 
 def _message(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error or 'no size told'}); a smaller batch, images or layers need less: {LESS_MEMORY}"
     if not isinstance(error, click.ClickException):
         return str(error) or type(error).__name__
     context = error.ctx if isinstance(error, click.UsageError) else None

@@ -50,7 +50,7 @@ class Ranks:
         if error is None or isinstance(error, click.exceptions.Exit):
             self.comm.finalize()
             return
-        expected = isinstance(error, ConvoltError | OSError | click.ClickException | KeyboardInterrupt)
+        expected = isinstance(error, ConvoltError | OSError | MemoryError | click.ClickException | KeyboardInterrupt)
         code = int(ExitCode.ERROR)
         if self.comm.speaks_first():
             if self._debug or not expected:

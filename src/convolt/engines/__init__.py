@@ -63,13 +63,9 @@ def default_engine(precision: str = "fp32") -> Engine:
 
     Warns, with the reason, when it is not the fastest of all.
     """
-    reasons = []
+    reasons: list[str] = []
     for name in FASTEST_FIRST:
-        try:
-            cls = engine_class(name)
-        except ImportError as error:
-            reasons.append(f"{name}: {error}")
-            continue
+        cls = engine_class(name)
         if precision in cls.PRECISIONS:
             if reasons:
                 warnings.warn(f"the engine is {name}; not {'; not '.join(reasons)}", stacklevel=2)

@@ -18,9 +18,10 @@ from convolt.checks import check_integer
 from convolt.engine import Engine, EngineRecipe, Executor, resolve_threads
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.executor import JitExecutor
-from convolt.engines.jit.isa import FP32, Isa, Units, detect
+from convolt.engines.jit.isa import FP32, Isa, Units, check_isa, detect
 from convolt.engines.jit.programs import Programs
 from convolt.engines.jit.units import bf16_units, check_unit
+from convolt.errors import EngineError
 from convolt.explanation import Explanation
 from convolt.model import Model
 from convolt.params import Params
@@ -47,6 +48,7 @@ class JIT(Engine):
     def __post_init__(self) -> None:
         object.__setattr__(self, "threads", resolve_threads(self.threads))
         check_integer(self, "checkpoint_segments", at_least=0)
+        check_isa(self.isa)
         check_unit(self.unit)
 
     def executor(self, model: Model, params: Params | None, recipe: EngineRecipe) -> Executor:
@@ -59,6 +61,8 @@ class JIT(Engine):
     def explain(self, model: Model, precision: str = "fp32", batch_size: int = 128) -> Explanation:
         """Which kernel serves each stage, forward and backward, and why: the plan's own reasons. Raises EngineError."""
         self.check_precision(precision)
+        if batch_size < 1:
+            raise EngineError(f"engine jit: batch size must be at least 1; got {batch_size}")
         isa = detect(self.isa)
         units = self._units(precision, isa)
         params, grads = Params(model), Params(model)

@@ -26,6 +26,7 @@ import platform
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -115,6 +116,7 @@ class Compiler:
         self._jit = llvm.create_lljit_compiler(use_jit_link=True, suppress_errors=True)
         self._processes, self._bound, self._begin = processes, bound, begin
         self._kernels: dict[str, Kernel] = {}
+        self._damaged: set[str] = set()
         self._sources: dict[str, str] = {}
         self._environment = "\n".join(
             (
@@ -130,11 +132,8 @@ class Compiler:
         """
         wanted = list(requests)
         keys = [self.key(*request) for request in wanted]
-        missing = {
-            key: request
-            for key, request in zip(keys, wanted, strict=True)
-            if key not in self._kernels and not self._is_on_disk(key)
-        }
+        loaded = {key: self._load(key) for key in dict.fromkeys(keys) if key not in self._kernels}
+        missing = {key: request for key, request in zip(keys, wanted, strict=True) if loaded.get(key, b"") is None}
         workers, tell, total = self._workers(missing), progress or _log, len(missing)
         pairs, start, made = list(zip(keys, wanted, strict=True)), int(len(wanted) * self._begin), {}
         for key, (factory, spec) in pairs[start:] + pairs[:start]:
@@ -143,7 +142,7 @@ class Compiler:
             waiting = time.perf_counter()
             workers.claim(key)
             self.statistics.seconds += time.perf_counter() - waiting
-            made[key] = self.kernel(factory, spec)
+            made[key] = self.kernel(factory, spec, loaded.pop(key, None))
         if total:
             tell(total, total, "")
             self._prune()
@@ -156,14 +155,15 @@ class Compiler:
             return Workers(0, self.isa, Path(), {})
         return Workers(self._processes - 1, self.isa, self._folder, named)
 
-    def kernel(self, factory: Factory, spec: Any) -> Kernel:
-        """The kernel ``factory(spec)``, from memory, from disk, or compiled. Raises EngineError."""
+    def kernel(self, factory: Factory, spec: Any, code: bytes | None = None) -> Kernel:
+        """The kernel ``factory(spec)``, from memory, from disk, or compiled; code: from disk. Raises EngineError."""
         start = time.perf_counter()
         key = self.key(factory, spec)
         if key not in self._kernels:
-            code = self._load(key)
+            code = code or self._load(key)
             from_cache = code is not None
             if code is None:
+                self.statistics.rebuilt += key in self._damaged
                 code = self._compile(factory, spec)
             library = self._link(key, _name(factory), code)
             if not from_cache:
@@ -205,15 +205,12 @@ class Compiler:
             return None
         code = data[_DIGEST_BYTES:]
         if data[:_DIGEST_BYTES] != _checksum(key, code):
-            self.statistics.rebuilt += 1
+            self._damaged.add(key)
             return None
         self.statistics.loaded += 1
         with suppress(OSError):
             os.utime(self._folder / key)  # the least recently used are removed first
         return code
-
-    def _is_on_disk(self, key: str) -> bool:
-        return self._folder is not None and (self._folder / key).exists()
 
     def _prune(self) -> None:
         """Remove the least recently used files until the folder is within its bound.
@@ -223,9 +220,10 @@ class Compiler:
         if self._folder is None:
             return
         files = []
-        for path in self._folder.iterdir():
-            with suppress(OSError):
-                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        with suppress(OSError):  # who empties his cache meanwhile may do so
+            for path in self._folder.iterdir():
+                with suppress(OSError):
+                    files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         excess = sum(size for _, size, _ in files) - self._bound
         for _, size, path in sorted(files):
             if excess <= 0:
@@ -260,14 +258,18 @@ def _checksum(key: str, code: bytes) -> bytes:
 
 
 def _usable(folder: Path) -> Path | None:
-    """The folder, made if need be; None where it cannot be, or where someone else could put code into it."""
+    """The folder, made if need be; None, with a warning, where it cannot be or others could put code into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
-    except OSError:
-        return None
-    own = status.st_uid in {0, os.geteuid()} and not status.st_mode & 0o022
-    return folder if own else None
+    except OSError as error:
+        why = f"cannot be made ({error.strerror}); let XDG_CACHE_HOME name another one"
+    else:
+        if status.st_uid in {0, os.geteuid()} and not status.st_mode & 0o022:
+            return folder
+        why = f"is another user's or can be written by others; run: chmod go-w {folder}"
+    warnings.warn(f"kernels are compiled again at every start: their folder {folder} {why}", stacklevel=2)
+    return None
 
 
 def _name(factory: Factory) -> str:

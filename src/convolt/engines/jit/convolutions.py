@@ -94,7 +94,8 @@ def filters(plan: Plan, operation: Operation) -> tuple[Argument, Argument, Tasks
     if norm is None:
         return weight, bias, []
     K, row = layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.geometry.kernel)
-    folded, offset = (plan.address(f"folded {operation.names[0]}", size) for size in (K * row, K))
+    folded = plan.address(f"folded weight {operation.names[0]}", K * row)
+    offset = plan.address(f"folded bias {operation.names[0]}", K)
     affine = (plan.parameter(operation, key, layer=1) if norm.affine else 0 for key in ("weight", "bias"))
     running = (plan.statistic(operation, f"running_{key}", layer=1) for key in ("mean", "var"))
     spec, chunks = FoldSpec(layer.bias, norm.affine, norm.eps), -(-K // FILTERS_AT_ONCE)

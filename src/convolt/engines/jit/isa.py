@@ -18,7 +18,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import llvmlite.binding as llvm
 
@@ -79,6 +79,12 @@ def host_features() -> dict[str, bool]:
     return features
 
 
+def check_isa(forced: str | None) -> None:
+    """Raises EngineError for a name that no CPU has."""
+    if forced is not None and forced not in get_args(Name):
+        raise EngineError(f"engine jit: unknown isa {forced!r}; {nearest(str(forced), get_args(Name))}")
+
+
 def detect(forced: str | None = None, features: Mapping[str, bool] | None = None) -> Isa:
     """The widest instruction set of this CPU, or the one that is `forced`.
 
@@ -88,16 +94,15 @@ def detect(forced: str | None = None, features: Mapping[str, bool] | None = None
     possible = [name for name, required in REQUIRED.items() if required <= has]
     if forced is None:
         return _isa(possible[0], has)
-    for name in get_args(Name):
-        if name == forced:
-            if name not in possible:
-                missing = ", ".join(sorted(REQUIRED[name] - has))
-                raise EngineError(
-                    f"engine jit: isa={forced!r} needs CPU features that are missing here ({missing}); "
-                    f"use one of {', '.join(possible)}, or leave it out"
-                )
-            return _isa(name, has)
-    raise EngineError(f"engine jit: unknown isa {forced!r}; {nearest(forced, possible)}")
+    check_isa(forced)
+    name = cast(Name, forced)
+    if name not in possible:
+        missing = ", ".join(sorted(REQUIRED[name] - has))
+        raise EngineError(
+            f"engine jit: isa={forced!r} needs CPU features that are missing here ({missing}); "
+            f"use one of {', '.join(possible)}, or leave it out"
+        )
+    return _isa(name, has)
 
 
 def _isa(name: Name, has: frozenset[str]) -> Isa:

@@ -20,6 +20,7 @@ Types decide the width of a vector: an integer literal is an int64, so a loop th
 numbers should select among ``np.uint8(1)`` or ``np.float32(0)``, or it runs at an eighth of its speed.
 """
 
+from itertools import accumulate
 from typing import Any
 
 from llvmlite import ir
@@ -93,17 +94,17 @@ bits_of_float32 = _reinterpretation(types.float32, types.uint32)
 def copy(count: int) -> Any:
     """A function for kernels: ``move(source, target)`` copies `count` bytes between addresses, in whole vectors.
 
-    A rest is copied as 16, 32 or 64 bytes: up to 63 bytes behind both ends are read and overwritten.
+    The smallest is 16 bytes: up to 15 behind both ends are read and overwritten.
     """
-    whole, rest = divmod(count, 64)
-    sizes = [64] * whole + [next(size for size in (16, 32, 64) if size >= rest)] * (rest > 0)
+    whole, rest = divmod(-(-count // 16), 4)
+    sizes = [64] * whole + [[], [16], [32], [32, 16]][rest]
 
     @intrinsic
     def move(typingctx: Any, source: Any, target: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            for i, size in enumerate(sizes):
+            for size, start in zip(sizes, accumulate(sizes, initial=0), strict=False):
                 kind = ir.VectorType(ir.IntType(8), size).as_pointer()
-                offset = ir.Constant(ir.IntType(64), 64 * i)
+                offset = ir.Constant(ir.IntType(64), start)
                 value = builder.load(builder.inttoptr(builder.add(args[0], offset), kind), align=1)
                 builder.store(value, builder.inttoptr(builder.add(args[1], offset), kind), align=1)
             return context.get_dummy_value()

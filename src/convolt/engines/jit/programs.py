@@ -18,7 +18,7 @@ from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
-from convolt.engines.jit.serve import SERVICES, input_tasks
+from convolt.engines.jit.serve import input_tasks, serve
 from convolt.engines.jit.update import Updater
 from convolt.errors import ConfigError
 from convolt.explanation import Stage
@@ -105,7 +105,7 @@ class Programs:
             operation.output.half = flat and reads_half(self.plan, operation.output)
         for operation in self._operations:
             keep_half(self.plan, operation.output)
-        self._served = [SERVICES[operation.kind](self.plan, operation) for operation in self._operations]
+        self._served = [serve(self.plan, operation) for operation in self._operations]
         self._input_tasks = input_tasks(self.plan, start, byte_input, normalize)
         self._norms = [(one.names[0], math.prod(one.output.shape[1:])) for one in found if one.kind == "BatchNorm2d"]
         self._state = self.plan.state.data  # its words are written faster than the array's

@@ -27,6 +27,7 @@ from convolt.engines.jit.kernels.specs import (
 from convolt.engines.jit.matrices import dense
 from convolt.engines.jit.phases import Argument, Call, Served, Task, Tasks
 from convolt.engines.jit.plan import DropoutMask, Plan, address_of
+from convolt.errors import EngineError
 from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyReLU, MaxPool2d, Normalize
 
 
@@ -288,3 +289,10 @@ SERVICES: dict[str, Callable[[Plan, Operation], Served]] = {
     "Normalize": normalize,
     "Add": add,
 }
+
+
+def serve(plan: Plan, operation: Operation) -> Served:
+    """The tasks of an operation. Raises EngineError for a layer that this engine does not know."""
+    if operation.kind not in SERVICES:
+        raise EngineError(f"layer {operation.names[0]}: engine jit has no kernel for {operation.kind}")
+    return SERVICES[operation.kind](plan, operation)

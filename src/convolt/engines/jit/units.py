@@ -29,7 +29,7 @@ UNITS: Mapping[Unit, str] = {
 def check_unit(forced: str | None) -> None:
     """Raises EngineError for a name that no CPU has."""
     if forced is not None and forced not in get_args(Unit):
-        raise EngineError(f"engine jit: unknown unit {forced!r}; {nearest(forced, get_args(Unit))}")
+        raise EngineError(f"engine jit: unknown unit {forced!r}; {nearest(str(forced), get_args(Unit))}")
 
 
 def bf16_units(isa: Isa, forced: str | None) -> Units:
