@@ -372,6 +372,22 @@ def test_rates_of_stages():
     assert profile(executor, MODEL, x, SGD())[-1].gigabytes < update.gigabytes
 
 
+def test_rates_of_a_gradient_that_the_optimizer_makes():
+    times = (
+        StageTime("3 Dense", "backward", "", 0.004),
+        StageTime("update", "update", "", 0.001),
+        StageTime("3 Dense", "update", "dw+update", 0.002),
+    )
+    executor = SimpleNamespace(profile=lambda x, training: times)
+    backward, update, dense = profile(executor, MODEL, np.zeros((10, 1, 4, 4), np.uint8), Adam())
+    flops = {work.name: work for work in layer_work(MODEL)}["3"].forward_flops
+    assert backward.gflops == pytest.approx(10 * flops / 0.004 / 1e9)
+    assert dense.gflops == pytest.approx(10 * flops / 0.002 / 1e9)
+    assert backward.gigabytes == pytest.approx(4 * (10 * (8 + 3) + 27) / 0.004 / 1e9)
+    assert dense.gigabytes == pytest.approx(4 * (10 * (8 + 3) + 6 * 27) / 0.002 / 1e9)
+    assert update.gigabytes == pytest.approx(4 * 7 * (47 - 27) / 0.001 / 1e9)
+
+
 def test_engine_that_cannot_time_its_kernels_has_no_stages():
     report = bench(WORKLOAD, [altered("a")], rounds=1, slice_seconds=0, profiled=True)
     assert report.results[0].stages == ()

@@ -10,10 +10,11 @@ from convolt.engines import JIT, Im2col
 from convolt.engines.jit.isa import detect
 from convolt.engines.jit.units import UNITS as UNIT_NAMES
 from convolt.errors import EngineError
-from convolt.flops import training_flops
+from convolt.flops import layer_work, training_flops
 from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, LeakyReLU, MaxPool2d, ReLU
 from convolt.losses import CrossEntropy
 from convolt.model import Model
+from convolt.optimizers import SGD
 from convolt.recipe import Recipe
 
 NET = Model(
@@ -50,11 +51,23 @@ def test_what_is_explained_is_what_runs(precision):
     engine = JIT(threads=1, unit=UNITS[0])
     executor = engine.executor(NET, None, Recipe(precision=precision))
     x = np.zeros((6, *NET.input_shape), np.uint8)
-    executor.loss_and_grads(x, np.zeros(6, np.int64), CrossEntropy(), 1.0)
+    executor.train_step(x, np.zeros(6, np.int64), CrossEntropy(), 1 / 6, SGD(lr=0.1))
     ran = [(time.stage, time.direction) for time in executor.profile(x, training=True)]
     executor.close()
     stages = engine.explain(NET, precision, 6).stages
     assert set(ran) == {(stage.name, stage.direction) for stage in stages}
+
+
+def test_a_gradient_that_the_optimizer_makes_is_explained():
+    stages = JIT(threads=1).explain(zoo.mnist_cnn()).stages
+    found = {(stage.name, stage.direction): stage for stage in stages}
+    dense, norm = found["4-5 Dense+ReLU", "update"], found["gradient norm", "update"]
+    assert (dense.kernels, norm.kernels) == (("dense_update:update",), ("loss:square_sum",))
+    works = {work.name: work for work in layer_work(zoo.mnist_cnn())}
+    assert dense.flops == works["4"].forward_flops
+    assert found["4-5 Dense+ReLU", "backward"].flops == works["4"].forward_flops + works["5"].backward_flops
+    assert found["loss", "backward"].kernels == ("loss:cross_entropy",)
+    assert ("6 Dense", "update") not in found
 
 
 def test_reasons_of_float32():

@@ -32,6 +32,7 @@ from convolt.rng import SampleRng
 
 Array = NDArray[Any]
 PREDICT_BATCH = 256
+BEGINS = {"loss": "backward", "gradient norm": "update"}  # kernels with which a direction of a whole step begins
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie far apart, modulo 1
 SAFE = 1e15  # a gradient up to here is finite and so is the sum of its squares; beyond, it is looked at first
 
@@ -144,24 +145,38 @@ class JitExecutor(Executor):
         self._updater.load(state)
 
     def profile(self, x: Array, training: bool) -> tuple[StageTime, ...]:
-        """The programs of a step once more, on what is in their buffers; a phase's time is shared among its kernels."""
+        """The programs of the last step once more, on what is in their buffers.
+
+        A phase's time is shared among its kernels. The loss, which makes the first gradient, counts as backward, the
+        gradient's norm as update.
+        """
         programs = self._ready(x, training)
         programs.load(x, self._version)
-        steps = [("forward", segment) for segment in programs.forward]
-        if training:
-            steps += [("backward", segment) for segment in programs.backward(accumulate=True)]
-            steps += [("update", self._updater.program)] if self._updater.program is not None else []
-        found = []
-        for direction, program in steps:
-            times = []
+        segments = [("forward", segment) for segment in programs.forward]
+        if training and self._add_ranks:
+            segments += [("backward", segment) for segment in programs.backward(accumulate=False)]
+        elif training:
+            programs.scale[0] = 1 / len(x)
+            step = programs.step(CrossEntropy(), self._updater, bool(self._updater.deferred))
+            segments = [("forward", step.program)]
+        if training and self._updater.program is not None:
+            segments += [("update", self._updater.program)]
+        found: dict[str, list[StageTime]] = {"forward": [], "backward": [], "update": []}
+        for first, program in segments:
+            now = first
             for phase in self._team.profile(program) if isinstance(program, Program) else ():
                 part = phase.wall / sum(phase.kernels)
                 for label, seconds in zip(phase.name.split(", "), phase.kernels, strict=True):
+                    now = BEGINS.get(label, now)
                     where, kind, kernel = [*label.split(" ", 2), "", ""][:3]
-                    times.append(StageTime(f"{where} {kind}".strip(), direction, kernel, seconds * part))
-            order = programs.order(direction)  # packing filters, for one, may have gone ahead
-            found += sorted(times, key=lambda time: order.get(time.stage, 0))
-        return tuple(found)
+                    found[now].append(StageTime(f"{where} {kind}".strip(), now, kernel, seconds * part))
+        # Packing filters, for one, may have gone ahead.
+        orders = {direction: programs.order(direction) for direction in found}
+        return tuple(
+            time
+            for direction, times in found.items()
+            for time in sorted(times, key=lambda time: orders[direction].get(time.stage, 0))
+        )
 
     def memory(self) -> dict[str, int]:
         """Bytes of everything that is held, plans that have been made included."""

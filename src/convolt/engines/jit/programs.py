@@ -12,7 +12,7 @@ from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.convolutions import keep_half, reads_planes
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.isa import Isa, Units
-from convolt.engines.jit.kernels.specs import LossSpec
+from convolt.engines.jit.kernels.specs import LossSpec, UpdateSpec
 from convolt.engines.jit.matrices import reads_half, reads_pixels
 from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
@@ -30,6 +30,8 @@ from convolt.params import Params
 
 Array = NDArray[Any]
 ROUNDING = "dense_tiles:round_weights"  # makes the bf16 copy of a matrix, as does the pass that moves it
+CRITERION = "loss:cross_entropy"
+ONE_PASS = "dW and the optimizer in one; dW by itself where its sum, its norm or other ranks come first"
 SMALL = 1 << 14  # bytes of images that are sooner copied than their address is asked for
 OF_WEIGHTS = (
     "weights:fold_norm",
@@ -192,7 +194,7 @@ class Programs:
         spec = LossSpec(self.plan.capacity, self.logits.shape[1], label_smoothing)
         logits, dlogits = self.plan.value(self._output), self.plan.slope(self._output)
         labels, loss, scale = map(address_of, (self.labels, self.loss, self.scale))
-        return self.plan.whole("loss", "loss:cross_entropy", spec, 1, logits, labels, dlogits, loss, scale)
+        return self.plan.whole("loss", CRITERION, spec, 1, logits, labels, dlogits, loss, scale)
 
     def _step_tasks(self, fuses_update: bool, label_smoothing: float) -> Tasks:
         """Forward, loss, backward."""
@@ -216,7 +218,7 @@ class Programs:
         return {label: place for place, label in enumerate(labels, start=1)}
 
     def stages(self) -> list[Stage]:
-        """What computes each operation, forward and then backward, and why."""
+        """What computes each operation of a step on labels, forward, backward and in the optimizer's pass, and why."""
         works = {work.name: work for work in layer_work(self._model)}
         unpack = tuple(task.factory for task in self._input_tasks)
         why = "Normalize folded into it" if self._normalizes else "pixels as they come to a framed tensor"
@@ -224,15 +226,25 @@ class Programs:
         for operation, (tasks, _) in zip(self._operations, self._served, strict=True):
             flops = sum(works[name].forward_flops for name in operation.names)
             found.append(_stage(operation, "forward", tasks, flops))
-        backward = self.backward_tasks(accumulate=False)
+        found.append(Stage("loss", "backward", (CRITERION,), "softmax, cross-entropy and their gradient in one", 0))
+        backward, deferred = self._backward[False, True]
+        left = {one.name.rpartition(".")[0]: one for one in deferred}
+        updates = []
         for operation in reversed(self._operations):
             tasks = [task for task, served in backward if served is operation]
             flops = sum(works[name].backward_flops for name in operation.names)
+            name = operation.names[0]
+            if name in left:
+                last = left[name].update(UpdateSpec("sgd", self.plan.isa.lanes), (0, 0, 0), 0)
+                updates.append(Stage(operation.label, "update", (last.factory,), ONE_PASS, works[name].forward_flops))
+                flops -= works[name].forward_flops
             if tasks:
                 if not operation.inputs_learn(self.plan.learning):
                     operation.because("no dx: nothing before it learns", "backward")
                 found.append(_stage(operation, "backward", tasks, flops))
-        return found
+        norm = Stage("gradient norm", "update", ("loss:square_sum",), "looked at before anything is moved", 0)
+        rest = "what is left of the parameters, in runs" if updates else "all parameters, in runs"
+        return [*found, norm, Stage("update", "update", ("weights:update",), rest, 0), *reversed(updates)]
 
     @cached_property
     def prepare(self) -> Program | None:

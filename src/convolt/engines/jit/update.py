@@ -44,6 +44,11 @@ class Updater:
         self.program = None
         self._norms.clear()
 
+    @property
+    def deferred(self) -> Sequence[Deferred]:
+        """Whose gradients the last step has made on the way."""
+        return self._made_for[3] if self.program is not None and self._made_for is not None else ()
+
     def fuses(self, optimizer: Optimizer) -> bool:
         """Whether a step of this optimizer can be one pass with the gradient of a matrix."""
         return _spec(optimizer, self._plan.isa.lanes) is not None
