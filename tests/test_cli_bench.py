@@ -5,6 +5,7 @@ import pytest
 from convolt import cli, engines
 from convolt.cli.bench import build_model
 from convolt.config import to_plain
+from convolt.contenders import TOLERANCES, Tolerance
 from convolt.errors import ConfigError
 from convolt.layers import Conv2d, Dense, Flatten, ReLU
 from convolt.model import Model
@@ -88,6 +89,19 @@ def test_contender_that_cannot_take_part_has_its_line(run):
     code, out, _ = run("--contenders", "im2col,im2col-bf16")
     assert code == 0
     assert "im2col-bf16: unavailable: engine im2col: precision must be one of" in out
+
+
+def test_a_benchmark_of_nobody_fails(run):
+    code, out, _ = run("--contenders", "im2col-bf16")
+    assert code == 1
+    assert "im2col-bf16: unavailable" in out
+
+
+def test_a_benchmark_of_what_is_wrong_fails(run, monkeypatch):
+    monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(0.0, 0.0, 0.0))
+    code, out, _ = run("--contenders", "im2col")
+    assert code == 1
+    assert "im2col: wrong:" in out
 
 
 def test_network_of_the_zoo_has_its_own_shape_unless_told():

@@ -163,6 +163,12 @@ class Report:
     load: Load
     peaks: Peaks | None
 
+    @property
+    def stands(self) -> bool:
+        """Whether anybody was timed and nobody computes something else."""
+        states = {result.status for result in self.results}
+        return "timed" in states and "wrong" not in states
+
     def remarks(self) -> tuple[str, ...]:
         """Why a part of the peak may be above 100 %, where one is and it is possible."""
         above = any((result.peak_part or 0.0) > 1 and not result.impossible for result in self.results)

@@ -17,6 +17,7 @@ from rich.text import Text
 from convolt import durable, engines, zoo
 from convolt.bench import Report, Result, Workload, to_plain
 from convolt.bench import bench as run_bench
+from convolt.cli import FAILURE
 from convolt.cli.options import (
     EngineOption,
     ModelOption,
@@ -156,10 +157,12 @@ def bench(
         durable.write_json(out, plain)
     if as_json:
         print_json(plain)
-        return
-    for report in reports:
-        show(model_name, report, absent, results())
-    show_peaks(peaks, results())
+    else:
+        for report in reports:
+            show(model_name, report, absent, results())
+        show_peaks(peaks, results())
+    if not all(report.stands for report in reports):
+        click.get_current_context().exit(FAILURE)
 
 
 def build_model(name: str, input_shape: Shape | None, classes: int | None) -> Model:
