@@ -145,6 +145,11 @@ def test_wrong_arguments_are_refused_in_one_line(make, message):
     assert "\n" not in str(caught.value)
 
 
+def test_more_parameters_than_memory_can_have_are_refused():
+    with pytest.raises(ShapeError, match=r"Model: 6.5e\+27 parameters are more than a machine can address"):
+        Model((1, 8, 8), (Flatten(), Dense(64, 10**26)))
+
+
 def test_names_are_those_of_nested_sequentials():
     def norm_block():
         return torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1, bias=False), torch.nn.BatchNorm2d(3))

@@ -8,7 +8,7 @@ are the same thing. Only classes of the family that a field belongs to can be na
 import ast
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -57,10 +57,17 @@ def build(cls: type[Built], plain: Mapping[str, Any], where: str, families: Fami
     values = {
         key: _convert(hints[key], value, f"{where}.{key}", families) for key, value in plain.items() if key != "type"
     }
+    lacking = [field.name for field in fields(cls) if _is_required(field) and field.name not in values]  # type: ignore[arg-type]  # the same
+    if lacking:
+        raise ConfigError(f"{where}: {plain_name(cls)} lacks {', '.join(lacking)}")
     try:
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{where}: {plain_name(cls)} cannot be made of {sorted(values)}: {error}") from None
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.init and field.default is MISSING and field.default_factory is MISSING
 
 
 def _convert(annotation: Any, value: Any, where: str, families: Families) -> Any:

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from convolt.errors import ConfigError
+from convolt.errors import ConfigError, ShapeError
 from convolt.layers import BufferSpec, Layer, Normalize, ParamSpec, Residual, Sequential, Shape, members, walk
 
 FLOAT_BYTES = 4
+MOST_PARAMETERS = 2**46  # of 4 bytes: what 48 bits address
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Model:
         ):
             raise ConfigError(f"Model: input_shape must be (C, H, W) or (F,), all positive; got {self.input_shape}")
         _ = self.output_shape
+        if self.parameter_count > MOST_PARAMETERS:
+            raise ShapeError(
+                f"Model: {self.parameter_count:.3g} parameters are more than a machine can address "
+                f"({MOST_PARAMETERS:.3g}); check the sizes of its layers"
+            )
 
     @cached_property
     def output_shape(self) -> Shape:
