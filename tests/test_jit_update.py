@@ -32,12 +32,13 @@ def test_one_pass_gives_the_bits_of_two(optimizer, precision):
     one_pass_gives_the_bits_of_two(optimizer, precision)
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("isa", ["plain", pytest.param("avx2", marks=pytest.mark.slow)])
-def test_one_pass_on_narrow_vectors(isa):
+def test_one_pass_on_narrow_vectors(isa, precision):
     if isa not in [one.name for one in available()]:
         pytest.skip(f"this CPU has no {isa}")
     model = Model((1, 8, 64), (Flatten(), Dense(512, 258)))  # in blocks of 12 columns where a vector has four lanes
-    one_pass_gives_the_bits_of_two(Adam(lr=0.01), "fp32", model=model, engine=JIT(threads=2, isa=isa))
+    one_pass_gives_the_bits_of_two(Adam(lr=0.01), precision, model=model, engine=JIT(threads=2, isa=isa, unit="fma"))
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
