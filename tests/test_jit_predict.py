@@ -39,6 +39,7 @@ NET = Model(
     ),
 )
 SIZES = (1, 3, 8, 33, 1, 5)  # each is a plan of its own to compile, 5 that of the steps before
+MORE_SIZES = pytest.param((1, 2, 3, 5, 8, 9, 33, 1, 5), marks=pytest.mark.slow)
 
 
 def images(model: Model, count: int, kind: type = np.uint8) -> np.ndarray:
@@ -63,9 +64,10 @@ def steps(executor, count: int = 1):
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.float32, np.float64], ids=lambda kind: kind.__name__)
-def test_any_number_of_images_in_any_order(kind):
+@pytest.mark.parametrize("sizes", [SIZES, MORE_SIZES], ids=str)
+def test_any_number_of_images_in_any_order(kind, sizes):
     trained = steps(executor_of(2))
-    for size in SIZES:
+    for size in sizes:
         x = images(NET, size, kind)
         assert_near(trained.predict(x), exact(NET, trained.params, x), TOLERANCE["fp32"], f"{size} images")
     apart = images(NET, 8, kind)
@@ -73,12 +75,13 @@ def test_any_number_of_images_in_any_order(kind):
     trained.close()
 
 
-def test_threads_leave_the_bits_of_predictions():
+@pytest.mark.parametrize("sizes", [SIZES, MORE_SIZES], ids=str)
+def test_threads_leave_the_bits_of_predictions(sizes):
     """The number of threads decides into how many parts few images are cut."""
     results = set()
     for threads in (1, 2, 4):
         executor = executor_of(threads)
-        results.add(b"".join(executor.predict(images(NET, size)).tobytes() for size in SIZES))
+        results.add(b"".join(executor.predict(images(NET, size)).tobytes() for size in sizes))
         executor.close()
     assert len(results) == 1
 
@@ -99,7 +102,7 @@ def _restored(executor):
 
 
 @pytest.mark.parametrize("change", [_written, steps, _forward_alone, _restored], ids=lambda change: change.__name__)
-@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("size", [1, 8, pytest.param(9, marks=pytest.mark.slow)])
 def test_predictions_follow_the_weights(change, size):
     x, executor = images(NET, size), executor_of(2)
     before = executor.predict(x)
