@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.driver import address_of, exchange, kept_off, load
 from convolt.engines.jit.isa import detect
+from convolt.engines.jit.memory import bits_of_float32, float32_of_bits
 from convolt.engines.jit.runtime import Phase, Program, Team, Waiting
 from convolt.errors import EngineError
 
@@ -43,6 +44,15 @@ def stir(spec):
         read, write = arguments[0] * chunks + 2, (1 - arguments[0]) * chunks + 2
         left, right = arguments[read + (chunk - 1) % chunks], arguments[read + (chunk + 1) % chunks]
         arguments[write + chunk] = 3 * left + 5 * right + chunk
+
+    return kernel
+
+
+def halve(spec):
+    """arguments: for each chunk the bits of a float32 number."""
+
+    def kernel(arguments, chunk, thread):
+        arguments[chunk] = bits_of_float32(float32_of_bits(np.uint32(arguments[chunk])) * np.float32(0.5))
 
     return kernel
 
@@ -147,6 +157,13 @@ def test_the_kernels_of_a_chunk_run_in_their_order(team, compiler):
     kernels = tuple(pair(compiler, order, digit, words) for digit in (1, 2, 3))
     team.run(Program([Phase("a", kernels, 30), Phase("none", (), 5), Phase("b", kernels[::-1], 30)]))
     assert np.all(words == 123321)
+
+
+def test_denormal_numbers_are_zeros_in_kernels_and_stay_what_they_are_in_python(team, compiler):
+    words = np.full(100, np.float32(1e-38).view(np.uint32), np.int64)
+    team.run(Program([Phase("halve", (pair(compiler, f"{__name__}:halve", None, words),), len(words))]))
+    assert not words.any()
+    assert np.float32(1e-38) * np.float32(0.5) > 0
 
 
 def test_other_programs_follow_at_once(team, compiler):

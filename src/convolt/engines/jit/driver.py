@@ -30,6 +30,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from convolt.engines.jit.denormals import flush_denormals, restore_mode
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.runtime import (
     ACTIVE,
@@ -318,6 +319,7 @@ def driver(waiting: Waiting) -> Callable[..., None]:
     def kernel(arguments: Any, program: Any, thread: Any) -> None:
         state = address_of(arguments)
         own = state + THREAD_LINES + thread * THREAD_LINE
+        mode = flush_denormals()
         now = nanoseconds(own + CLOCK, _MONOTONIC)
         since, cpu = now, nanoseconds(own + CLOCK, _THREAD_CPU)
         if thread == 0:
@@ -326,6 +328,7 @@ def driver(waiting: Waiting) -> Callable[..., None]:
             ticket = load(state + TICKET)
             remaining = ticket & _CHUNKS
             if ticket == FINISHED if thread == 0 else load(state + STOP) != 0:
+                restore_mode(mode)
                 return
             if remaining == 0 or thread >= load(state + ACTIVE):
                 wait(state, thread, yield_after, sleep_after)
