@@ -278,10 +278,11 @@ TOLERANCE_BF16 = 0.02
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.name in ("residual projection", "flatten-dense-relu-dense", "conv-bn-relu")],
+    [case for case in CASES if case.name in ("residual projection", "flatten-dense-relu-dense", "conv-bn-relu-pool")],
     ids=lambda case: case.name,
 )
 def test_bf16_is_near_float64(case):
+    """Not conv-bn-relu: one of its outputs is so near zero that rounding decides whether the ReLU lets it through."""
     executor = executor_of(JIT(threads=2, unit=UNITS[0]), "bf16", case.model, case.params())
     got, want = step_on(executor, case.deltas, case.slopes(), case.rng), oracle_step(case)
     executor.close()
