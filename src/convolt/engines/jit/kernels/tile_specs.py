@@ -10,6 +10,7 @@ from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, GROUP, 
 from convolt.errors import EngineError
 
 PLANE_PIXELS = 256  # of a group of output rows
+PLANE_GROUP = 64  # output pixels whose columns are gathered from planes at a time: with 32 results each, in the L1 cache
 SHIFTED_PIXELS = 1280  # of a group of images
 
 
@@ -55,7 +56,7 @@ class TileSpec:
         """Images that are gathered together."""
         if self.direct:
             return 1
-        return max(1, min(self.conv.images, GROUP // (self.conv.P * self.conv.Q)))
+        return max(1, min(self.conv.images, self._together // (self.conv.P * self.conv.Q)))
 
     @property
     def group_rows(self) -> int:
@@ -66,7 +67,12 @@ class TileSpec:
             return pool * pairs if pool % 2 and pairs == 2 else max(pool, pairs)
         if self.group_images > 1:
             return conv.P
-        return min(round_up(conv.P, pool), max(1, GROUP // conv.Q // pool) * pool)
+        return min(round_up(conv.P, pool), max(1, self._together // conv.Q // pool) * pool)
+
+    @property
+    def _together(self) -> int:
+        """Output pixels that are gathered at a time, about."""
+        return PLANE_GROUP if self.conv.x.planar else GROUP
 
     @property
     def row_pixels(self) -> int:
