@@ -10,7 +10,7 @@ from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, GROUP, 
 from convolt.errors import EngineError
 
 PLANE_PIXELS = 256  # of a group of output rows
-PLANE_GROUP = 64  # output pixels whose columns are gathered from planes at a time: they and their results fit the L1 cache
+PLANE_GROUP = 64  # output pixels whose columns are gathered from planes at a time: they and results fit the L1 cache
 SHIFTED_PIXELS = 1280  # of a group of images
 
 
