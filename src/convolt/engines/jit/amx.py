@@ -4,6 +4,9 @@ Eight tiles: 0 to 3 are C (16 x 16 fp32 each), 4 and 5 rows of A, 6 and 7 packed
 that are not full are cut off by the tile configuration (nothing is read or written beyond them), so each specification
 has one of its own, which a thread loads before its first product with that specification and after another one's; it
 costs about 50 ns. Releasing the tiles saves the kernel from keeping 8 KB of them for each thread it interrupts.
+
+Tiles of A and B are zeroed as soon as they are used up: a zeroed tile needs no register of the core, of which there are
+few to rename tiles to while the core's other hardware thread holds tiles too (docs/kernels.md).
 """
 
 from collections.abc import Sequence
@@ -104,12 +107,17 @@ def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, begin: Any
                 tiles.load(tile, builder.add(begin, I64(FLOAT * TILE * (tile % 2))), 0)
 
     def product(a: Any, b: Any) -> None:
-        for m in rows:
-            tiles.load(4 + m, builder.add(a, I64(BF16 * m * spec.a_tile_stride)), BF16 * spec.a_row)
         for j in columns:
-            tiles.load(6 + j, builder.add(b, I64(BF16 * j * spec.b_tile)), FLOAT * TILE)
-            for m in rows:
+            order = rows[::-1] if j else rows  # back from the row used last: that one is done with first
+            for m in order:
+                if j == 0:
+                    tiles.load(4 + m, builder.add(a, I64(BF16 * m * spec.a_tile_stride)), BF16 * spec.a_row)
+                if m == order[0]:
+                    tiles.load(6 + j, builder.add(b, I64(BF16 * j * spec.b_tile)), FLOAT * TILE)
                 tiles.multiply_add(2 * m + j, 4 + m, 6 + j)
+                if j == columns[-1]:
+                    tiles.zero(4 + m)
+            tiles.zero(6 + j)
 
     def segment(s: Any, nothing: list[Any]) -> list[Any]:
         a_s, b_s = (
