@@ -34,7 +34,8 @@ PAIR = 64  # bytes of 16 channels of two pixels
 class Unpool:
     """A pixel of a pooled output with `channels` goes to the pixels ``places`` (elements), one for each tap.
 
-    Where the code is `dead` nothing goes anywhere, nor to db. half: whether the target is bf16; native: the CPU rounds.
+    Where the code is `dead` nothing goes anywhere, nor to db. half, half_dy: whether target and dy are bf16; native:
+    the CPU rounds.
     """
 
     channels: int
@@ -44,23 +45,24 @@ class Unpool:
     native: bool
     bias: bool
     half: bool = True
+    half_dy: bool = False
 
 
 def unpool(spec: Unpool) -> Any:
-    """A function for kernels: ``kernel(dy, codes, target, db)``, addresses of dy, bytes, bf16 or float32, float32."""
+    """A function for kernels: ``kernel(dy, codes, target, db)``, addresses; codes are bytes, db is float32."""
 
     @intrinsic
     def kernel(typingctx: Any, dy: Any, codes: Any, target: Any, db: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, spec.lanes)
             numbers = Bf16Lanes(floats, spec.native)
-            source, total = floats.pointer(args[0]), floats.pointer(args[3])
+            source, total = number_pointer(builder, args[0], spec.half_dy), floats.pointer(args[3])
             code = builder.inttoptr(args[1], I8.as_pointer())
             pixels = number_pointer(builder, args[2], spec.half)
             bytes_kind = ir.VectorType(I8, spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
-                slope = floats.load(floats.at(source, offset), used)
+                slope = numbers.load_float(floats.at(source, offset), source_of(spec.half_dy), used)
                 winner = floats.load_as(I8, builder.gep(code, [offset]), used)
                 value = numbers.stored(slope, spec.half)
                 for tap, place in enumerate(spec.places):
@@ -147,6 +149,7 @@ class PairUnpool:
     dead: int
     bias: bool
     native: bool
+    half_dy: bool
 
 
 def pair_unpool(spec: PairUnpool) -> Any:
@@ -160,12 +163,12 @@ def pair_unpool(spec: PairUnpool) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, LANES)
             numbers = Bf16Lanes(floats, spec.native)
-            source, total = floats.pointer(args[0]), floats.pointer(args[4])
+            source, total = number_pointer(builder, args[0], spec.half_dy), floats.pointer(args[4])
             code = builder.inttoptr(args[1], I8.as_pointer())
             kind = ir.VectorType(I8, LANES)
 
             def channels(offset: Any, used: int) -> None:
-                slope = floats.load(floats.at(source, offset), used)
+                slope = numbers.load_float(floats.at(source, offset), source_of(spec.half_dy), used)
                 winner = floats.load_as(I8, builder.gep(code, [offset]), used)
                 value = numbers.rounded(slope)
                 zero = ir.Constant(value.type, None)

@@ -106,7 +106,7 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
         dx: Argument = plan.slope(source) if back.wants_dx else 0
-        own = plan.scratch(dense_backward_scratch(spec) // FLOAT)
+        own = plan.scratch(dense_backward_scratch(back) // FLOAT)
         wide_chunks = -(-layer.in_features // wide_run)
         dy = plan.slope(target)
         slopes = [
@@ -187,7 +187,8 @@ def _dense_spec(plan: Plan, operation: Operation, run: int) -> DenseSpec:
 def _backward(plan: Plan, spec: DenseSpec, source: Tensor) -> DenseSpec:
     """What a backward pass is compiled for besides: forward kernels do not depend on it."""
     wants_dx = source in plan.learning
-    return replace(spec, wants_dx=wants_dx, accumulate=plan.accumulate, add=wants_dx and plan.begin_slope(source))
+    add = wants_dx and plan.begin_slope(source)
+    return replace(spec, wants_dx=wants_dx, accumulate=plan.accumulate, add=add, half_dx=source.half_slope)
 
 
 def dense(plan: Plan, operation: Operation) -> Served:

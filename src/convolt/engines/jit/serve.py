@@ -220,13 +220,13 @@ def shaping(plan: Plan, operation: Operation) -> Served:
     frames = Frame.of(source), Frame.of(target)
     native = plan.units.dense is not None and converts(plan.units.dense)
     spec = MapSpec(operation.kind, *frames, plan.images, plan.isa.lanes, half=target.half, native=native)
-    own = plan.scratch(math.prod(source.shape)) if target.half else 0
+    own = plan.scratch(math.prod(source.shape)) if target.half and not source.half else 0
     forward = [plan.by_image(operation.label, factory, spec, plan.value(source), plan.value(target), own)]
 
     def backward() -> Tasks:
         if source not in plan.learning:
             return []
-        back = replace(spec, add=plan.begin_slope(source))
+        back = replace(spec, add=plan.begin_slope(source), half_slope=source.half_slope)
         arguments = (plan.slope(target), plan.slope(source))
         return [plan.by_image(f"{operation.label} backward", f"{factory}_backward", back, *arguments)]
 

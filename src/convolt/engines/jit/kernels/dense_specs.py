@@ -24,7 +24,8 @@ class DenseSpec:
     """Everything a dense kernel is compiled for. N: capacity in samples. run: outputs or inputs of a chunk.
 
     accumulate: whether dw is added to what is there; add: whether dx is. wants_dw: whether the backward pass makes dw;
-    without, it is made in one pass with the optimizer's step. half: whether x is bf16. unit: what multiplies bf16.
+    without, it is made in one pass with the optimizer's step. half, half_dx: whether x and dx are bf16; to such a dx
+    nothing is added. unit: what multiplies bf16.
     packed: whether W is given as ``DensePackSpec`` packs it, in panels. rounded: whether W is bf16, for dots of rows.
     """
 
@@ -41,6 +42,7 @@ class DenseSpec:
     add: bool = False
     wants_dw: bool = True
     half: bool = False
+    half_dx: bool = False
     unit: Unit = "fma"
     packed: bool = False
     rounded: bool = False
@@ -93,8 +95,9 @@ def dense_forward_scratch(spec: DenseSpec) -> int:
 
 
 def dense_backward_scratch(spec: DenseSpec) -> int:
-    """Bytes of scratch memory for each thread: 128 columns of x, and of W, in pairs."""
-    return BF16 * WIDE * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK))
+    """Bytes of scratch memory for each thread: 128 columns of x and W in pairs, and 32 samples of dx to be rounded."""
+    rounding = FLOAT * BLOCK * WIDE if spec.half_dx else 0
+    return BF16 * WIDE * (round_up(spec.N, BLOCK) + round_up(spec.outputs, BLOCK)) + rounding
 
 
 def dense_update_scratch(spec: DenseSpec) -> int:

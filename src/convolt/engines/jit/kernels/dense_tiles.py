@@ -30,7 +30,18 @@ from convolt.engines.jit.kernels.dense_specs import (
     dense_forward_scratch,
     dense_update_scratch,
 )
-from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, NUMBERS, QUARTERS, STRIPE, WIDE, round_up
+from convolt.engines.jit.kernels.specs import (
+    BF16,
+    BLOCK,
+    DEPTH,
+    FLOAT,
+    NUMBERS,
+    QUARTERS,
+    STRIPE,
+    WIDE,
+    number_bytes,
+    round_up,
+)
 from convolt.engines.jit.kernels.weights import optimizer_step
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
@@ -230,22 +241,44 @@ def _columns(spec: DenseSpec, columns: int) -> Callable[[Any, int, int], None]:
         "load" if spec.accumulate else "zero",
     )
     weights = _product(shape, outputs, columns)
-    slopes = _product(replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero"), N, columns)
+    back = replace(shape, steps=wide // DEPTH, a_row=wide, start="load" if spec.add else "zero")
+    slopes = _rounded_product(spec, back, columns) if spec.half_dx else _product(back, N, columns)
     pair_x, pair_w = _paired(spec, N, columns, WIDE, spec.half), _paired(spec, outputs, columns, WIDE, True)
-    x_width = BF16 if spec.half else FLOAT
+    x_width, dx_width = number_bytes(spec.half), number_bytes(spec.half_dx)
     x_bytes = BF16 * WIDE * samples
 
     @inlined
     def both(arguments: Any, column: int, scratch: int) -> None:
-        offset = FLOAT * column
         if wants_dw:
             pair_x(arguments[1] + x_width * column, scratch)
-            weights(arguments[4], scratch, arguments[5] + offset)
+            weights(arguments[4], scratch, arguments[5] + FLOAT * column)
         if wants_dx:
             pair_w(arguments[2] + BF16 * column, scratch + x_bytes)
-            slopes(arguments[3], scratch + x_bytes, arguments[6] + offset)
+            slopes(arguments[3], scratch + x_bytes, arguments[6] + dx_width * column)
 
     return both
+
+
+def _rounded_product(spec: DenseSpec, shape: BlockGemm, columns: int) -> Callable[[int, int, int], None]:
+    """Rows of dx in bf16, 32 samples at a time: ``run(a, b, c)``; behind b is room for their sums in float32."""
+    whole, rest = divmod(spec.N, BLOCK)
+    apart = replace(shape, c_row=WIDE)
+    full, tail = _product(apart, BLOCK, columns), _product(apart, rest or BLOCK, columns)
+    narrow = to_bf16(columns, LANES, converts(spec.unit))
+    N, inputs, a_step, b_bytes = spec.N, spec.inputs, BF16 * shape.a_row, BF16 * WIDE * shape.a_row
+
+    @inlined
+    def run(a: int, b: int, c: int) -> None:
+        sums = b + b_bytes
+        for first in range(0, N, BLOCK):
+            if first < whole * BLOCK:
+                full(a + first * a_step, b, sums)
+            elif rest:
+                tail(a + first * a_step, b, sums)
+            for row in range(min(BLOCK, N - first)):
+                narrow(sums + FLOAT * row * WIDE, c + BF16 * (first + row) * inputs)
+
+    return run
 
 
 def update(spec: DenseUpdateSpec) -> Callable[..., None]:

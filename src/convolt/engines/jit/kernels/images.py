@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import to_bf16
+from convolt.engines.jit.bf16 import source_of, to_bf16
 from convolt.engines.jit.inlined import inlined
-from convolt.engines.jit.kernels.specs import BF16, FLOAT, AddSpec, InputSpec, MapSpec
+from convolt.engines.jit.kernels.specs import BF16, FLOAT, AddSpec, InputSpec, MapSpec, number_bytes
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.pixels import Block, activated, for_blocks, let_through, on_pixels
 from convolt.engines.jit.transpose import Transpose, transpose
@@ -247,21 +247,25 @@ def add_backward(spec: AddSpec) -> Callable[..., None]:
 
 
 def flatten(spec: MapSpec) -> Callable[..., None]:
-    """(H, W, C) to features in PyTorch's order (C, H, W); arguments: state, x, y, scratch; y may be bf16."""
-    x, images, half = spec.x, spec.images, spec.half
+    """(H, W, C) to features in PyTorch's order (C, H, W); arguments: state, x, y, scratch.
+
+    y may be bf16, and then x too, without a border and of even sizes.
+    """
+    x, images, rounds = spec.x, spec.images, spec.half and not spec.x.half
     C, H, W = x.C, x.H, x.W
     rows, at_once = (1, H * W) if x.columns == W else (H, W)
-    turn = transpose(Transpose(at_once, C, C, H * W, spec.lanes))
+    number, kind = x.number, source_of(x.half)
+    turn = transpose(Transpose(at_once, C, C, H * W, spec.lanes, kind, kind))
     features = C * H * W
     narrow = to_bf16(features, spec.lanes, spec.native)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            target = arguments[3] + FLOAT * thread * features if half else arguments[2] + FLOAT * image * features
+            target = arguments[3] + FLOAT * thread * features if rounds else arguments[2] + number * image * features
             for h in range(rows):
-                turn(arguments[1] + FLOAT * (image * size + origin + h * pitch), target + FLOAT * h * W)
-            if half:
+                turn(arguments[1] + number * (image * size + origin + h * pitch), target + number * h * W)
+            if rounds:
                 narrow(target, arguments[2] + BF16 * image * features)
 
     size, origin, pitch = x.size, x.origin, x.pitch
@@ -272,12 +276,13 @@ def flatten_backward(spec: MapSpec) -> Callable[..., None]:
     """Features to (H, W, C); arguments: state, dy, dx."""
     x, images, adds = spec.x, spec.images, spec.add
     C, H, W = x.C, x.H, x.W
-    turn = transpose(Transpose(C, H * W, H * W, C, spec.lanes))
+    number, kind = number_bytes(spec.half_slope), source_of(spec.half_slope)
+    turn = transpose(Transpose(C, H * W, H * W, C, spec.lanes, kind, kind))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
-            offset = FLOAT * image * C * H * W
+            offset = number * image * C * H * W
             if adds:
                 dy = view(arguments[1] + offset, (C, H * W), np.float32)
                 dx = view(arguments[2] + offset, (H * W, C), np.float32)

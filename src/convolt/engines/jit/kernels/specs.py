@@ -280,8 +280,8 @@ def turned(spec: ConvSpec) -> ConvSpec:
 class MapSpec:
     """An elementwise operation or a sum over some images: frames of what it reads and writes.
 
-    kind: which operation, such as "relu" or "add"; number: its constant. half: whether y is bf16; native: whether the
-    CPU rounds to it.
+    kind: which operation, such as "relu" or "add"; number: its constant. half: whether y is bf16; half_slope: whether
+    the gradients of x and y are; native: whether the CPU rounds to it.
     """
 
     kind: str
@@ -292,6 +292,7 @@ class MapSpec:
     number: float = 0.0
     add: bool = False
     half: bool = False
+    half_slope: bool = False
     native: bool = False
 
 
