@@ -96,7 +96,10 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     N, outputs, columns, scratch = spec.N, spec.outputs, round_up(spec.outputs, BLOCK), dense_forward_scratch(spec)
     depth, row, half = round_up(inputs, DEPTH), spec.panel_row, spec.half
     narrow = to_bf16(inputs, LANES, converts(spec.unit))
-    turn = transpose(Transpose(16, depth // 2, depth // 2, 16, LANES))  # pairs of bf16 move as one float32
+    # W is turned where it lies, unless there is something to fill up with zeros.
+    filled = inputs < depth or outputs < columns or spec.inputs % 2 == 1
+    w_row = depth if filled else spec.inputs
+    turn = transpose(Transpose(16, depth // 2, w_row // 2, 16, LANES))  # pairs of bf16 move as one float32
     tile = depth // 2 * 32
     shape = BlockGemm(spec.unit, BLOCK, BLOCK, DEPTH, depth // DEPTH, row, DEPTH, 0, TILE_ELEMENTS, tile, 0, columns)
     product = blocks_of(shape, N)
@@ -108,18 +111,25 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         x = arguments[4] + thread * scratch
         rows = x + panel_bytes
         packed = rows + weights_bytes
-        view(x, (panel_bytes + weights_bytes,), np.uint8)[:] = np.uint8(0)
-        first = chunk * run
-        for n in range(view(arguments[0], (1,), np.int64)[0]):
+        first, count, top = chunk * run, view(arguments[0], (1,), np.int64)[0], np.uint16(0)
+        empty = 0 if filled else count * row
+        view(x + BF16 * empty, (N * row - empty,), np.uint16)[:] = np.uint16(0)
+        for n in range(count):
+            target = x + BF16 * n * row
             if half:
-                _move(arguments[1] + BF16 * (n * all_inputs + first), x + BF16 * n * row, inputs)
+                _move(arguments[1] + BF16 * (n * all_inputs + first), target, inputs)
             else:
-                narrow(arguments[1] + FLOAT * (n * all_inputs + first), x + BF16 * n * row)
-        view(arguments[5] + FLOAT * chunk, (1,), np.float32)[0] = largest(x, N * row)
-        for o in range(outputs):
-            _move(arguments[2] + BF16 * (o * all_inputs + first), rows + BF16 * o * depth, inputs)
+                narrow(arguments[1] + FLOAT * (n * all_inputs + first), target)
+            top = max(top, largest(target, inputs))
+        view(arguments[5] + FLOAT * chunk, (1,), np.float32)[0] = float32_of_bf16(top)
+        w = arguments[2] + BF16 * first
+        if filled:
+            view(rows, (weights_bytes,), np.uint8)[:] = np.uint8(0)
+            for o in range(outputs):
+                _move(w + BF16 * o * all_inputs, rows + BF16 * o * depth, inputs)
+            w = rows
         for o in range(0, columns, 16):
-            turn(rows + BF16 * o * depth, packed + BF16 * o // 16 * tile)
+            turn(w + BF16 * o * w_row, packed + BF16 * o // 16 * tile)
         for o in range(0, columns, BLOCK):
             product(x, packed + BF16 * o // 16 * tile, arguments[3] + FLOAT * (chunk * N * columns + o))
         done()
@@ -149,13 +159,13 @@ def round_weights(spec: DenseSpec) -> Callable[..., None]:
 
 
 @inlined
-def largest(numbers: int, count: int) -> float:
-    """The largest absolute value of so many bf16 numbers; NaN counts as larger than infinity."""
+def largest(numbers: int, count: int) -> Any:
+    """The bits of the largest absolute value of so many bf16 numbers; NaN counts as larger than infinity."""
     values = view(numbers, (count,), np.uint16)
     top = np.uint16(0)
     for i in range(count):
         top = max(top, np.uint16(values[i] & np.uint16(0x7FFF)))
-    return float32_of_bf16(top)
+    return top
 
 
 def total(spec: DenseSpec) -> Callable[..., None]:
@@ -191,7 +201,7 @@ def turn(spec: DenseSpec) -> Callable[..., None]:
         for n in range(N):
             narrow(arguments[1] + FLOAT * n * outputs, arguments[2] + BF16 * n * columns)
         across(arguments[2], arguments[3])
-        view(arguments[4], (1,), np.float32)[0] = largest(arguments[2], N * columns)
+        view(arguments[4], (1,), np.float32)[0] = float32_of_bf16(largest(arguments[2], N * columns))
 
     return kernel
 
