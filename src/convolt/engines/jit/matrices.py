@@ -21,7 +21,7 @@ from convolt.engines.jit.kernels.dense_specs import (
     dense_panel,
     dense_update_scratch,
 )
-from convolt.engines.jit.kernels.specs import BLOCK, FLOAT, QUARTERS, STRIPE, WIDE, UpdateSpec, round_up
+from convolt.engines.jit.kernels.specs import BLOCK, FLOAT, STRIPE, WIDE, UpdateSpec, round_up
 from convolt.engines.jit.phases import Argument, Served, Task, Tasks
 from convolt.engines.jit.plan import Deferred, Plan, address_of
 from convolt.engines.jit.units import UNITS
@@ -32,6 +32,7 @@ RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
 FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
 SHORT_RUN = 64  # inputs of a chunk, at least
 BACKWARD_CHUNKS = 64  # of inputs, into which its backward pass is cut: fine enough to be even among threads
+MOVING_CHUNKS = 4  # for each thread, at least, of the pass that makes its gradient and moves W
 UPDATE_PAYS = 1 << 16  # weights of a dense layer from which its gradient is made in the optimizer's pass
 MOST_PACKED = 1 << 24  # weights of a dense layer that are kept a second time for predictions
 TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
@@ -125,10 +126,10 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
             own = plan.scratch(dense_update_scratch(back) // FLOAT)
             stripes = replace(back, run=round_up(run, STRIPE))
             arguments: tuple[Argument, ...] = (x, turned_rows, weight, *state, numbers, own, shadow)
-            chunks = -(-back.inputs // stripes.run) * QUARTERS
-            return plan.whole(
-                f"{label} dw+update", "dense_tiles:update", DenseUpdateSpec(stripes, spec), chunks, *arguments
-            )
+            count = -(-back.inputs // stripes.run)
+            bands = min(columns // BLOCK, -(-MOVING_CHUNKS * plan.threads // count))
+            moving = DenseUpdateSpec(stripes, spec, bands)
+            return plan.whole(f"{label} dw+update", "dense_tiles:update", moving, count * bands, *arguments)
 
         alone = products("dw", replace(back, wants_dx=False))
         plan.deferred.append(Deferred(f"{name}.weight", N, peaks, alone, update))

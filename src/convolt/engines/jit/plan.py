@@ -6,8 +6,8 @@ through all of them before the next chunk begins, so activations are still in th
 them. Where an operation must see the whole batch (BatchNorm's statistics, dense layers), a new phase begins; ``phases``
 says which tasks share one. ``serve`` says which kernels an operation gets.
 
-The number of chunks depends on the batch capacity alone, never on the number of threads, and parts are added in chunk
-order: the bits are the same for any number of threads.
+Where parts are added up, their number depends on the batch capacity alone, never on the number of threads, and they are
+added in chunk order: the bits are the same for any number of threads.
 """
 
 import math
@@ -99,7 +99,7 @@ class Plan:
         self.masks: list[DropoutMask] = []
         self.state = self.buffer("state", STATE, np.int64)
         self.state[ONE] = 1
-        self._threads = threads
+        self.threads = threads
         self.accumulate, self.fuses_update = True, False
         self.deferred: list[Deferred] = []
         self._written: set[Tensor] = set()
@@ -108,8 +108,8 @@ class Plan:
     @property
     def parts(self) -> int:
         """Into how many parts an image may be cut: more than one where few images are predicted on several threads."""
-        few = self._threads > 1 and self.chunks < FEW * self._threads
-        return 1 if self.training or not few else -(-PARTS * self._threads // self.chunks)
+        few = self.threads > 1 and self.chunks < FEW * self.threads
+        return 1 if self.training or not few else -(-PARTS * self.threads // self.chunks)
 
     @property
     def training(self) -> bool:
@@ -174,7 +174,7 @@ class Plan:
 
         Others must not: it is cut by threads, and another thread may be running another kernel.
         """
-        return self.address(SCRATCH, self._threads * floats)
+        return self.address(SCRATCH, self.threads * floats)
 
     def parameter(self, operation: Operation, name: str, gradient: bool = False, layer: int = 0) -> int:
         """The address of a parameter, or of its gradient; ``layer``: which of those computed together."""

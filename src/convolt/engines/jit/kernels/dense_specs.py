@@ -82,10 +82,14 @@ class DensePackSpec:
 
 @dataclass(frozen=True)
 class DenseUpdateSpec:
-    """The gradient of a dense layer's weights and the optimizer's step, in one pass."""
+    """The gradient of a dense layer's weights and the optimizer's step, in one pass.
+
+    bands: of outputs, each with a run of inputs a chunk; x is paired anew for each.
+    """
 
     dense: DenseSpec
     update: UpdateSpec
+    bands: int = 1
 
 
 def dense_forward_scratch(spec: DenseSpec) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import Pairs, float32_of_bf16, pack_pairs, to_bf16
+from convolt.engines.jit.bf16 import Pairs, float32_of_bf16, pack_pairs, source_of, to_bf16
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
@@ -36,7 +36,6 @@ from convolt.engines.jit.kernels.specs import (
     DEPTH,
     FLOAT,
     NUMBERS,
-    QUARTERS,
     STRIPE,
     WIDE,
     number_bytes,
@@ -292,7 +291,7 @@ def _rounded_product(spec: DenseSpec, shape: BlockGemm, columns: int) -> Callabl
 
 
 def update(spec: DenseUpdateSpec) -> Callable[..., None]:
-    """``dw = dy^T x`` and the optimizer's step on W; a chunk is ``run`` inputs of a quarter of the outputs.
+    """``dw = dy^T x`` and the optimizer's step on W; a chunk is ``run`` inputs of a band of the outputs.
 
     Arguments: state, x, dy turned, W, three vectors of the optimizer's state, numbers, scratch, W in bf16;
     see ``weights.update``.
@@ -301,14 +300,15 @@ def update(spec: DenseUpdateSpec) -> Callable[..., None]:
     run, inputs, scratch = dense.run, dense.inputs, dense_update_scratch(dense)
     rest = inputs % STRIPE
     full, tail = _stepped_columns(spec, STRIPE), _stepped_columns(spec, rest or STRIPE)
-    outputs, partial = round_up(-(-dense.outputs // QUARTERS), BLOCK), dense.N % DEPTH > 0
+    bands, partial = spec.bands, dense.N % DEPTH > 0
+    outputs = round_up(-(-dense.outputs // bands), BLOCK)
     done = release(dense.unit)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         own = arguments[8] + thread * scratch
         if partial:
             view(own, (scratch,), np.uint8)[:] = np.uint8(0)
-        stripe, first = chunk // QUARTERS, chunk % QUARTERS * outputs
+        stripe, first = chunk // bands, chunk % bands * outputs
         for column in range(stripe * run, min((stripe + 1) * run, inputs), STRIPE):
             if column + STRIPE <= inputs:
                 full(arguments, column, first, first + outputs, own)
@@ -399,19 +399,33 @@ def _product(spec: BlockGemm, rows: int, columns: int) -> Callable[[int, int, in
 def _paired(dense: DenseSpec, rows: int, columns: int, wide: int, half: bool) -> Callable[[int, int], None]:
     """Rows as paired bf16 tiles, 32 at a time: ``pair(source, target)``; the rest of ``wide`` stays zero.
 
-    half: whether they are bf16 already.
+    128 columns at a time: lines of more tiles than these, a kilobyte apart, do not stay in the L1 cache until they are
+    full. half: whether the rows are bf16 already.
     """
-    number, row = BF16 if half else FLOAT, dense.inputs
-    step_bytes = BF16 * wide // 16 * TILE_ELEMENTS
+    number, row = number_bytes(half), dense.inputs
+    step_bytes, block_bytes = BF16 * wide // 16 * TILE_ELEMENTS, BF16 * WIDE // 16 * TILE_ELEMENTS
     whole, rest = divmod(rows, DEPTH)
-    spec = Pairs(DEPTH, columns, row, DEPTH, TILE_ELEMENTS, "bf16" if half else "fp32", converts(dense.unit))
-    main, tail = pack_pairs(spec), pack_pairs(replace(spec, depth=rest or DEPTH))
+    across, edge = divmod(columns, WIDE)
+    spec = Pairs(DEPTH, WIDE, row, DEPTH, TILE_ELEMENTS, source_of(half), converts(dense.unit))
+    narrow = replace(spec, columns=edge or WIDE)
+    main, right = pack_pairs(spec), pack_pairs(narrow)
+    lower, corner = (pack_pairs(replace(one, depth=rest or DEPTH)) for one in (spec, narrow))
 
     @inlined
     def pair(source: int, target: int) -> None:
         for step in range(whole):
-            main(source + number * step * DEPTH * row, target + step * step_bytes)
+            for j in range(across):
+                place = source + number * (step * DEPTH * row + j * WIDE)
+                main(place, target + step * step_bytes + j * block_bytes)
+            if edge:
+                place = source + number * (step * DEPTH * row + across * WIDE)
+                right(place, target + step * step_bytes + across * block_bytes)
         if rest:
-            tail(source + number * whole * DEPTH * row, target + whole * step_bytes)
+            for j in range(across):
+                place = source + number * (whole * DEPTH * row + j * WIDE)
+                lower(place, target + whole * step_bytes + j * block_bytes)
+            if edge:
+                place = source + number * (whole * DEPTH * row + across * WIDE)
+                corner(place, target + whole * step_bytes + across * block_bytes)
 
     return pair

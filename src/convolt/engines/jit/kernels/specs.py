@@ -18,7 +18,6 @@ BF16 = 2  # bytes
 DEPTH = 32  # bf16 numbers in a tile row
 BLOCK = 32  # rows and columns of one product: two tiles each way
 WIDE = 128  # columns of a dense layer's backward that are packed together
-QUARTERS = 4  # of the outputs of a dense layer that the optimizer takes one by one
 STRIPE = 1024  # columns of a dense layer that the optimizer takes together
 WORDS_APART = 16  # a cache line of float32: how arrays in scratch memory are aligned
 MOST_TAPS = 160  # of all channels, that are summed over the pixels that won a max-pool
