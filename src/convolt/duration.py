@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from convolt.checks import check
 from convolt.errors import ConfigError
@@ -59,6 +60,11 @@ def length(text: str, time: Time) -> int:
     """
     number, unit = _parse(text)
     steps = {"ba": 1, "ep": time.steps_per_epoch, "dur": time.total_steps}[unit]
+    return _nearest(number, steps)
+
+
+@lru_cache
+def _nearest(number: Fraction, steps: int) -> int:
     return int(number * steps + Fraction(1, 2))
 
 
@@ -85,7 +91,14 @@ def is_length(value: object) -> bool:
 
 
 def _parse(text: str) -> tuple[Fraction, str]:
-    found = LENGTH.fullmatch(text) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        raise ConfigError(f"a length must {HOW_TO}; got {text!r}")
+    return _parsed(text)
+
+
+@lru_cache
+def _parsed(text: str) -> tuple[Fraction, str]:
+    found = LENGTH.fullmatch(text)
     if found is None:
         raise ConfigError(f"a length must {HOW_TO}; got {text!r}")
     return Fraction(found[1]), found[2]

@@ -35,10 +35,14 @@ COMPILING = "convolt.compiling"
 
 
 class StepResult(NamedTuple):
-    """What a step tells the loop: the summed loss and the logits (N, classes)."""
+    """What a step tells the loop: the summed loss and the logits (N, classes).
+
+    right: how many logits name their label, where an engine has counted them on the way.
+    """
 
     loss: float
     logits: Array
+    right: int | None = None
 
 
 class StageTime(NamedTuple):

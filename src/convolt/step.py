@@ -268,7 +268,10 @@ def square_sum(values: Array) -> float:
 
 def right_of(results: list[StepResult], pieces: list[Batch]) -> int:
     """How many logits name their label."""
-    return sum(int(correct(result.logits, piece.labels).sum()) for result, piece in zip(results, pieces, strict=True))
+    return sum(
+        int(correct(result.logits, piece.labels).sum()) if result.right is None else result.right
+        for result, piece in zip(results, pieces, strict=True)
+    )
 
 
 def asked_of(flags: Array) -> int:

@@ -108,7 +108,7 @@ class JitExecutor(Executor):
         step = programs.step(loss, self._updater, self._updater.fuses(optimizer))
         self._team.run(step.program)
         self._count_batches()
-        total, logits = float(programs.loss[0]), programs.logits[: len(x)].copy()
+        (total, right), logits = programs.loss.tolist(), programs.logits[: len(x)].copy()
         finite = math.isfinite(total + float(step.square_sums.sum())) and self.statistics_are_finite()
         deferred = step.deferred
         if finite and step.late is not None and not all(one.bound < SAFE for one in deferred):
@@ -120,7 +120,7 @@ class JitExecutor(Executor):
         self._version += 1
         if deferred and step.rounds_all:  # the kernel that moves these weights has rounded them as well
             programs.version = self._version
-        return StepResult(total, logits)
+        return StepResult(total, logits, int(right))
 
     def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """The optimizer's step in compiled code; one that the kernels do not know runs in NumPy."""
@@ -308,4 +308,4 @@ def _are_labels(y: Any, count: int, output_shape: tuple[int, ...]) -> bool:
     """Whether targets are one valid class index for each sample: what the compiled loss takes."""
     if not (isinstance(y, np.ndarray) and y.shape == (count,) and y.dtype.kind in "iu" and len(output_shape) == 1):
         return False
-    return count == 0 or (int(y.min()) >= 0 and int(y.max()) < output_shape[0])
+    return count == 0 or int(y.view(f"u{y.itemsize}").max()) < output_shape[0]  # what is negative is large there

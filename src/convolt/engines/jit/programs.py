@@ -118,7 +118,7 @@ class Programs:
         outputs = math.prod(self._output.shape)
         self.logits = self._array(f"value {self._output.name}", outputs)
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
-        self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(1), np.zeros(1)
+        self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(2), np.zeros(1)
         self._steps: dict[tuple[float, bool], Step] = {}
         self._whole: dict[bool, Segments] = {}
         self._slices: dict[bool, list[tuple[Segments, slice]]] = {}

@@ -14,8 +14,9 @@ DOUBLE = 8
 def cross_entropy(spec: LossSpec) -> Callable[..., None]:
     """Loss and its gradient: ``q = (1 - smoothing) onehot + smoothing/C``, ``dz = scale (softmax(z) - q)``.
 
-    Arguments: state, logits, labels (int64), dlogits, loss (float64), scale (float64). Samples behind the end of the
-    batch get no gradient. One chunk. The same as ``convolt.losses.CrossEntropy``.
+    Arguments: state, logits, labels (int64), dlogits, loss and how many logits name their label (float64), scale
+    (float64). Samples behind the end of the batch get no gradient. One chunk. The same as
+    ``convolt.losses.CrossEntropy``, and as ``convolt.metrics.correct`` where the loss is finite.
     """
     N, C = spec.N, spec.classes
     smooth, certain = spec.label_smoothing / C, 1.0 - spec.label_smoothing
@@ -24,16 +25,18 @@ def cross_entropy(spec: LossSpec) -> Callable[..., None]:
         count = view(arguments[0], (1,), np.int64)[0]
         labels = view(arguments[2], (N,), np.int64)
         scale = np.float32(view(arguments[5], (1,), np.float64)[0])
-        total = 0.0
+        total, right = 0.0, 0
         for n in range(N):
             z = view(arguments[1] + FLOAT * n * C, (C,), np.float32)
             dz = view(arguments[3] + FLOAT * n * C, (C,), np.float32)
             if n >= count:
                 dz[:] = np.float32(0)
                 continue
-            top = z[0]
+            top, best = z[0], 0
             for c in range(C):
-                top = max(top, z[c])
+                if z[c] > top:
+                    top, best = z[c], c
+            right += best == labels[n]
             exps = np.float32(0)
             for c in range(C):
                 dz[c] = np.exp(z[c] - top)
@@ -43,7 +46,8 @@ def cross_entropy(spec: LossSpec) -> Callable[..., None]:
                 q = np.float32(smooth + (certain if c == labels[n] else 0.0))
                 total -= np.float64(q * (z[c] - top - log_sum)) if q > np.float32(0) else 0.0
                 dz[c] = scale * (dz[c] / exps - q)
-        view(arguments[4], (1,), np.float64)[0] = total
+        found = view(arguments[4], (2,), np.float64)
+        found[0], found[1] = total, right
 
     return kernel
 
