@@ -31,6 +31,9 @@ def check_number(
     NumPy's numbers become Python's: a float64 scalar would turn float32 arrays into float64 ones.
     """
     value = getattr(config, field)
+    within = type(value) in (int, float) and at_least <= value <= at_most and above < value < below
+    if within and math.isfinite(value):  # at once: an optimizer is built for each step
+        return
     bounds = _bounds(at_least, above, at_most, below)
     is_number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
     check(config, field, is_number, f"be a finite number{' ' if bounds else ''}{bounds}")

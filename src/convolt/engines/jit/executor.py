@@ -109,7 +109,7 @@ class JitExecutor(Executor):
         self._team.run(step.program)
         self._count_batches()
         (total, right), logits = programs.loss.tolist(), programs.logits[: len(x)].copy()
-        finite = math.isfinite(total + float(step.square_sums.sum())) and self.statistics_are_finite()
+        finite = math.isfinite(total + sum(step.square_sums.tolist())) and self.statistics_are_finite()
         deferred = step.deferred
         if finite and step.late is not None and not all(one.bound < SAFE for one in deferred):
             self._team.run(step.late)

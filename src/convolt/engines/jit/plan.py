@@ -267,4 +267,4 @@ def _phases(order: Iterable[Tasks]) -> Iterator[set[Buffer]]:
 
 def address_of(array: Array) -> int:
     """Where an array's memory begins."""
-    return int(array.ctypes.data)
+    return int(array.__array_interface__["data"][0])  # several times faster than array.ctypes.data
