@@ -67,6 +67,14 @@ class Bf16Lanes:
             return self.floats.load(pointer, used)
         return self.widened(self.floats.load_as(I16, pointer, used))
 
+    def load_both(self, pointer: Any, half: bool, wanted: bool, used: int) -> tuple[Any, Any]:
+        """The same, and as it is stored: ``half``: what lies there; ``wanted``: whether it is stored as bf16."""
+        if half and wanted:
+            halves = self.floats.load_as(I16, pointer, used)
+            return self.widened(halves), halves
+        numbers = self.load_float(pointer, source_of(half), used)
+        return numbers, self.stored(numbers, wanted)
+
     def widened(self, halves: Any) -> Any:
         """A vector of bf16 numbers alone as float32, exactly."""
         builder, kind = self.floats.builder, ir.VectorType(I32, self.floats.lanes)

@@ -62,9 +62,8 @@ def unpool(spec: Unpool) -> Any:
             bytes_kind = ir.VectorType(I8, spec.lanes)
 
             def channels(offset: Any, used: int) -> None:
-                slope = numbers.load_float(floats.at(source, offset), source_of(spec.half_dy), used)
+                slope, value = numbers.load_both(floats.at(source, offset), spec.half_dy, spec.half, used)
                 winner = floats.load_as(I8, builder.gep(code, [offset]), used)
-                value = numbers.stored(slope, spec.half)
                 for tap, place in enumerate(spec.places):
                     won = builder.icmp_unsigned("==", winner, ir.Constant(bytes_kind, [I8(tap)] * spec.lanes))
                     kept = builder.select(won, value, ir.Constant(value.type, None))
@@ -168,16 +167,16 @@ def pair_unpool(spec: PairUnpool) -> Any:
             kind = ir.VectorType(I8, LANES)
 
             def channels(offset: Any, used: int) -> None:
-                slope = numbers.load_float(floats.at(source, offset), source_of(spec.half_dy), used)
+                slope, halves = numbers.load_both(floats.at(source, offset), spec.half_dy, True, used)
                 winner = floats.load_as(I8, builder.gep(code, [offset]), used)
-                value = numbers.rounded(slope)
-                zero = ir.Constant(value.type, None)
+                words = ir.VectorType(I32, LANES)
+                value, zero = builder.zext(halves, words), ir.Constant(words, None)
+                upper = builder.shl(value, ir.Constant(words, [I32(16)] * LANES))
                 plane = builder.mul(builder.udiv(offset, I64(LANES)), I64(spec.plane))
                 place = builder.add(args[2], plane)
 
-                def kept(tap: int) -> Any:
-                    won = builder.icmp_unsigned("==", winner, ir.Constant(kind, [I8(tap)] * LANES))
-                    return builder.select(won, value, zero)
+                def won(tap: int) -> Any:
+                    return builder.icmp_unsigned("==", winner, ir.Constant(kind, [I8(tap)] * LANES))
 
                 for i in range(spec.pool_h):
                     first = builder.add(place, I64(i * spec.row))
@@ -186,10 +185,12 @@ def pair_unpool(spec: PairUnpool) -> Any:
                             tap = i * spec.pool_w + j
                             column = builder.add(args[3], I64(j))
                             pair = builder.add(first, builder.mul(builder.lshr(column, I64(1)), I64(PAIR)))
-                            floats.store(numbers.pair(kept(tap), kept(tap + 1)), floats.pointer(pair), used)
+                            word = builder.select(won(tap), value, builder.select(won(tap + 1), upper, zero))
+                            floats.store(word, floats.pointer(pair), used)
                     else:
                         for j in range(spec.pool_w):
-                            _store_half(floats, kept(i * spec.pool_w + j), first, builder.add(args[3], I64(j)), used)
+                            kept = builder.select(won(i * spec.pool_w + j), value, zero)
+                            _store_half(floats, kept, first, builder.add(args[3], I64(j)), used)
                 if spec.bias:
                     alive = builder.icmp_unsigned("!=", winner, ir.Constant(kind, [I8(spec.dead)] * LANES))
                     sums = floats.at(total, offset)
