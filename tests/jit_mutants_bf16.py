@@ -221,8 +221,8 @@ BF16 = (
         "neighbors exchanged",
         EPILOGUE,
         "def pair_unpool",
-        "kept(tap), kept(tap + 1)",
-        "kept(tap + 1), kept(tap)",
+        "select(won(tap), lower, builder.select(won(tap + 1)",
+        "select(won(tap + 1), lower, builder.select(won(tap)",
         ON_PLANES,
     ),
     JitMutant(
@@ -236,7 +236,14 @@ BF16 = (
     JitMutant(
         "the neighbor's channels", EPILOGUE, "def pair_through", "I64(pixel * spec.channels)", "I64(pixel)", ODD_PLANES
     ),
-    JitMutant("db of the dead", EPILOGUE, "def unpool", '"!=", winner', '"==", winner', "whole tiles"),
+    JitMutant(
+        "db of the dead",
+        EPILOGUE,
+        "def _on_pooled",
+        "won(spec.dead), floats.zero, slope",
+        "won(spec.dead), slope, slope",
+        "whole tiles",
+    ),
     JitMutant(
         "db of one pixel", EPILOGUE, "def through", "builder.fadd(floats.load(sums, used), value)", "value", SOME
     ),

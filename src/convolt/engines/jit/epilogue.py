@@ -5,6 +5,7 @@ In LLVM IR because each touches four or five arrays: LLVM, which cannot know tha
 vectorizing the loops (45 us for an image that takes 5 us here).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +33,15 @@ PAIR = 64  # bytes of 16 channels of two pixels
 
 @dataclass(frozen=True)
 class Unpool:
-    """A pixel of a pooled output with `channels` goes to the pixels ``places`` (elements), one for each tap.
+    """A row of ``pixels`` of a pooled output with `channels`, each to the pixels ``places``, one for each tap.
 
-    Where the code is `dead` nothing goes anywhere, nor to db. half, half_dy: whether target and dy are bf16; native:
-    the CPU rounds.
+    Places count elements from a pixel's first tap, which lies ``step`` behind that of the pixel before. Where the code
+    is `dead` nothing goes anywhere, nor to db. half, half_dy: whether target and dy are bf16; native: the CPU rounds.
     """
 
     channels: int
+    pixels: int
+    step: int
     places: tuple[int, ...]
     dead: int
     lanes: int
@@ -56,30 +59,55 @@ def unpool(spec: Unpool) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, spec.lanes)
             numbers = Bf16Lanes(floats, spec.native)
-            source, total = number_pointer(builder, args[0], spec.half_dy), floats.pointer(args[3])
-            code = builder.inttoptr(args[1], I8.as_pointer())
-            pixels = number_pointer(builder, args[2], spec.half)
-            bytes_kind = ir.VectorType(I8, spec.lanes)
+            target = number_pointer(builder, args[2], spec.half)
 
-            def channels(offset: Any, used: int) -> None:
-                slope, value = numbers.load_both(floats.at(source, offset), spec.half_dy, spec.half, used)
-                winner = floats.load_as(I8, builder.gep(code, [offset]), used)
+            def pixel(q: Any, value: Any, won: Callable[[int], Any], channel: Any, used: int) -> None:
+                first = builder.add(channel, builder.mul(q, I64(spec.step)))
                 for tap, place in enumerate(spec.places):
-                    won = builder.icmp_unsigned("==", winner, ir.Constant(bytes_kind, [I8(tap)] * spec.lanes))
-                    kept = builder.select(won, value, ir.Constant(value.type, None))
-                    floats.store(kept, builder.gep(pixels, [builder.add(offset, I64(place))]), used)
-                if spec.bias:
-                    alive = builder.icmp_unsigned("!=", winner, ir.Constant(bytes_kind, [I8(spec.dead)] * spec.lanes))
-                    sums = floats.at(total, offset)
-                    added = builder.fadd(floats.load(sums, used), builder.select(alive, slope, floats.zero))
-                    floats.store(added, sums, used)
+                    kept = builder.select(won(tap), value, ir.Constant(value.type, None))
+                    floats.store(kept, builder.gep(target, [builder.add(first, I64(place))]), used)
 
-            for_vectors(builder, spec.channels, spec.lanes, channels)
+            _on_pooled(spec, numbers, (args[0], args[1], args[3]), pixel)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), generate
 
     return kernel
+
+
+def _on_pooled(
+    spec: "Unpool | PairUnpool", numbers: Bf16Lanes, addresses: tuple[Any, Any, Any], each: Callable[..., None]
+) -> None:
+    """``each(pixel, slope to store, won, channel, used)`` for vectors of channels, pixel by pixel; and db.
+
+    addresses: of dy, codes and db. ``won(tap)`` tells where a tap has won.
+    """
+    floats, builder = numbers.floats, numbers.floats.builder
+    source, total = number_pointer(builder, addresses[0], spec.half_dy), floats.pointer(addresses[2])
+    code = builder.inttoptr(addresses[1], I8.as_pointer())
+    kind = ir.VectorType(I8, floats.lanes)
+
+    def channels(channel: Any, used: int) -> None:
+        sums = floats.at(total, channel)
+
+        def pixel(q: Any, held: list[Any]) -> list[Any]:
+            offset = builder.add(channel, builder.mul(q, I64(spec.channels)))
+            slope, value = numbers.load_both(floats.at(source, offset), spec.half_dy, spec.half, used)
+            winner = floats.load_as(I8, builder.gep(code, [offset]), used)
+
+            def won(tap: int) -> Any:
+                return builder.icmp_unsigned("==", winner, ir.Constant(kind, [I8(tap)] * floats.lanes))
+
+            each(q, value, won, channel, used)
+            if not spec.bias:
+                return []
+            return [builder.fadd(held[0], builder.select(won(spec.dead), floats.zero, slope))]
+
+        found = carried_loop(builder, I64(spec.pixels), [floats.load(sums, used)] if spec.bias else [], pixel)
+        if spec.bias:
+            floats.store(found[0], sums, used)
+
+    for_vectors(builder, spec.channels, floats.lanes, channels)
 
 
 @dataclass(frozen=True)
@@ -141,6 +169,7 @@ class PairUnpool:
     """
 
     channels: int
+    pixels: int
     pool_h: int
     pool_w: int
     row: int
@@ -149,58 +178,43 @@ class PairUnpool:
     bias: bool
     native: bool
     half_dy: bool
+    half: bool = True
 
 
 def pair_unpool(spec: PairUnpool) -> Any:
-    """A function for kernels: ``kernel(dy, codes, target, pixel, db)``; ``pixel`` is the column of the first tap.
+    """A function for kernels: ``kernel(dy, codes, target, db)``; the first tap of the first pixel begins a pair.
 
     With an even window its taps are whole pairs and are written; with an odd one they are written half by half.
     """
 
     @intrinsic
-    def kernel(typingctx: Any, dy: Any, codes: Any, target: Any, pixel: Any, db: Any) -> Any:
+    def kernel(typingctx: Any, dy: Any, codes: Any, target: Any, db: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            floats = Floats(builder, LANES)
-            numbers = Bf16Lanes(floats, spec.native)
-            source, total = number_pointer(builder, args[0], spec.half_dy), floats.pointer(args[4])
-            code = builder.inttoptr(args[1], I8.as_pointer())
-            kind = ir.VectorType(I8, LANES)
+            numbers = Bf16Lanes(Floats(builder, LANES), spec.native)
+            words = ir.VectorType(I32, LANES)
 
-            def channels(offset: Any, used: int) -> None:
-                slope, halves = numbers.load_both(floats.at(source, offset), spec.half_dy, True, used)
-                winner = floats.load_as(I8, builder.gep(code, [offset]), used)
-                words = ir.VectorType(I32, LANES)
-                value, zero = builder.zext(halves, words), ir.Constant(words, None)
-                upper = builder.shl(value, ir.Constant(words, [I32(16)] * LANES))
-                plane = builder.mul(builder.udiv(offset, I64(LANES)), I64(spec.plane))
-                place = builder.add(args[2], plane)
-
-                def won(tap: int) -> Any:
-                    return builder.icmp_unsigned("==", winner, ir.Constant(kind, [I8(tap)] * LANES))
-
+            def pixel(q: Any, value: Any, won: Callable[[int], Any], channel: Any, used: int) -> None:
+                lower, zero = builder.zext(value, words), ir.Constant(words, None)
+                upper = builder.shl(lower, ir.Constant(words, [I32(16)] * LANES))
+                plane = builder.mul(builder.udiv(channel, I64(LANES)), I64(spec.plane))
+                place, first = builder.add(args[2], plane), builder.mul(q, I64(spec.pool_w))
                 for i in range(spec.pool_h):
-                    first = builder.add(place, I64(i * spec.row))
+                    row = builder.add(place, I64(i * spec.row))
                     if spec.pool_w % 2 == 0:
                         for j in range(0, spec.pool_w, 2):
-                            tap = i * spec.pool_w + j
-                            column = builder.add(args[3], I64(j))
-                            pair = builder.add(first, builder.mul(builder.lshr(column, I64(1)), I64(PAIR)))
-                            word = builder.select(won(tap), value, builder.select(won(tap + 1), upper, zero))
-                            floats.store(word, floats.pointer(pair), used)
+                            tap, column = i * spec.pool_w + j, builder.add(first, I64(j))
+                            pair = builder.add(row, builder.mul(builder.lshr(column, I64(1)), I64(PAIR)))
+                            word = builder.select(won(tap), lower, builder.select(won(tap + 1), upper, zero))
+                            numbers.floats.store(word, numbers.floats.pointer(pair), used)
                     else:
                         for j in range(spec.pool_w):
-                            kept = builder.select(won(i * spec.pool_w + j), value, zero)
-                            _store_half(floats, kept, first, builder.add(args[3], I64(j)), used)
-                if spec.bias:
-                    alive = builder.icmp_unsigned("!=", winner, ir.Constant(kind, [I8(spec.dead)] * LANES))
-                    sums = floats.at(total, offset)
-                    added = builder.fadd(floats.load(sums, used), builder.select(alive, slope, floats.zero))
-                    floats.store(added, sums, used)
+                            kept = builder.select(won(i * spec.pool_w + j), lower, zero)
+                            _store_half(numbers.floats, kept, row, builder.add(first, I64(j)), used)
 
-            for_vectors(builder, spec.channels, LANES, channels)
+            _on_pooled(spec, numbers, (args[0], args[1], args[3]), pixel)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 4), generate
 
     return kernel
 

@@ -178,7 +178,7 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
     PP, QQ = P // pool_h, Q // pool_w
     row_step, column_step = framed.pitch, K
     taps = tuple(i * row_step + j * column_step for i in range(pool_h) for j in range(pool_w))
-    send = unpool(Unpool(K, taps, DEAD, spec.lanes, False, spec.bias, half=False))
+    send = unpool(Unpool(K, QQ, pool_w * column_step, taps, DEAD, spec.lanes, False, spec.bias, half=False))
     let_through = through(Through(K, spec.slope, spec.lanes, False, spec.bias, half=False))
     framed_origin, y_size, y_origin, y_pitch = framed.origin, y.size, y.origin, y.pitch
 
@@ -186,9 +186,8 @@ def spread_slopes(spec: ConvSpec) -> Callable[[Any, int, int, int], None]:
     def pool_spread(arguments: Any, image: int, target: int, db: int) -> None:
         for p in range(PP):
             first = (image * PP + p) * QQ * K
-            for q in range(QQ):
-                place = target + FLOAT * (framed_origin + p * pool_h * row_step + q * pool_w * column_step)
-                send(arguments[3] + FLOAT * (first + q * K), arguments[5] + first + q * K, place, db)
+            place = target + FLOAT * (framed_origin + p * pool_h * row_step)
+            send(arguments[3] + FLOAT * first, arguments[5] + first, place, db)
 
     @inlined
     def plain_spread(arguments: Any, image: int, target: int, db: int) -> None:

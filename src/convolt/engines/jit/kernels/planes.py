@@ -150,7 +150,7 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
     plane = spec.pixels // 2 * PAIR_BYTES
     row_bytes, y_size, y_origin, y_pitch, number = pitch // 2 * PAIR_BYTES, y.size, y.origin, y.pitch, y.number
     dy_number = number_bytes(conv.half_dy)
-    spread = pair_unpool(PairUnpool(K, pool_h, pool_w, row_bytes, plane, DEAD, conv.bias, native, conv.half_dy))
+    spread = pair_unpool(PairUnpool(K, QQ, pool_h, pool_w, row_bytes, plane, DEAD, conv.bias, native, conv.half_dy))
     both = pair_through(
         PairThrough(K, conv.slope, plane, conv.bias, native, both=True, half_y=y.half, half_dy=conv.half_dy)
     )
@@ -162,9 +162,7 @@ def _slopes(spec: PlaneBackSpec) -> Callable[[Any, int, int, int, int], None]:
     def pooled_slopes(arguments: Any, image: int, p: int, pairs: int, db: int) -> None:
         for i in range(min(together, rows - p) // pool_h):
             first = (image * PP + p // pool_h + i) * QQ * K
-            for q in range(QQ):
-                place = pairs + i * pool_h * row_bytes
-                spread(arguments[3] + dy_number * (first + q * K), arguments[5] + first + q * K, place, q * pool_w, db)
+            spread(arguments[3] + dy_number * first, arguments[5] + first, pairs + i * pool_h * row_bytes, db)
 
     @inlined
     def plain_slopes(arguments: Any, image: int, p: int, pairs: int, db: int) -> None:

@@ -134,7 +134,7 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     K, P, Q = conv.K, conv.P, conv.Q
     PP, QQ = P // pool_h, Q // pool_w
     taps = tuple((i * pitch + j) * wide for i in range(pool_h) for j in range(pool_w))
-    spread = unpool(Unpool(K, taps, DEAD, LANES, native, conv.bias, half_dy=conv.half_dy))
+    spread = unpool(Unpool(K, QQ, pool_w * wide, taps, DEAD, LANES, native, conv.bias, half_dy=conv.half_dy))
     let_through = through(Through(K, conv.slope, LANES, native, conv.bias, half_y=y.half, half_dy=conv.half_dy))
     y_size, y_origin, y_pitch, number = y.size, y.origin, y.pitch, y.number
     dy_number = number_bytes(conv.half_dy)
@@ -143,9 +143,8 @@ def slope_rows(conv: ConvSpec, wide: int, pitch: int) -> Callable[[Any, int, int
     def pooled_slopes(arguments: Any, image: int, target: int, db: int, scratch: int) -> None:
         for p in range(PP):
             first = (image * PP + p) * QQ * K
-            for q in range(QQ):
-                place = target + BF16 * (p * pool_h * pitch + q * pool_w) * wide
-                spread(arguments[3] + dy_number * (first + q * K), arguments[5] + first + q * K, place, db)
+            place = target + BF16 * p * pool_h * pitch * wide
+            spread(arguments[3] + dy_number * first, arguments[5] + first, place, db)
 
     @inlined
     def plain_slopes(arguments: Any, image: int, target: int, db: int, scratch: int) -> None:
