@@ -1,4 +1,4 @@
-"""Images that convolutions on tiles and BatchNorm hand on in bf16: cases, and checks for tests and mutants."""
+"""What convolutions on tiles, BatchNorm and dense layers hand on in bf16: cases, and checks for tests and mutants."""
 
 import ctypes
 import mmap
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from convolt.engines import JIT
 from convolt.engines.jit import buffers, programs
 from convolt.engines.jit.buffers import Buffer
-from convolt.layers import BatchNorm2d, Conv2d, LeakyReLU, MaxPool2d, ReLU, Residual
+from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, LeakyReLU, MaxPool2d, ReLU, Residual
 from convolt.model import Model
 from convolt.params import ALIGNMENT, Params
 
@@ -36,6 +36,15 @@ CONVOLUTIONS = {
         Case("output of a stride", (32, 9, 11), (conv(32, 64), ReLU(), conv(64, 33, 2), LeakyReLU(0.5)), 5),
         Case("a stride of few pixels", (32, 4, 5), (conv(32, 64), ReLU(), Conv2d(64, 20, 2, 2), LeakyReLU(0.5)), 18),
         Case("two readers", (32, 6, 6), (conv(32, 32), ReLU(), Residual((conv(32, 40),), (Conv2d(32, 40, 1),))), 3),
+        Case("windows that overlap", (32, 9, 8), (conv(32, 32), ReLU(), MaxPool2d(3, 2), conv(32, 20)), 6),
+        Case("flattened", (32, 6, 12), (conv(32, 32), ReLU(), MaxPool2d(2), Flatten(), Dense(576, 40)), 35),
+        Case(
+            "flattened without a pool",
+            (32, 4, 9),
+            (conv(32, 32), LeakyReLU(0.5), Flatten(), Dense(1152, 32), Dense(32, 9)),
+            33,
+        ),
+        Case("an odd number of pixels", (32, 5, 7), (conv(32, 32), ReLU(), Flatten(), Dense(1120, 24)), 5),
     )
 }
 _DOWN = (conv(32, 64, 2, bias=False), BatchNorm2d(64), ReLU(), conv(64, 64), BatchNorm2d(64))
@@ -78,6 +87,7 @@ NORMS = {
             (Residual((conv(32, 64), ReLU()), (Conv2d(32, 64, 1), BatchNorm2d(64))), ReLU(), conv(64, 20)),
             3,
         ),
+        Case("norm flattened", (32, 4, 7), (conv(32, 32), BatchNorm2d(32), ReLU(), Flatten(), Dense(896, 24)), 6),
         Case(
             "residual of norms",
             (32, 6, 9),
@@ -95,6 +105,11 @@ KEPT = {
     "output of a stride": {"0 Conv2d", "1-2 Conv2d+ReLU"},
     "a stride of few pixels": {"0 Conv2d", "1-2 Conv2d+ReLU"},
     "two readers": {"0 Conv2d", "1-2 Conv2d+ReLU"},
+    "windows that overlap": {"0 Conv2d", "1-3 Conv2d+ReLU+MaxPool2d"},
+    "flattened": {"0 Conv2d", "1-3 Conv2d+ReLU+MaxPool2d"},
+    "flattened without a pool": {"0 Conv2d", "1-2 Conv2d+LeakyReLU"},
+    "an odd number of pixels": {"0 Conv2d"},
+    "norm flattened": {"0 Conv2d", "1 Conv2d", "2-3 BatchNorm2d+ReLU"},
     "norms without activation": {"0 Conv2d", "1 Conv2d", "2 BatchNorm2d", "3 Conv2d", "4 BatchNorm2d"},
     "norm behind planes": {"1 Conv2d", "4 Conv2d"},
     "norm and maximum": {"0 Conv2d", "1 Conv2d", "2-4 BatchNorm2d+ReLU+MaxPool2d", "5 Conv2d"},
@@ -158,16 +173,20 @@ def has_the_bits_of(got: Step, want: Step) -> None:
 
 
 def equals_float32(case: Case, unit: str, bare: bool) -> None:
-    """Convolutions round what they read: whether it was rounded before makes no difference.
+    """Convolutions and dense layers round what they read: whether it was rounded before makes no difference.
 
-    What BatchNorm reads has a rounding of 2^-9 more; a ReLU or a maximum that changes its mind weighs more.
+    But to biases, whose gradient is a sum of slopes. What BatchNorm reads has a rounding of 2^-9 more; a ReLU or a
+    maximum that changes its mind weighs more.
     """
     slack = 2**-6 if "without activation" in case.name else 2**-3
     got, want = (step_of(case, JIT(threads=2, unit=unit), half, bare) for half in (True, False))
     np.testing.assert_array_equal(got.prediction, want.prediction)
-    if case.name in CONVOLUTIONS:
-        has_the_bits_of(got, want)
     model, params, x = _of(case, bare)
+    if case.name in CONVOLUTIONS:
+        np.testing.assert_array_equal(got.outputs, want.outputs, "outputs")
+        for name, part in params.slices.items():
+            if not name.endswith("bias"):
+                np.testing.assert_array_equal(got.gradient[part], want.gradient[part], name)
     for other in (want, oracle_of(model, params, x, case.slopes(), case.rng)):
         assert_near(got.outputs, other.outputs, 2**-6, "outputs")
         assert_near(got.gradient, other.gradient, slack, "gradient")

@@ -226,17 +226,6 @@ BF16 = (
         ON_PLANES,
     ),
     JitMutant(
-        "half of a pair added to what was there",
-        EPILOGUE,
-        "def _store_half",
-        "builder.and_(before, builder.not_(mask))",
-        "before",
-        PLANE_ROWS,
-    ),
-    JitMutant(
-        "the neighbor's channels", EPILOGUE, "def pair_through", "I64(pixel * spec.channels)", "I64(pixel)", ODD_PLANES
-    ),
-    JitMutant(
         "db of the dead",
         EPILOGUE,
         "def _on_pooled",
@@ -390,8 +379,15 @@ BF16 = (
         "c + FLOAT * BLOCK * j",
         "dense",
     ),
-    JitMutant("dense inputs said to be small", DENSE, "def _panel", "= largest(x, N * row)", "= 0.0", OVERFLOW),
-    JitMutant("slopes said to be small", DENSE, "def turn(", "= largest(arguments[2], N * columns)", "= 0.0", OVERFLOW),
+    JitMutant("dense inputs said to be small", DENSE, "def _panel", "= float32_of_bf16(top)", "= 0.0", OVERFLOW),
+    JitMutant(
+        "slopes said to be small",
+        DENSE,
+        "def turn(",
+        "float32_of_bf16(largest(arguments[2], N * columns))",
+        "0.0",
+        OVERFLOW,
+    ),
     # gradient and optimizer in one pass
     JitMutant(
         "weights moved and not rounded",

@@ -7,11 +7,14 @@ NORM, ROWS, EPILOGUE, PLANNER = "kernels/normalization.py", "batchnorm.py", "epi
 PLANES, BACKWARD, NUMBERS = "kernels/planes.py", "kernels/tiles_backward.py", "bf16.py"
 DIRECT, GATHERED, STRIDE, MAXIMUM = "direct rows", "gathered rows", "output of a stride", "norm and maximum"
 LINEAR, BEHIND_PLANES, TWO = "norms without activation", "norm behind planes", "norm with two readers"
+OVERLAP, UNEVEN, FLAT = "windows that overlap", "an odd number of pixels", "flattened"
+ODD_POOL = "planes in groups of rows, odd pool"
+IMAGES, DENSE = "kernels/images.py", "kernels/dense_tiles.py"
 GROUPS = "two groups of images, the last with fewer"
 
 HALF = (
     # what is kept
-    JitMutant("a gradient that is added", PLANNER, "def keep_half", "len(readers) == 1 and maker", "maker", TWO),
+    JitMutant("a gradient that is added", PLANNER, "def keep_half", "len(readers) == 1 and _takes", "_takes", TWO),
     JitMutant(
         "the output of a sum's activation",
         PLANNER,
@@ -28,6 +31,33 @@ HALF = (
         "reader.inputs[0] is tensor and ",
         "",
         "a branch without norm",
+    ),
+    JitMutant(
+        "slopes of windows that overlap", PLANNER, "def _takes_half_slope", ".windows is None", " is not None", OVERLAP
+    ),
+    JitMutant("an odd number of pixels in pairs", PLANNER, "def _flattens_half", " == H * W % 2 == 0", " == 0", UNEVEN),
+    # between convolutions and dense layers
+    JitMutant(
+        "features apart", IMAGES, "def flatten(", "+ number * image * features", "+ FLOAT * image * features", FLAT
+    ),
+    JitMutant("slopes of features apart", IMAGES, "def flatten_backward", "number * image", "FLOAT * image", FLAT),
+    JitMutant("dx of 32 samples", DENSE, "def _rounded_product", "(first + row) * inputs", "row * inputs", FLAT),
+    JitMutant("the last samples' dx left out", DENSE, "def _rounded_product", "elif rest:", "elif rest < 0:", FLAT),
+    JitMutant(
+        "the neighbor's channels",
+        EPILOGUE,
+        "def pair_through",
+        "I64(pixel * spec.channels)",
+        "I64(pixel)",
+        BEHIND_PLANES,
+    ),
+    JitMutant(
+        "half of a pair added to what was there",
+        EPILOGUE,
+        "def _store_half",
+        "builder.and_(before, builder.not_(mask))",
+        "before",
+        ODD_POOL,
     ),
     # images
     JitMutant(

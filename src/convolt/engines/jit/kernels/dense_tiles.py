@@ -111,8 +111,10 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         rows = x + panel_bytes
         packed = rows + weights_bytes
         first, count, top = chunk * run, view(arguments[0], (1,), np.int64)[0], np.uint16(0)
-        empty = 0 if filled else count * row
-        view(x + BF16 * empty, (N * row - empty,), np.uint16)[:] = np.uint16(0)
+        if filled:
+            view(x, (panel_bytes + weights_bytes,), np.uint8)[:] = np.uint8(0)
+        else:  # what a larger batch, or another kernel, left behind a smaller one
+            view(x + BF16 * count * row, ((N - count) * row,), np.uint16)[:] = np.uint16(0)
         for n in range(count):
             target = x + BF16 * n * row
             if half:
@@ -123,7 +125,6 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         view(arguments[5] + FLOAT * chunk, (1,), np.float32)[0] = float32_of_bf16(top)
         w = arguments[2] + BF16 * first
         if filled:
-            view(rows, (weights_bytes,), np.uint8)[:] = np.uint8(0)
             for o in range(outputs):
                 _move(w + BF16 * o * all_inputs, rows + BF16 * o * depth, inputs)
             w = rows
