@@ -3,7 +3,7 @@
 from jit_mutant import JitMutant
 
 TILED, SHIFTED, TILE_SPECS = "kernels/tiles.py", "kernels/tiles_shifted.py", "kernels/tile_specs.py"
-NORM, ROWS, EPILOGUE, PLANNER = "kernels/normalization.py", "batchnorm.py", "epilogue.py", "convolutions.py"
+NORM, ROWS, EPILOGUE, PLANNER = "kernels/normalization.py", "batchnorm.py", "epilogue.py", "half.py"
 PLANES, BACKWARD, NUMBERS = "kernels/planes.py", "kernels/tiles_backward.py", "bf16.py"
 DIRECT, GATHERED, STRIDE, MAXIMUM = "direct rows", "gathered rows", "output of a stride", "norm and maximum"
 LINEAR, BEHIND_PLANES, TWO = "norms without activation", "norm behind planes", "norm with two readers"

@@ -16,7 +16,6 @@ from convolt.engines.jit.kernels.residues import packed_depth, packed_taps, tap_
 from convolt.engines.jit.kernels.specs import (
     BF16,
     BLOCK,
-    DEPTH,
     FLOAT,
     VECTORS,
     ConvSpec,
@@ -109,7 +108,7 @@ def conv(plan: Plan, operation: Operation) -> Served:
     """Convolution with activation and max-pool: pack, forward; pack turned, backward in parts, sum of parts."""
     groups, conv_unit = cast(Conv2d, operation.layer).groups, plan.units.conv
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
-    if plan.units.tiles is not None and _on_tiles(plan, operation):
+    if plan.units.tiles is not None and on_tiles(plan, operation):
         operation.because(f"{UNITS[plan.units.tiles]}: bf16, groups 1")
         return conv_on_tiles(plan, operation, plan.units.tiles)
     few, pairs = _few_images(plan), conv_unit == "dot" and spec.x.C % 2 == spec.K % 2 == 0
@@ -333,52 +332,8 @@ def reads_planes(tensor: Tensor) -> bool:
     )
 
 
-def keep_half(plan: Plan, tensor: Tensor) -> None:
-    """Keep images in bf16 between convolutions on tiles, the BatchNorms around them, and dense layers on tiles.
-
-    Convolutions on tiles round what they read anyway: images, whose channels must fill whole tile rows so that tiles
-    are read where the images lie, and the gradient of their output; so do dense layers behind a Flatten. What a
-    convolution hands to a BatchNorm, its output and its dx, is rounded before the mean goes: an error of 2^-9 of the
-    mean, not of the deviation from it.
-    """
-    maker, readers = tensor.maker, tensor.readers
-    if not (tensor.is_image and readers and maker is not None):
-        return
-    # The output of a sum's activation is read again on the way back, by its BatchNorm.
-    rounds = _on_tiles(plan, maker) or (maker.kind == "BatchNorm2d" and maker.outer is None)
-    if rounds and tensor.shape[0] % DEPTH == 0 and all(_on_tiles(plan, reader) for reader in readers):
-        tensor.half = True
-        tensor.half_slope = len(readers) == 1 and _takes_half_slope(plan, maker)
-        tensor.behind = max(TileSpec(conv_spec(plan, reader)).behind for reader in readers)
-        maker.because("output in bf16: convolutions on tiles alone read it")
-    elif rounds and len(readers) == 1 and _flattens_half(tensor, features := readers[0].output):
-        tensor.half = True
-        tensor.half_slope = features.half_slope = len(features.readers) == 1 and _takes_half_slope(plan, maker)
-        maker.because("output in bf16: dense layers on tiles alone read it, flattened")
-    elif plan.training and _on_tiles(plan, maker) and maker.pool is None and _consumed_by(readers[0], tensor):
-        tensor.half = tensor.half_slope = True
-        maker.because("output in bf16: a BatchNorm puts its gradient there")
-
-
-def _takes_half_slope(plan: Plan, maker: Operation) -> bool:
-    """Whether its backward pass can read the gradient of its output in bf16."""
-    if maker.kind == "BatchNorm2d":
-        return not maker.adds
-    return conv_spec(plan, maker).windows is None  # slopes that meet in a pixel are added up as they come
-
-
-def _flattens_half(tensor: Tensor, features: Tensor) -> bool:
-    """Whether features are this tensor flattened, in bf16, and pixels as well as channels can be turned in pairs."""
-    C, H, W = tensor.shape
-    return features.half and features.image is None and not any(tensor.border) and C % 2 == H * W % 2 == 0
-
-
-def _consumed_by(reader: Operation, tensor: Tensor) -> bool:
-    """Whether it is a BatchNorm of this tensor, rather than of another to which this one is added."""
-    return reader.inputs[0] is tensor and reader.consumes
-
-
-def _on_tiles(plan: Plan, operation: Operation) -> bool:
+def on_tiles(plan: Plan, operation: Operation) -> bool:
+    """Whether it is a convolution that multiplies blocks of bf16."""
     convolution = operation.kind == "Conv2d" and cast(Conv2d, operation.layer).groups == 1
     return convolution and plan.units.tiles is not None
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.convolutions import keep_half, reads_planes
+from convolt.engines.jit.convolutions import reads_planes
 from convolt.engines.jit.graph import Operation, learning, operations
+from convolt.engines.jit.half import keep_half
 from convolt.engines.jit.isa import Isa, Units
 from convolt.engines.jit.kernels.specs import LossSpec, UpdateSpec
 from convolt.engines.jit.matrices import reads_half, reads_pixels
