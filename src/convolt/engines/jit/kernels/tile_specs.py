@@ -210,7 +210,7 @@ class ShiftedBackSpec:
     """The backward pass with stride 1: pixels of x and dy are counted alike, along the rows of x's frame.
 
     A tap is then a constant distance: dw needs no gathered columns, and dy in these rows, zeros around, is the frame
-    that dx is computed of. Images of a group lie one behind another.
+    that dx is computed of. Images of a group lie one behind another and share rows of their borders.
     """
 
     conv: ConvSpec
@@ -236,9 +236,20 @@ class ShiftedBackSpec:
         return round_up(self.conv.K, BLOCK // 2) * self.depth
 
     @property
+    def shared_rows(self) -> int:
+        """Rows of an image's border below that are those above the next one.
+
+        So many that dy of the one keeps its rows, and as many rows of zeros around as dx reads, before the other's.
+        """
+        conv, x, window = self.conv, self.conv.x, self.conv.window
+        above = x.origin // x.C // x.columns
+        before = max(0, window.dilation_h * (window.R - 1) - window.top)
+        return max(0, min(above, x.rows - above - x.H, x.rows - conv.P - before, x.rows - x.H - window.top))
+
+    @property
     def spacing(self) -> int:
-        """Pixels from an image to the next: its frame, an even number."""
-        return round_up(self.conv.x.rows * self.conv.x.columns, 2)
+        """Pixels from an image to the next, an even number."""
+        return round_up((self.conv.x.rows - self.shared_rows) * self.conv.x.columns, 2)
 
     @property
     def images(self) -> int:
@@ -265,7 +276,8 @@ class ShiftedBackSpec:
     @property
     def pairs(self) -> int:
         """Pairs of pixels of x in the buffer, what the last step reads behind included."""
-        return (self.pixels + self.reach) // 2 + 1
+        frames = (self.images - 1) * self.spacing + self.conv.x.rows * self.conv.x.columns
+        return max(self.pixels + self.reach, frames) // 2 + 1
 
     @property
     def copies(self) -> int:

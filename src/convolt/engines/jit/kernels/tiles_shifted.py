@@ -45,7 +45,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
     """
     conv = spec.conv
     pair, slopes = _pairs(spec), slope_rows(conv, spec.wide, conv.x.columns)
-    weights = _weight_gradient(spec)
+    clear, weights = _cleared(spec), _weight_gradient(spec)
     inputs = framed_convolution(spec.inputs, BF16 * spec.spacing * spec.wide)
     images, together, inputs_together = conv.images, spec.images, spec.inputs.group_images
     K, bias, wants_dx, part, scratch = conv.K, conv.bias, conv.wants_dx, spec.part, spec.scratch
@@ -67,7 +67,7 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
         pairs = own + slopes_bytes
         turned = pairs + pairs_bytes
         rest = turned + turned_bytes
-        view(own, (slopes_bytes,), np.uint8)[:] = np.uint8(0)
+        clear(own)
         last = min((chunk + 1) * images, count)
         filled = min(together, max(0, last - chunk * images)) * image_filled
         for i in range(runs):  # behind the last image of the first group, where its last step reads
@@ -97,6 +97,32 @@ def conv_backward(spec: ShiftedBackSpec) -> Callable[..., None]:
                     )
 
     return kernel
+
+
+def _cleared(spec: ShiftedBackSpec) -> Callable[[int], None]:
+    """Zeros where slopes are never written, before, between and behind them: ``clear(scratch)``."""
+    conv, wide, pitch, together = spec.conv, spec.wide, spec.conv.x.columns, spec.images
+    rows, columns = conv.P // conv.pool[0] * conv.pool[0], conv.Q // conv.pool[1] * conv.pool[1]
+    pixel_bytes, image_bytes, slopes_bytes = BF16 * wide, BF16 * spec.spacing * wide, spec.slopes_bytes
+    lead_bytes, whole = BF16 * spec.lead * wide, wide == conv.K
+    between_bytes, below = (pitch - columns) * pixel_bytes, rows * pitch * pixel_bytes
+
+    @inlined
+    def clear(scratch: int) -> None:
+        if not whole:
+            view(scratch, (slopes_bytes,), np.uint8)[:] = np.uint8(0)
+            return
+        view(scratch, (lead_bytes,), np.uint8)[:] = np.uint8(0)
+        for image in range(together):
+            first = scratch + lead_bytes + image * image_bytes
+            for row in range(rows):
+                view(first + (row * pitch + columns) * pixel_bytes, (between_bytes,), np.uint8)[:] = np.uint8(0)
+            view(first + below, (image_bytes - below,), np.uint8)[:] = np.uint8(0)
+        behind = lead_bytes + together * image_bytes
+        view(scratch + behind, (slopes_bytes - behind,), np.uint8)[:] = np.uint8(0)
+
+    found: Callable[[int], None] = clear
+    return found
 
 
 def _pairs(spec: ShiftedBackSpec) -> Callable[[int, int], None]:
