@@ -175,8 +175,8 @@ def has_the_bits_of(got: Step, want: Step) -> None:
 def equals_float32(case: Case, unit: str, bare: bool) -> None:
     """Convolutions and dense layers round what they read: whether it was rounded before makes no difference.
 
-    But to biases, whose gradient is a sum of slopes. What BatchNorm reads has a rounding of 2^-9 more; a ReLU or a
-    maximum that changes its mind weighs more.
+    But to biases, whose gradient is a sum of slopes, and behind a LeakyReLU whose slope is no power of two. What
+    BatchNorm reads has a rounding of 2^-9 more; a ReLU or a maximum that changes its mind weighs more.
     """
     slack = 2**-6 if "without activation" in case.name else 2**-3
     got, want = (step_of(case, JIT(threads=2, unit=unit), half, bare) for half in (True, False))

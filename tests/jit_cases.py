@@ -94,6 +94,7 @@ TILES = {
     "1x1, stride 2": on_tiles((32, 5, 7), 20, 1, stride=2),
     "100 channels of a pixel": on_tiles((100, 1, 1), 40, 1, batch=5),
     "padding beyond the filter": on_tiles((2, 4, 5), 3, 3, padding=(4, 3), stride=(2, 3), batch=2),
+    "images with borders beyond the filter": on_tiles((20, 4, 5), 9, 3, padding=(4, 3), batch=37),
     "direct rows of two blocks, stride 2": on_tiles((24, 4, 38), 17, 3, ReLU(), padding=1, stride=2, batch=2),
     "direct rows in pairs, stride 2": on_tiles((16, 5, 21), 9, 3, ReLU(), MaxPool2d(3), padding=1, stride=2, batch=2),
     "some images at a time": on_tiles((5, 3, 3), 7, 3, ReLU(), padding=1, batch=37),

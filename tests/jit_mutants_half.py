@@ -183,5 +183,16 @@ HALF = (
         "gaps = False and",
         "1x1, stride 2",
     ),
+    JitMutant("columns behind a row not cleared", SHIFTED, "def _cleared", "range(rows)", "range(0)", DIRECT),
+    JitMutant("rows below not cleared", SHIFTED, "def _cleared", "(image_bytes - below,)", "(0,)", DIRECT),
+    JitMutant("nothing cleared behind", SHIFTED, "def _cleared", "(slopes_bytes - behind,)", "(0,)", DIRECT),
+    JitMutant(
+        "zeros before dy left out",
+        SHIFTED,
+        "def _cleared",
+        "view(scratch, (lead_bytes,), np.uint8)[:] = np.uint8(0)",
+        "pass",
+        DIRECT,
+    ),
     JitMutant("a part of no images", SHIFTED, "def conv_backward", "if last <= chunk * images:", "if False:", DIRECT),
 )

@@ -32,7 +32,6 @@ from convolt.layers import (
     SiLU,
 )
 from convolt.losses import CrossEntropy
-from convolt.metrics import correct
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam, AdamW, RMSprop
 from convolt.params import Params
@@ -282,35 +281,6 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_alone(entry, pre
     for name in ("step", "momentum_buffer"):
         np.testing.assert_array_equal(executor.optimizer_state()[name], state[name])
     assert np.isfinite(train(executor, batch).loss)
-
-
-@every_engine
-def test_right_answers_are_those_of_the_logits(entry):
-    """Where an engine has counted them: ties go to the first class, and a smaller batch has fewer."""
-    executor = executor_of(entry)
-    executor.params.flat[...] = 0
-    executor.weights_changed()
-    for size in (7, 3):
-        batch = Batch(NET, size)
-        result = train(executor, batch, SGD(lr=0.0))
-        want = int(correct(result.logits, batch.y).sum())
-        assert want == np.count_nonzero(batch.y == 0), "all logits are equal"
-        assert result.right in (None, want)
-    fresh, batch = executor_of(entry), Batch(NET, 40)
-    result = train(fresh, batch)
-    assert result.right in (None, int(correct(result.logits, batch.y).sum()))
-
-
-@every_engine
-@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int32])
-def test_labels_are_integers_of_any_kind(entry, kind):
-    executor, batch = executor_of(entry), Batch(NET)
-    want = train(executor_of(entry), batch)
-    every_second = np.repeat(batch.y.astype(kind), 2)[::2]
-    got = executor.train_step(
-        batch.x, every_second, CrossEntropy(), 1 / batch.size, SGD(lr=0.1, momentum=0.9), batch.rng
-    )
-    assert got.loss == pytest.approx(want.loss)
 
 
 @every_engine

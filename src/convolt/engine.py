@@ -37,7 +37,7 @@ COMPILING = "convolt.compiling"
 class StepResult(NamedTuple):
     """What a step tells the loop: the summed loss and the logits (N, classes).
 
-    right: how many logits name their label, where an engine has counted them on the way.
+    right: how many logits name their target, where targets are classes and an engine has counted them on the way.
     """
 
     loss: float

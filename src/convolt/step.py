@@ -267,9 +267,11 @@ def square_sum(values: Array) -> float:
 
 
 def right_of(results: list[StepResult], pieces: list[Batch]) -> int:
-    """How many logits name their label."""
+    """How many logits name their label; what an engine has counted holds for targets, which an augment may change."""
     return sum(
-        int(correct(result.logits, piece.labels).sum()) if result.right is None else result.right
+        result.right
+        if result.right is not None and piece.targets is piece.labels
+        else int(correct(result.logits, piece.labels).sum())
         for result, piece in zip(results, pieces, strict=True)
     )
 

@@ -306,6 +306,8 @@ class JitExecutor(Executor):
 
 def _are_labels(y: Any, count: int, output_shape: tuple[int, ...]) -> bool:
     """Whether targets are one valid class index for each sample: what the compiled loss takes."""
-    if not (isinstance(y, np.ndarray) and y.shape == (count,) and y.dtype.kind in "iu" and len(output_shape) == 1):
+    if not (isinstance(y, np.ndarray) and y.shape == (count,) and len(output_shape) == 1):
+        return False
+    if y.dtype.kind not in "iu" or not y.dtype.isnative:
         return False
     return count == 0 or int(y.view(f"u{y.itemsize}").max()) < output_shape[0]  # what is negative is large there

@@ -1,7 +1,6 @@
 """Which images are kept in bf16 between operations, and which of their gradients.
 
-Who reads them would round them anyway, so nothing is lost but bytes to move, with one exception, which ``keep_half``
-tells.
+Who reads them would round them anyway, so little is lost but bytes to move; ``keep_half`` tells what is.
 """
 
 from convolt.engines.jit.convolutions import conv_spec, on_tiles
@@ -15,15 +14,17 @@ def keep_half(plan: Plan, tensor: Tensor) -> None:
     """Keep images in bf16 between convolutions on tiles, the BatchNorms around them, and dense layers on tiles.
 
     Convolutions on tiles round what they read anyway: images, whose channels must fill whole tile rows so that tiles
-    are read where the images lie, and the gradient of their output; so do dense layers behind a Flatten. What a
-    convolution hands to a BatchNorm, its output and its dx, is rounded before the mean goes: an error of 2^-9 of the
-    mean, not of the deviation from it.
+    are read where the images lie, and the gradient of their output; so do dense layers behind a Flatten. What differs:
+    what is handed to a BatchNorm, a convolution's output and a gradient, is rounded before the mean goes, an error of
+    2^-9 of the mean, not of the deviation from it; a convolution's db is a sum of rounded slopes; and behind a
+    LeakyReLU slopes are rounded before they are multiplied as well as after.
     """
     maker, readers = tensor.maker, tensor.readers
     if not (tensor.is_image and readers and maker is not None):
         return
     # The output of a sum's activation is read again on the way back, by its BatchNorm.
-    rounds = on_tiles(plan, maker) or (maker.kind == "BatchNorm2d" and maker.outer is None)
+    norm = maker.kind == "BatchNorm2d" and maker.outer is None
+    rounds = on_tiles(plan, maker) or (norm and plan.units.tiles is not None)
     if rounds and tensor.shape[0] % DEPTH == 0 and all(on_tiles(plan, reader) for reader in readers):
         tensor.half = True
         tensor.half_slope = len(readers) == 1 and _takes_half_slope(plan, maker)

@@ -32,7 +32,7 @@ RUNS = 16  # of inputs or outputs, into which a dense layer in float32 is cut
 FEW_SAMPLES = 8  # below this number a dense layer's W is not worth transposing
 SHORT_RUN = 64  # inputs of a chunk, at least
 BACKWARD_CHUNKS = 64  # of inputs, into which its backward pass is cut: fine enough to be even among threads
-MOVING_CHUNKS = 4  # for each thread, at least, of the pass that makes its gradient and moves W
+MOVING_CHUNKS = 4  # for each thread, about, of the pass that makes its gradient and moves W
 UPDATE_PAYS = 1 << 16  # weights of a dense layer from which its gradient is made in the optimizer's pass
 MOST_PACKED = 1 << 24  # weights of a dense layer that are kept a second time for predictions
 TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
@@ -127,8 +127,9 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
             stripes = replace(back, run=round_up(run, STRIPE))
             arguments: tuple[Argument, ...] = (x, turned_rows, weight, *state, numbers, own, shadow)
             count = -(-back.inputs // stripes.run)
-            bands = min(columns // BLOCK, -(-MOVING_CHUNKS * plan.threads // count))
-            moving = DenseUpdateSpec(stripes, spec, bands)
+            rows = round_up(-(-layer.out_features // -(-MOVING_CHUNKS * plan.threads // count)), BLOCK)
+            bands = -(-layer.out_features // rows)
+            moving = DenseUpdateSpec(stripes, spec, rows)
             return plan.whole(f"{label} dw+update", "dense_tiles:update", moving, count * bands, *arguments)
 
         alone = products("dw", replace(back, wants_dx=False))

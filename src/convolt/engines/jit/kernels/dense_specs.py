@@ -84,12 +84,12 @@ class DensePackSpec:
 class DenseUpdateSpec:
     """The gradient of a dense layer's weights and the optimizer's step, in one pass.
 
-    bands: of outputs, each with a run of inputs a chunk; x is paired anew for each.
+    rows: outputs of a band, whole blocks; with a run of inputs it is a chunk. x is paired anew for each band.
     """
 
     dense: DenseSpec
     update: UpdateSpec
-    bands: int = 1
+    rows: int = 0
 
 
 def dense_forward_scratch(spec: DenseSpec) -> int:

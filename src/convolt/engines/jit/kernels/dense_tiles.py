@@ -301,20 +301,20 @@ def update(spec: DenseUpdateSpec) -> Callable[..., None]:
     run, inputs, scratch = dense.run, dense.inputs, dense_update_scratch(dense)
     rest = inputs % STRIPE
     full, tail = _stepped_columns(spec, STRIPE), _stepped_columns(spec, rest or STRIPE)
-    bands, partial = spec.bands, dense.N % DEPTH > 0
-    outputs = round_up(-(-dense.outputs // bands), BLOCK)
+    rows, partial = spec.rows, dense.N % DEPTH > 0
+    bands = -(-dense.outputs // rows)
     done = release(dense.unit)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         own = arguments[8] + thread * scratch
         if partial:
             view(own, (scratch,), np.uint8)[:] = np.uint8(0)
-        stripe, first = chunk // bands, chunk % bands * outputs
+        stripe, first = chunk // bands, chunk % bands * rows
         for column in range(stripe * run, min((stripe + 1) * run, inputs), STRIPE):
             if column + STRIPE <= inputs:
-                full(arguments, column, first, first + outputs, own)
+                full(arguments, column, first, first + rows, own)
             elif rest:
-                tail(arguments, column, first, first + outputs, own)
+                tail(arguments, column, first, first + rows, own)
         done()
 
     return kernel
