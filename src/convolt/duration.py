@@ -90,15 +90,9 @@ def is_length(value: object) -> bool:
     return isinstance(value, str) and LENGTH.fullmatch(value) is not None
 
 
+@lru_cache  # of strings: schedules ask for the same few lengths at every step
 def _parse(text: str) -> tuple[Fraction, str]:
-    if not isinstance(text, str):
-        raise ConfigError(f"a length must {HOW_TO}; got {text!r}")
-    return _parsed(text)
-
-
-@lru_cache
-def _parsed(text: str) -> tuple[Fraction, str]:
-    found = LENGTH.fullmatch(text)
+    found = LENGTH.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         raise ConfigError(f"a length must {HOW_TO}; got {text!r}")
     return Fraction(found[1]), found[2]

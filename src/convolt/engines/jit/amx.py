@@ -5,8 +5,9 @@ that are not full are cut off by the tile configuration (nothing is read or writ
 has one of its own, which a thread loads before its first product with that specification and after another one's; it
 costs about 50 ns. Releasing the tiles saves the kernel from keeping 8 KB of them for each thread it interrupts.
 
-Tiles of A and B are zeroed as soon as they are used up: a zeroed tile needs no register of the core, of which there are
-few to rename tiles to while the core's other hardware thread holds tiles too (docs/kernels.md).
+Tiles of A and B are zeroed as soon as they are used up: the fewer tiles hold something else than zero, the faster are
+products while the core is in its slow state, presumably that in which its other hardware thread holds tiles too
+(docs/kernels.md).
 """
 
 from collections.abc import Sequence
