@@ -405,28 +405,29 @@ def _paired(dense: DenseSpec, rows: int, columns: int, wide: int, half: bool) ->
     """
     number, row = number_bytes(half), dense.inputs
     step_bytes, block_bytes = BF16 * wide // 16 * TILE_ELEMENTS, BF16 * WIDE // 16 * TILE_ELEMENTS
-    whole, rest = divmod(rows, DEPTH)
-    across, edge = divmod(columns, WIDE)
-    spec = Pairs(DEPTH, WIDE, row, DEPTH, TILE_ELEMENTS, source_of(half), converts(dense.unit))
-    narrow = replace(spec, columns=edge or WIDE)
-    main, right = pack_pairs(spec), pack_pairs(narrow)
-    lower, corner = (pack_pairs(replace(one, depth=rest or DEPTH)) for one in (spec, narrow))
+    (whole, rest), (across, edge) = divmod(rows, DEPTH), divmod(columns, WIDE)
+
+    def paired_rows(depth: int) -> Callable[[int, int], None]:
+        spec = Pairs(depth, WIDE, row, DEPTH, TILE_ELEMENTS, source_of(half), converts(dense.unit))
+        main, right = pack_pairs(spec), pack_pairs(replace(spec, columns=edge or WIDE))
+
+        @inlined
+        def run(source: int, target: int) -> None:
+            for j in range(across):
+                main(source + number * j * WIDE, target + j * block_bytes)
+            if edge:
+                right(source + number * across * WIDE, target + across * block_bytes)
+
+        found: Callable[[int, int], None] = run
+        return found
+
+    main, tail = paired_rows(DEPTH), paired_rows(rest or DEPTH)
 
     @inlined
     def pair(source: int, target: int) -> None:
         for step in range(whole):
-            for j in range(across):
-                place = source + number * (step * DEPTH * row + j * WIDE)
-                main(place, target + step * step_bytes + j * block_bytes)
-            if edge:
-                place = source + number * (step * DEPTH * row + across * WIDE)
-                right(place, target + step * step_bytes + across * block_bytes)
+            main(source + number * step * DEPTH * row, target + step * step_bytes)
         if rest:
-            for j in range(across):
-                place = source + number * (whole * DEPTH * row + j * WIDE)
-                lower(place, target + whole * step_bytes + j * block_bytes)
-            if edge:
-                place = source + number * (whole * DEPTH * row + across * WIDE)
-                corner(place, target + whole * step_bytes + across * block_bytes)
+            tail(source + number * whole * DEPTH * row, target + whole * step_bytes)
 
     return pair
