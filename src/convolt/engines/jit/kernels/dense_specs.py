@@ -84,8 +84,8 @@ class DensePackSpec:
 class DenseUpdateSpec:
     """The gradient of a dense layer's weights and the optimizer's step, in one pass.
 
-    rows: outputs of a band, whole blocks; with a run of inputs it is a chunk, and x is paired anew for it. Not looked at
-    in float32, where a chunk has all outputs.
+    rows: outputs of a band, whole blocks; with a run of inputs it is a chunk, and x is paired anew for it. Not looked
+    at in float32, where a chunk has all outputs.
     """
 
     dense: DenseSpec
