@@ -144,6 +144,40 @@ def to_bf16(count: int, lanes: int, native: bool) -> Any:
     return kernel
 
 
+def move_and_peak(count: int) -> Any:
+    """A function for kernels: ``kernel(x, y)`` copies `count` bf16 numbers and returns the largest absolute value's bits.
+
+    NaN counts as larger than infinity.
+    """
+
+    @intrinsic
+    def kernel(typingctx: Any, x: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            vectors = Floats(builder, 2 * TILE)  # of bf16: 64 bytes
+            source, target = (builder.inttoptr(address, I16.as_pointer()) for address in args)
+            kind = ir.VectorType(I16, 2 * TILE)
+            unsigned = ir.Constant(kind, [I16(0x7FFF)] * (2 * TILE))
+
+            def moved(offset: Any, used: int, largest: Any) -> Any:
+                value = vectors.load_as(I16, builder.gep(source, [offset]), used)
+                vectors.store(value, builder.gep(target, [offset]), used)
+                size = builder.and_(value, unsigned)
+                return builder.select(builder.icmp_unsigned(">", size, largest), size, largest)
+
+            def step(i: Any, held: list[Any]) -> list[Any]:
+                return [moved(builder.mul(i, I64(2 * TILE)), 2 * TILE, held[0])]
+
+            whole, rest = divmod(count, 2 * TILE)
+            (found,) = carried_loop(builder, I64(whole), [ir.Constant(kind, None)], step)
+            if rest:
+                found = moved(I64(whole * 2 * TILE), rest, found)
+            return builder.call(declare(builder, f"llvm.vector.reduce.umax.v{2 * TILE}i16", I16, [kind]), [found])
+
+        return types.uint16(types.int64, types.int64), generate
+
+    return kernel
+
+
 def pair_up(count: int, distance: int, lanes: int) -> Any:
     """A function for kernels: ``kernel(x, y)`` rounds x[i] and x[i + distance] to a word y[i], for `count` i.
 

@@ -11,10 +11,47 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from convolt.engines.jit.vectors import I16, I32, I64, Floats, carried_loop, transposed
+from convolt.engines.jit.bf16 import Bf16Lanes
+from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors, transposed
 
 LANES = 16
 DEPTH = 32  # numbers of a tile row
+
+
+@dataclass(frozen=True)
+class ScaledRow:
+    """``count`` numbers of an image's row, bytes or float32; native: whether the CPU rounds to bf16."""
+
+    count: int
+    bytes: bool
+    native: bool
+
+
+def scaled_row(spec: ScaledRow) -> Any:
+    """A function for kernels: ``kernel(row, target, scale, shift)``, addresses, writes ``row scale + shift`` in bf16."""
+
+    @intrinsic
+    def kernel(typingctx: Any, row: Any, target: Any, scale: Any, shift: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = Floats(builder, LANES)
+            numbers, element = Bf16Lanes(floats, spec.native), I8 if spec.bytes else F32
+            source = builder.inttoptr(args[0], element.as_pointer())
+            pixels = builder.inttoptr(args[1], I16.as_pointer())
+            scale, shift = (floats.broadcast(floats.pointer(address)) for address in args[2:])
+
+            def scaled(offset: Any, used: int) -> None:
+                value = floats.load_as(element, builder.gep(source, [offset]), used)
+                if spec.bytes:
+                    value = builder.uitofp(value, floats.type)
+                value = builder.fadd(builder.fmul(value, scale), shift)
+                floats.store(numbers.narrowed(value), builder.gep(pixels, [offset]), used)
+
+            for_vectors(builder, spec.count, LANES, scaled)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), generate
+
+    return kernel
 
 
 @dataclass(frozen=True)

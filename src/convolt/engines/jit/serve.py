@@ -34,7 +34,8 @@ from convolt.layers import GELU, AvgPool2d, BatchNorm2d, Dropout, Layer, LeakyRe
 def input_tasks(plan: Plan, tensor: Tensor, byte_input: bool, normalize: Normalize | None) -> list[Task]:
     """Unpacking of the images, with an input normalization folded in."""
     frame = Frame.of(tensor)
-    spec = InputSpec(frame, byte_input, plan.images)
+    native = tensor.planar and plan.units.tiles is not None and converts(plan.units.tiles)
+    spec = InputSpec(frame, byte_input, plan.images, native)
     scale, shift = np.ones(frame.C), np.zeros(frame.C)
     if normalize is not None:
         scale, shift = 1 / np.array(normalize.std), -np.array(normalize.mean) / np.array(normalize.std)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import Pairs, float32_of_bf16, pack_pairs, source_of, to_bf16
+from convolt.engines.jit.bf16 import Pairs, float32_of_bf16, move_and_peak, pack_pairs, source_of, to_bf16
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
@@ -94,7 +94,7 @@ def forward(spec: DenseSpec) -> Callable[..., None]:
 def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
     N, outputs, columns, scratch = spec.N, spec.outputs, round_up(spec.outputs, BLOCK), dense_forward_scratch(spec)
     depth, row, half = round_up(inputs, DEPTH), spec.panel_row, spec.half
-    narrow = to_bf16(inputs, LANES, converts(spec.unit))
+    narrow, move = to_bf16(inputs, LANES, converts(spec.unit)), move_and_peak(inputs)
     # W is turned where it lies, unless there is something to fill up with zeros.
     filled = inputs < depth or outputs < columns or spec.inputs % 2 == 1
     w_row = depth if filled else spec.inputs
@@ -118,20 +118,21 @@ def _panel(spec: DenseSpec, inputs: int) -> Callable[[Any, int, int], None]:
         for n in range(count):
             target = x + BF16 * n * row
             if half:
-                _move(arguments[1] + BF16 * (n * all_inputs + first), target, inputs)
+                peak = move(arguments[1] + BF16 * (n * all_inputs + first), target)
             else:
                 narrow(arguments[1] + FLOAT * (n * all_inputs + first), target)
-            top = max(top, largest(target, inputs))
+                peak = largest(target, inputs)
+            top = max(top, peak)
         view(arguments[5] + FLOAT * chunk, (1,), np.float32)[0] = float32_of_bf16(top)
         w = arguments[2] + BF16 * first
         if filled:
             for o in range(outputs):
                 _move(w + BF16 * o * all_inputs, rows + BF16 * o * depth, inputs)
             w = rows
-        for o in range(0, columns, 16):
-            turn(w + BF16 * o * w_row, packed + BF16 * o // 16 * tile)
         for o in range(0, columns, BLOCK):
-            product(x, packed + BF16 * o // 16 * tile, arguments[3] + FLOAT * (chunk * N * columns + o))
+            turn(w + BF16 * o * w_row, packed)
+            turn(w + BF16 * (o + 16) * w_row, packed + BF16 * tile)
+            product(x, packed, arguments[3] + FLOAT * (chunk * N * columns + o))
         done()
 
     return panel

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import bf16_of_float32
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import PairThrough, PairUnpool, pair_through, pair_unpool
 from convolt.engines.jit.inlined import inlined
@@ -27,7 +26,7 @@ from convolt.engines.jit.kernels.pooling import unpooled_slopes
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, ConvSpec, InputSpec, number_bytes
 from convolt.engines.jit.kernels.tile_specs import PlaneBackSpec, TileSpec
 from convolt.engines.jit.memory import view
-from convolt.engines.jit.runs import Columns, Runs, columns, runs
+from convolt.engines.jit.runs import Columns, Runs, ScaledRow, columns, runs, scaled_row
 
 LANES = 16  # pixels that are transposed together
 PAIR_BYTES = 64  # of 16 channels of two pixels
@@ -40,21 +39,18 @@ def unpack(spec: InputSpec) -> Callable[..., None]:
     """
     y, images = spec.y, spec.images
     C, H, W, pitch, plane, size = y.C, y.H, y.W, y.columns, y.rows * y.columns, y.size
-    origin, dtype, width = y.origin // y.C, np.uint8 if spec.bytes else np.float32, 1 if spec.bytes else FLOAT
+    origin, width = y.origin // y.C, 1 if spec.bytes else FLOAT
+    scaled = scaled_row(ScaledRow(W, spec.bytes, spec.native))
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         state = view(arguments[0], (2,), np.int64)
-        count, pixels = state[0], state[1]
-        scales, shifts = view(arguments[2], (C,), np.float32), view(arguments[3], (C,), np.float32)
+        count, pixels, scale, shift = state[0], state[1], arguments[2], arguments[3]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             for c in range(C):
-                scale, shift = scales[c], shifts[c]
+                source = pixels + width * (image * C + c) * H * W
+                target = arguments[1] + BF16 * (image * size + c * plane + origin)
                 for h in range(H):
-                    source = view(pixels + width * ((image * C + c) * H + h) * W, (W,), dtype)
-                    place = arguments[1] + BF16 * (image * size + c * plane + origin + h * pitch)
-                    target = view(place, (W,), np.uint16)
-                    for w in range(W):
-                        target[w] = bf16_of_float32(np.float32(source[w]) * scale + shift)
+                    scaled(source + width * h * W, target + BF16 * h * pitch, scale + FLOAT * c, shift + FLOAT * c)
 
     return kernel
 

@@ -383,11 +383,15 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Unpacking images (N, C, H, W) into a frame: bytes are scaled to [0, 1], then (x - mean) / std."""
+    """Unpacking images (N, C, H, W) into a frame: bytes are scaled to [0, 1], then (x - mean) / std.
+
+    native: whether the CPU rounds to bf16, for planes.
+    """
 
     y: Frame
     bytes: bool
     images: int
+    native: bool = False
 
 
 @dataclass(frozen=True)
