@@ -374,12 +374,23 @@ def trained(executor: Executor, optimizer: Optimizer, scales):
 def one_pass_gives_the_bits_of_two(
     optimizer: Optimizer, precision: str, scales=(1.0, 1.0, 1.0), model: Model = DEFERRED, engine: JIT = WIDEST
 ) -> None:
-    """The same as where gradients are written to memory before the optimizer reads them."""
+    """The same as where gradients are written to memory, and looked at, before the optimizer reads them."""
     recipe = Recipe(precision=precision)
     together = trained(engine.executor(model, None, recipe), optimizer, scales)
+    look, update, updates = Updater.look_task, Updater.update, []
+
+    def doubtful(self, findings, squares, deferred):
+        return look(self, findings, squares, [replace(one, samples=10**18) for one in deferred])
+
+    def counted(self, *arguments):
+        updates.append(arguments)
+        update(self, *arguments)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Updater, "fuses", lambda self, optimizer: False)
+        patch.setattr(Updater, "look_task", doubtful)
+        patch.setattr(Updater, "update", counted)
         assert trained(engine.executor(model, None, recipe), optimizer, scales) == together
+    assert len(updates) == len(scales), "of no step the gradient came first"
 
 
 def overflow_leaves_the_weights(precision: str) -> None:

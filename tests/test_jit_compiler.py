@@ -18,7 +18,8 @@ from convolt.engine import COMPILING
 from convolt.engines.jit import codegen, compiler, processes
 from convolt.engines.jit.compiler import Compiler, cache_folder, compile_kernel
 from convolt.engines.jit.isa import detect
-from convolt.engines.jit.kernels.specs import Frame, LossSpec, NormSpec, UpdateSpec
+from convolt.engines.jit.kernels.loss_specs import LossSpec
+from convolt.engines.jit.kernels.specs import Frame, NormSpec, UpdateSpec
 from convolt.engines.jit.runtime import Waiting
 from convolt.errors import EngineError
 

@@ -7,7 +7,7 @@ from jit_cases import DEFERRED, OPTIMIZERS, batch_for, one_pass_gives_the_bits_o
 from jit_kernels import available
 
 from convolt.engines import JIT, Loops
-from convolt.engines.jit.executor import SAFE
+from convolt.engines.jit.kernels.loss_specs import SAFE
 from convolt.layers import Dense, Flatten, ReLU
 from convolt.losses import CrossEntropy
 from convolt.model import Model

@@ -145,7 +145,7 @@ def to_bf16(count: int, lanes: int, native: bool) -> Any:
 
 
 def move_and_peak(count: int) -> Any:
-    """A function for kernels: ``kernel(x, y)`` copies `count` bf16 numbers and returns the largest absolute value's bits.
+    """A function for kernels: ``kernel(x, y)`` copies `count` bf16 numbers and tells the bits of their largest size.
 
     NaN counts as larger than infinity.
     """

@@ -37,6 +37,7 @@ from convolt.engines.jit.runtime import (
     ASLEEP,
     CLOCK,
     DONE,
+    ENDED,
     FINISHED,
     PROGRAM,
     REST_UNTIL,
@@ -239,6 +240,7 @@ def start(state: Any, now: Any, program: Any) -> None:
     if timings != 0:
         words(timings)[load(state + THREADS) * table[1]] = now
     exchange(state + PROGRAM, program)
+    exchange(state + ENDED, 0)
     publish(state, table[2], 0)
 
 
@@ -262,7 +264,8 @@ def run(state: Any, phase: Any, remaining: Any, thread: Any) -> None:
     if timings != 0:
         ends = load(state + THREADS) * kernels
         words(timings)[ends + following] = nanoseconds(own + CLOCK, _MONOTONIC)
-    publish(state, FINISHED if following == phases else following << 32 | table[2 + 3 * following], thread)
+    over = following == phases or load(state + ENDED) != 0
+    publish(state, FINISHED if over else following << 32 | table[2 + 3 * following], thread)
 
 
 @inlined

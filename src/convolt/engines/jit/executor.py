@@ -1,8 +1,8 @@
 """The jit executor: programs of compiled kernels for steps and for predictions.
 
-A whole step - unpacking, forward, softmax and cross-entropy, backward, the gradient's norm - is one call into compiled
-code, and the optimizer a second, after the look at whether all is finite. The gradient of a large dense matrix is made
-in the second, a few rows before the optimizer takes them, if operands are so small that it must be finite: after
+A whole step - unpacking, forward, softmax and cross-entropy, backward, the gradient's norm, the look at whether all is
+finite and the optimizer - is one call into compiled code. The gradient of a large dense matrix is made in the last of
+these, a few rows before the optimizer takes them, if operands are so small that it must be finite: after
 ``train_step`` it is not in ``grads``. Other losses, accumulation and gradients
 that somebody waits for take the same kernels in two or more programs. Plans are made for a batch capacity when a batch
 first needs it and kept; a smaller batch runs in the same buffers.
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from convolt.engine import Executor, OnReady, StageTime, StepResult
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import FP32, Isa, Units
+from convolt.engines.jit.kernels.loss_specs import MOVED, UNBOUNDED, UNLABELED
 from convolt.engines.jit.plan import Segments
 from convolt.engines.jit.programs import Programs
 from convolt.engines.jit.runtime import Program, Team
-from convolt.engines.jit.update import Updater
+from convolt.engines.jit.update import Moves, Updater
 from convolt.errors import ConfigError
 from convolt.losses import CrossEntropy, Loss
 from convolt.model import Model
@@ -34,7 +35,6 @@ Array = NDArray[Any]
 PREDICT_BATCH = 256
 BEGINS = {"loss": "backward", "gradient norm": "update"}  # kernels with which a direction of a whole step begins
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie far apart, modulo 1
-SAFE = 1e15  # a gradient up to here is finite and so is the sum of its squares; beyond, it is looked at first
 
 
 class JitExecutor(Executor):
@@ -59,6 +59,7 @@ class JitExecutor(Executor):
         self._add_ranks: Callable[[Array], None] | None = None
         self._version = 0  # of the weights: copies of them (packed, folded, in bf16) belong to one
         self._statistics = 0  # the same of BatchNorm's running statistics
+        self._moves: Moves | None = None  # with which the last step was one program
         self._updater = Updater(params, self.grads, isa, self._compiler, self._team)
 
     def predict(self, x: Array) -> Array:
@@ -99,33 +100,38 @@ class JitExecutor(Executor):
     def train_step(
         self, x: Array, y: Any, loss: Loss, scale: float, optimizer: Optimizer, rng: SampleRng | None = None
     ) -> StepResult:
-        """A whole step in two calls into compiled code, for cross-entropy on labels; else as any executor does it."""
-        if self._add_ranks or not (isinstance(loss, CrossEntropy) and _are_labels(y, len(x), self.model.output_shape)):
+        """A whole step in one call into compiled code, for cross-entropy on labels; else as any executor does it."""
+        moves = self._updater.moves(optimizer)
+        if self._add_ranks or moves is None or not (isinstance(loss, CrossEntropy) and self._are_labels(y, len(x))):
             return Executor.train_step(self, x, y, loss, scale, optimizer, rng)
         programs = self._loaded(x, rng)
         programs.labels[: len(x)] = y
         programs.scale[0] = scale
-        step = programs.step(loss, self._updater, self._updater.fuses(optimizer))
+        self._updater.set_numbers(optimizer, self._updater.step + 1)
+        step, self._moves = programs.step(loss, self._updater, moves), moves
         self._team.run(step.program)
         self._count_batches()
-        (total, right), logits = programs.loss.tolist(), programs.logits[: len(x)].copy()
-        finite = math.isfinite(total + sum(step.square_sums.tolist())) and self.statistics_are_finite()
-        deferred = step.deferred
-        if finite and step.late is not None and not all(one.bound < SAFE for one in deferred):
+        (total, right, _, verdict), logits = programs.findings.tolist(), programs.logits[: len(x)].copy()
+        if verdict == MOVED:
+            self._updater.step += 1
+            self._version += 1
+            if step.rounds_all:  # the kernel that moves these weights has rounded them as well
+                programs.version = self._version
+            return StepResult(total, logits, int(right))
+        if verdict == UNLABELED:
+            return StepResult(loss(logits, y)[0], logits)  # it raises, and tells which label is none
+        if verdict == UNBOUNDED and step.late is not None:
             self._team.run(step.late)
-            finite, deferred = math.isfinite(self.grad_norm()), ()
-        if not finite:
-            return StepResult(math.nan, logits)
-        self._updater.update(optimizer, deferred=deferred)
-        self._version += 1
-        if deferred and step.rounds_all:  # the kernel that moves these weights has rounded them as well
-            programs.version = self._version
-        return StepResult(total, logits, int(right))
+            if math.isfinite(self.grad_norm()):
+                self.update(optimizer)
+                return StepResult(total, logits, int(right))
+        return StepResult(math.nan, logits)
 
     def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """The optimizer's step in compiled code; one that the kernels do not know runs in NumPy."""
         self._updater.update(optimizer, part)
         self._version += 1
+        self._moves = None
 
     def weights_changed(self) -> None:
         """Copies of the weights are made again."""
@@ -157,9 +163,8 @@ class JitExecutor(Executor):
             segments += [("backward", segment) for segment in programs.backward(accumulate=False)]
         elif training:
             programs.scale[0] = 1 / len(x)
-            step = programs.step(CrossEntropy(), self._updater, bool(self._updater.deferred))
-            segments = [("forward", step.program)]
-        if training and self._updater.program is not None:
+            segments = [("forward", programs.step(CrossEntropy(), self._updater, self._moves).program)]
+        if training and self._moves is None and self._updater.program is not None:
             segments += [("update", self._updater.program)]
         found: dict[str, list[StageTime]] = {"forward": [], "backward": [], "update": []}
         for first, program in segments:
@@ -225,6 +230,11 @@ class JitExecutor(Executor):
                 self._team.run(segment)
             else:
                 segment.function()
+
+    def _are_labels(self, y: Any, count: int) -> bool:
+        """Whether targets are one integer for each sample: the compiled loss takes these and finds what is no label."""
+        classifies = len(self.model.output_shape) == 1
+        return classifies and isinstance(y, np.ndarray) and y.shape == (count,) and y.dtype.kind in "iu"
 
     def _check(self, x: Array) -> None:
         if x.shape[1:] != self.model.input_shape:
@@ -302,12 +312,3 @@ class JitExecutor(Executor):
         for name, array in self.params.buffers.items():
             if name.endswith("num_batches_tracked"):
                 array[...] += 1
-
-
-def _are_labels(y: Any, count: int, output_shape: tuple[int, ...]) -> bool:
-    """Whether targets are one valid class index for each sample: what the compiled loss takes."""
-    if not (isinstance(y, np.ndarray) and y.shape == (count,) and len(output_shape) == 1):
-        return False
-    if y.dtype.kind not in "iu" or not y.dtype.isnative:
-        return False
-    return count == 0 or int(y.view(f"u{y.itemsize}").max()) < output_shape[0]  # what is negative is large there

@@ -54,11 +54,6 @@ class Deferred:
     gradient: Task
     update: Callable[[UpdateSpec, tuple[int, ...], int], Task]
 
-    @property
-    def bound(self) -> float:
-        """What no element of the gradient can exceed; NaN if an operand was."""
-        return self.samples * float(self.peaks[:-1].max()) * float(self.peaks[-1])  # beyond float32, no warning
-
 
 class DropoutMask(NamedTuple):
     """Where the host writes a dropout layer's mask, (capacity, H, W, C), and what draws it."""

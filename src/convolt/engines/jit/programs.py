@@ -13,14 +13,15 @@ from convolt.engines.jit.convolutions import reads_planes
 from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.half import keep_half
 from convolt.engines.jit.isa import Isa, Units
-from convolt.engines.jit.kernels.specs import LossSpec, UpdateSpec
+from convolt.engines.jit.kernels.loss_specs import FINDINGS, LossSpec
+from convolt.engines.jit.kernels.specs import UpdateSpec
 from convolt.engines.jit.matrices import reads_half, reads_pixels
 from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import input_tasks, serve
-from convolt.engines.jit.update import Updater
+from convolt.engines.jit.update import Moves, Updater
 from convolt.errors import ConfigError
 from convolt.explanation import Stage
 from convolt.flops import layer_work
@@ -45,15 +46,13 @@ OF_WEIGHTS = (
 
 
 class Step(NamedTuple):
-    """A step up to the look at its gradient: what runs, where the sums of squares lie, and what is left for later.
+    """A whole step, which ends before weights are moved where the look at its gradient finds that they may not.
 
-    late: the program that makes the gradients left for later, where they are wanted by themselves. rounds_all: whether
-    the passes behind it leave every matrix's bf16 copy as new as the matrix.
+    late: the program that makes gradients by themselves that the step makes while it moves weights. rounds_all: whether
+    it leaves every matrix's bf16 copy as new as the matrix.
     """
 
     program: Program
-    square_sums: Array
-    deferred: tuple[Deferred, ...]
     late: Program | None
     rounds_all: bool
 
@@ -119,8 +118,9 @@ class Programs:
         outputs = math.prod(self._output.shape)
         self.logits = self._array(f"value {self._output.name}", outputs)
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
-        self.labels, self.loss, self.scale = np.zeros(capacity, np.int64), np.zeros(2), np.zeros(1)
-        self._steps: dict[tuple[float, bool], Step] = {}
+        self.labels, self.findings, self.scale = np.zeros(capacity, np.int64), np.zeros(FINDINGS), np.zeros(1)
+        self._steps: dict[tuple[float, Moves | None], Step] = {}
+        self._generation = -1  # of the optimizer's addresses in them
         self._whole: dict[bool, Segments] = {}
         self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
         self.version = -1
@@ -194,8 +194,8 @@ class Programs:
         """Between forward and backward: loss and gradient of the logits."""
         spec = LossSpec(self.plan.capacity, self.logits.shape[1], label_smoothing)
         logits, dlogits = self.plan.value(self._output), self.plan.slope(self._output)
-        labels, loss, scale = map(address_of, (self.labels, self.loss, self.scale))
-        return self.plan.whole("loss", CRITERION, spec, 1, logits, labels, dlogits, loss, scale)
+        labels, findings, scale = map(address_of, (self.labels, self.findings, self.scale))
+        return self.plan.whole("loss", CRITERION, spec, 1, logits, labels, dlogits, findings, scale)
 
     def _step_tasks(self, fuses_update: bool, label_smoothing: float) -> Tasks:
         """Forward, loss, backward."""
@@ -243,7 +243,8 @@ class Programs:
                 if not operation.inputs_learn(self.plan.learning):
                     operation.because("no dx: nothing before it learns", "backward")
                 found.append(_stage(operation, "backward", tasks, flops))
-        norm = Stage("gradient norm", "update", ("loss:square_sum",), "looked at before anything is moved", 0)
+        look = ("loss:square_sum", "loss:look")
+        norm = Stage("gradient norm", "update", look, "looked at before anything is moved", 0)
         rest = "what is left of the parameters, in runs" if updates else "all parameters, in runs"
         return [*found, norm, Stage("update", "update", ("weights:update",), rest, 0), *reversed(updates)]
 
@@ -288,20 +289,31 @@ class Programs:
                 pending = []
         return found
 
-    def step(self, loss: CrossEntropy, updater: Updater, fuses_update: bool) -> Step:
-        """Forward, loss, backward and the gradient's norm; gradients are written, not added.
+    def step(self, loss: CrossEntropy, updater: Updater, moves: Moves | None) -> Step:
+        """Forward, loss, backward, the gradient's norm, the look at it all, and the optimizer's step.
 
-        fuses_update: whether gradients of large matrices are left to the optimizer's pass.
+        Gradients are written, not added; those of large matrices are made in the optimizer's pass. Without ``moves`` it
+        is a step up to the norm, and all gradients are made.
         """
-        key = loss.label_smoothing, fuses_update
+        if self._generation != updater.generation:
+            self._steps.clear()
+            self._generation = updater.generation
+        key = loss.label_smoothing, moves
         if key not in self._steps:
-            deferred = self._backward[False, fuses_update].deferred
+            deferred = self._backward[False, moves is not None].deferred
             norm, square_sums = updater.norm_task(tuple(one.name for one in deferred))
-            program = self._program([*self._step_tasks(fuses_update, loss.label_smoothing), norm])
-            program.keep += [self.labels, self.loss, self.scale]
+            tasks: list[Task | Call] = [*self._step_tasks(moves is not None, loss.label_smoothing), norm]
+            keep: list[Any] = [self.labels, self.findings, self.scale, square_sums]
+            if moves is not None:
+                look, looked_at = updater.look_task(self.findings, square_sums, deferred)
+                moving, moved = updater.tasks(moves, deferred)
+                tasks += [look, *moving]
+                keep += [*looked_at, *moved]
+            program = self._program(tasks)
+            program.keep += keep
             late = self._program([one.gradient for one in deferred]) if deferred else None
             copied = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory == ROUNDING]
-            self._steps[key] = Step(program, square_sums, deferred, late, len(copied) == len(deferred))
+            self._steps[key] = Step(program, late, bool(deferred) and len(copied) == len(deferred))
         return self._steps[key]
 
     def requests(self, tasks: Tasks) -> list[tuple[str, Any]]:

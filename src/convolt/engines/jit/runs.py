@@ -28,7 +28,7 @@ class ScaledRow:
 
 
 def scaled_row(spec: ScaledRow) -> Any:
-    """A function for kernels: ``kernel(row, target, scale, shift)``, addresses, writes ``row scale + shift`` in bf16."""
+    """A function for kernels: ``kernel(row, target, scale, shift)``, addresses: ``row scale + shift`` in bf16."""
 
     @intrinsic
     def kernel(typingctx: Any, row: Any, target: Any, scale: Any, shift: Any) -> Any:

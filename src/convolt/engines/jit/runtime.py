@@ -25,7 +25,7 @@ from convolt.errors import EngineError
 # The memory of a team, byte offsets. What threads write often has a line of its own (two cache lines: the hardware
 # fetches in pairs).
 TICKET, DONE = 0, 128
-PROGRAM, TIMINGS, STOP, THREADS, ACTIVE, REST_UNTIL = 256, 264, 272, 280, 288, 296
+PROGRAM, TIMINGS, STOP, THREADS, ACTIVE, REST_UNTIL, ENDED = 256, 264, 272, 280, 288, 296, 304
 THREAD_LINES, THREAD_LINE = 384, 128
 ASLEEP, SEMAPHORE, CLOCK = 0, 8, 40  # in a thread's line; a sem_t takes 32 bytes
 
@@ -127,6 +127,8 @@ class Team:
         self._address = int(self._memory.ctypes.data)
         self._memory[TICKET // 8], self._memory[THREADS // 8] = FINISHED, threads
         self._memory[ACTIVE // 8] = threads
+        self.ended = self._address + ENDED
+        """Where a kernel writes a number that is not 0 to end the program behind its phase."""
         self._lock = threading.Lock()
         libc = ctypes.CDLL(None, use_errno=True)
         for number in range(threads):
@@ -146,7 +148,10 @@ class Team:
             self._driver(self._address, program.address, 0)
 
     def profile(self, program: Program) -> tuple[PhaseProfile, ...]:
-        """Run once and measure each phase and kernel; two looks at the clock a kernel (some 50 ns) come on top."""
+        """Run once and measure each phase and kernel; two looks at the clock a kernel (some 50 ns) come on top.
+
+        Phases that an end of the program left out took no time.
+        """
         count, phases = int(program.words[1]), len(program.phases)
         timings = np.zeros(self.threads * count + phases + 1, np.int64)
         with self._lock:
@@ -155,7 +160,7 @@ class Team:
             self._driver(self._address, program.address, 0)
             self._memory[TIMINGS // 8] = 0
         kernels = timings[: self.threads * count].reshape(self.threads, count).sum(0) / 1e9
-        walls = np.diff(timings[self.threads * count :]) / 1e9
+        walls = np.diff(np.maximum.accumulate(timings[self.threads * count :])) / 1e9
         ends = program.words[4 : 4 + 3 * phases : 3]
         return tuple(
             PhaseProfile(phase.name, float(wall), tuple(kernels[end - len(phase.kernels) : end].tolist()))

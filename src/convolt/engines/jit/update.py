@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import Isa
-from convolt.engines.jit.kernels.specs import NUMBERS, LossSpec, UpdateSpec
+from convolt.engines.jit.kernels.loss_specs import LossSpec
+from convolt.engines.jit.kernels.specs import NUMBERS, UpdateSpec
 from convolt.engines.jit.phases import Task
 from convolt.engines.jit.plan import Deferred, Plan, address_of
 from convolt.engines.jit.runtime import Program, Team
@@ -18,6 +20,15 @@ from convolt.params import Params
 
 Array = NDArray[Any]
 RUN = 1 << 15  # parameters of a chunk: with gradient and state 512 KB, in the L2 cache
+
+
+@dataclass(frozen=True)
+class Moves:
+    """A step of an optimizer as kernels know it: what they are compiled for, names of the state, what decays."""
+
+    spec: UpdateSpec
+    names: tuple[str, ...]
+    decays_all: bool
 
 
 class Updater:
@@ -31,44 +42,54 @@ class Updater:
         self._plan = Plan(params, grads, 1, isa, 1, set())
         self._numbers = np.zeros(NUMBERS)
         self._norms: dict[tuple[str, ...], tuple[Task, Array, Array]] = {}
-        self._made_for: tuple[Any, ...] | None = None
+        self._made_for: tuple[Moves, slice | None] | None = None
+        self.generation = 0  # of addresses: tasks that hold them belong to one
 
     def load(self, state: dict[str, Array]) -> None:
         """Go on from a checkpoint's state."""
-        self.step, self.program = int(state["step"]), None
         flat = self._params.flat
+        self.step = int(state["step"])
         self.state = {name: array.astype(flat.dtype) for name, array in state.items() if array.shape == flat.shape}
+        self.moved()
 
     def moved(self) -> None:
-        """Weights and gradient have other addresses."""
+        """Weights, gradient or state have other addresses."""
         self.program = None
+        self.generation += 1
         self._norms.clear()
 
-    @property
-    def deferred(self) -> Sequence[Deferred]:
-        """Whose gradients the last step has made on the way."""
-        return self._made_for[3] if self.program is not None and self._made_for is not None else ()
-
-    def fuses(self, optimizer: Optimizer) -> bool:
-        """Whether a step of this optimizer can be one pass with the gradient of a matrix."""
-        return _spec(optimizer, self._plan.isa.lanes) is not None
-
-    def update(self, optimizer: Optimizer, part: slice | None = None, deferred: Sequence[Deferred] = ()) -> None:
-        """One step of all parameters, or of a part of them; of ``deferred`` ones the gradient is made on the way."""
+    def moves(self, optimizer: Optimizer) -> Moves | None:
+        """A step of this optimizer as kernels know it; None where it is one for NumPy."""
         if not self.state:
             self.state = init_state(optimizer, self._params.flat.size, self._params.dtype)
-        self.step += 1
+            self.generation += bool(self.state)
         spec = _spec(optimizer, self._plan.isa.lanes)
         if spec is None or set(optimizer.state_names) - self.state.keys():
+            return None
+        names = tuple(optimizer.state_names)
+        if isinstance(optimizer, RMSprop) and not optimizer.centered:
+            names = (*names[:1], *names)  # no grad_avg: its place is not read
+        return Moves(spec, names, optimizer.decay_norm_and_bias)
+
+    def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
+        """One step of all parameters, or of a part of them."""
+        moves = self.moves(optimizer)
+        self.step += 1
+        if moves is None:
             decays = self._params.decays()
             step_flat(optimizer, self._params.flat, self._grads.flat, self.state, self.step, decays, part)
             return
-        wanted = (spec, optimizer.decay_norm_and_bias, part, deferred)
-        if self.program is None or self._made_for != wanted:
-            self._made_for, self.program = wanted, self._make(optimizer, spec, part, deferred)
-        numbers = _numbers(optimizer, self.step)
-        self._numbers[: len(numbers)] = numbers
+        if self.program is None or self._made_for != (moves, part):
+            tasks, keep = self.tasks(moves, part=part)
+            self._made_for, self.program = (moves, part), self._plan.program(tasks, self._compiler)
+            self.program.keep += keep
+        self.set_numbers(optimizer, self.step)
         self._team.run(self.program)
+
+    def set_numbers(self, optimizer: Optimizer, step: int) -> None:
+        """Tell the kernels the scalars of a step."""
+        numbers = _numbers(optimizer, step)
+        self._numbers[: len(numbers)] = numbers
 
     def norm_task(self, without: tuple[str, ...] = ()) -> tuple[Task, Array]:
         """The squares of the gradient, without some parameters', summed run by run; and the array of these sums."""
@@ -80,30 +101,34 @@ class Updater:
             self._norms[without] = task, sums, runs
         return self._norms[without][:2]
 
-    def _make(
-        self, optimizer: Optimizer, spec: UpdateSpec, part: slice | None, deferred: Sequence[Deferred]
-    ) -> Program:
-        vectors = [address_of(self.state[name]) for name in optimizer.state_names]
-        if isinstance(optimizer, RMSprop) and not optimizer.centered:
-            vectors.insert(1, vectors[0])  # no grad_avg: its place is not read
+    def look_task(self, findings: Array, squares: Array, deferred: Sequence[Deferred]) -> tuple[Task, list[Any]]:
+        """The look at a step's findings, behind which it ends or weights are moved; and what must be kept."""
+        rows = np.array([(one.samples, address_of(one.peaks), len(one.peaks)) for one in deferred], np.int64)
+        statistics = self._params.buffers_flat
+        arguments = (
+            *(address_of(findings), address_of(squares), len(squares)),
+            *(address_of(statistics), statistics.size),
+            *(address_of(rows), len(rows), self._team.ended),
+        )
+        task = self._plan.whole("gradient norm look", "loss:look", LossSpec(), 1, *arguments)
+        return task, [rows, statistics, squares, findings]
+
+    def tasks(
+        self, moves: Moves, deferred: Sequence[Deferred] = (), part: slice | None = None
+    ) -> tuple[list[Task], list[Any]]:
+        """What moves the weights, and what must be kept; of ``deferred`` ones the gradient is made on the way."""
+        vectors = [address_of(self.state[name]) for name in moves.names]
         vectors += [address_of(self._params.flat)] * (3 - len(vectors))
         parts = [part] if part is not None else self._around(tuple(one.name for one in deferred))
-        runs = self._cut(optimizer.decay_norm_and_bias, parts)
-        arguments = (
-            address_of(self._params.flat),
-            address_of(self._grads.flat),
-            *vectors,
-            address_of(self._numbers),
-            address_of(runs),
-        )
-        task = self._plan.whole("update", "weights:update", spec, len(runs), *arguments)
-        tasks = [
-            one.update(spec, tuple(vector + self._offset(one.name) for vector in vectors), address_of(self._numbers))
+        runs = self._cut(moves.decays_all, parts)
+        numbers = address_of(self._numbers)
+        arguments = address_of(self._params.flat), address_of(self._grads.flat), *vectors, numbers, address_of(runs)
+        task = self._plan.whole("update", "weights:update", moves.spec, len(runs), *arguments)
+        fused = [
+            one.update(moves.spec, tuple(vector + self._offset(one.name) for vector in vectors), numbers)
             for one in deferred
         ]
-        program = self._plan.program([*tasks, task], self._compiler)
-        program.keep += [self, runs]
-        return program
+        return [*fused, task], [self, runs, self.state]
 
     def _offset(self, name: str) -> int:
         """Bytes from the first of all parameters to this one."""

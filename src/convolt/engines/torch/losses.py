@@ -23,8 +23,8 @@ def total_loss(loss: Loss, logits: Tensor, y: Any) -> Tensor:
 
 
 def to_tensor(array: Array, device: torch.device) -> Tensor:
-    """A tensor of an array, sharing its memory on the CPU where PyTorch can: not if it is read-only or reversed."""
-    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
+    """A tensor of an array, sharing its memory on the CPU where PyTorch can: not if read-only, reversed or swapped."""
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"])).to(device)
 
 
 def to_numpy(tensor: Tensor) -> Array:

@@ -425,15 +425,6 @@ class ReduceSpec:
 
 
 @dataclass(frozen=True)
-class LossSpec:
-    """Cross-entropy of N samples at most, or (``square_sum``) nothing that depends on the model."""
-
-    N: int = 0
-    classes: int = 0
-    label_smoothing: float = 0.0
-
-
-@dataclass(frozen=True)
 class UpdateSpec:
     """An optimizer step; ``kind`` is the optimizer's class name in lower case.
 
