@@ -78,7 +78,8 @@ class SampleRng:
         for name, value, bits in (("seed", self.seed, 64), ("epoch", self.epoch, 32)):
             if not 0 <= value < 2**bits:
                 raise ConfigError(f"SampleRng: {name} must be >= 0 and < 2^{bits}; got {value}")
-        if self.indices.size and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < 2**32:
+        # One pass over them, in every step: what is negative is large without a sign.
+        if self.indices.size and int(self.indices.view(f"u{self.indices.itemsize}").max()) >= 2**32:
             raise ConfigError(
                 f"SampleRng: indices must be >= 0 and < 2^32; got {self.indices.min()} to {self.indices.max()}"
             )

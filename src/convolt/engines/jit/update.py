@@ -19,12 +19,17 @@ from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state,
 from convolt.params import Params
 
 Array = NDArray[Any]
+FLAGS = ("momentum", "nesterov", "centered", "decoupled_weight_decay", "decay_norm_and_bias")
+"""The hyperparameters that decide, where they are set, what a step computes; the others are numbers of it."""
 RUN = 1 << 15  # parameters of a chunk: with gradient and state 512 KB, in the L2 cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moves:
-    """A step of an optimizer as kernels know it: what they are compiled for, names of the state, what decays."""
+    """A step of an optimizer as kernels know it: what they are compiled for, names of the state, what decays.
+
+    One object for each kind of step, so that whatever is made for it is found quickly.
+    """
 
     spec: UpdateSpec
     names: tuple[str, ...]
@@ -43,6 +48,7 @@ class Updater:
         self._numbers = np.zeros(NUMBERS)
         self._norms: dict[tuple[str, ...], tuple[Task, Array, Array]] = {}
         self._made_for: tuple[Moves, slice | None] | None = None
+        self._moves: dict[tuple[Any, ...], Moves | None] = {}
         self.generation = 0  # of addresses: tasks that hold them belong to one
 
     def load(self, state: dict[str, Array]) -> None:
@@ -57,12 +63,20 @@ class Updater:
         self.program = None
         self.generation += 1
         self._norms.clear()
+        self._moves.clear()
 
     def moves(self, optimizer: Optimizer) -> Moves | None:
         """A step of this optimizer as kernels know it; None where it is one for NumPy."""
         if not self.state:
             self.state = init_state(optimizer, self._params.flat.size, self._params.dtype)
-            self.generation += bool(self.state)
+            if self.state:
+                self.moved()
+        kind = (type(optimizer), *(bool(getattr(optimizer, name, False)) for name in FLAGS))
+        if kind not in self._moves:
+            self._moves[kind] = self._moves_of(optimizer)
+        return self._moves[kind]
+
+    def _moves_of(self, optimizer: Optimizer) -> Moves | None:
         spec = _spec(optimizer, self._plan.isa.lanes)
         if spec is None or set(optimizer.state_names) - self.state.keys():
             return None

@@ -41,7 +41,7 @@ from convolt.engines.jit.kernels.specs import (
     number_bytes,
     round_up,
 )
-from convolt.engines.jit.kernels.weights import optimizer_step
+from convolt.engines.jit.kernels.weights import copied_step
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.transpose import Transpose, transpose
 
@@ -323,14 +323,14 @@ def update(spec: DenseUpdateSpec) -> Callable[..., None]:
 
 def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int, int, int, int], None]:
     """Some columns of some rows of W, 32 at a time: their gradient in scratch memory, then the optimizer."""
-    dense, step = spec.dense, optimizer_step(spec.update)
+    dense, step = spec.dense, copied_step(spec.update, columns, converts(spec.dense.unit))
     N, inputs = dense.N, dense.inputs
     samples = round_up(N, BLOCK)
     whole, rest = divmod(dense.outputs, BLOCK)
     steps, b_step = samples // DEPTH, STRIPE // 16 * TILE_ELEMENTS
     shape = BlockGemm(dense.unit, BLOCK, BLOCK, DEPTH, steps, samples, DEPTH, 0, b_step, TILE_ELEMENTS, 0, STRIPE)
     block, last = _product(shape, BLOCK, columns), _product(shape, rest or BLOCK, columns)
-    pair, narrow = _paired(dense, N, columns, STRIPE, dense.half), to_bf16(columns, LANES, converts(dense.unit))
+    pair = _paired(dense, N, columns, STRIPE, dense.half)
     x_width = BF16 if dense.half else FLOAT
     x_bytes, rows_bytes, outputs = BF16 * STRIPE * samples, BF16 * BLOCK * samples, dense.outputs
 
@@ -356,8 +356,7 @@ def _stepped_columns(spec: DenseUpdateSpec, columns: int) -> Callable[[Any, int,
                     view(arguments[5] + place, (columns,), np.float32),
                     view(arguments[6] + place, (columns,), np.float32),
                 )
-                step(w, g, one, two, three, numbers, 1)
-                narrow(arguments[3] + place, arguments[9] + place // 2)
+                step(w, g, one, two, three, numbers, arguments[9] + place // 2)
 
     return stepped
 

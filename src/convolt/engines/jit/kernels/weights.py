@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from convolt.engines.jit.adam import LANES, adam_step
-from convolt.engines.jit.bf16 import bf16_of_float32
+from convolt.engines.jit.bf16 import bf16_of_float32, to_bf16
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec
 from convolt.engines.jit.memory import address_of, view
+
+ADAMS = ("adam", "adamw")
 
 
 def pack(spec: PackSpec) -> Callable[..., None]:
@@ -154,17 +156,46 @@ def update(spec: UpdateSpec) -> Callable[..., None]:
 
 def optimizer_step(spec: UpdateSpec) -> Callable[..., None]:
     """One step of some weights: ``step(w, g, first, second, third state, numbers, whether they decay)``, float32."""
-    equations = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "rmsprop": _rmsprop}[spec.kind](spec)
-    decoupled = spec.decoupled
+    move = _move(spec, _adam(spec, copies=False, native=False) if spec.kind in ADAMS else _others(spec))
 
     @inlined
     def step(w: Any, g: Any, first: Any, second: Any, third: Any, numbers: Any, decays: int) -> None:
+        move(w, g, first, second, third, numbers, decays, 0)
+
+    return step
+
+
+def copied_step(spec: UpdateSpec, columns: int, native: bool) -> Callable[..., None]:
+    """The same of weights that decay, and their copy in bf16: ``step(w, ..., numbers, address of the copy)``."""
+    copies = spec.kind in ADAMS and spec.lanes == LANES
+    move = _move(spec, _adam(spec, copies, native) if spec.kind in ADAMS else _others(spec))
+    narrow = to_bf16(columns, LANES, native)
+
+    @inlined
+    def step(w: Any, g: Any, first: Any, second: Any, third: Any, numbers: Any, copy: int) -> None:
+        move(w, g, first, second, third, numbers, 1, copy)
+        if not copies:
+            narrow(address_of(w, (0,)), copy)
+
+    return step
+
+
+def _move(spec: UpdateSpec, equations: Callable[..., None]) -> Callable[..., None]:
+    decoupled = spec.decoupled
+
+    @inlined
+    def move(w: Any, g: Any, first: Any, second: Any, third: Any, numbers: Any, decays: int, copy: int) -> None:
         decay = np.float32(numbers[1]) if decays else np.float32(0)
         shrink = np.float32(1) - np.float32(numbers[0]) * decay if decoupled else np.float32(1)
         pull = np.float32(0) if decoupled else decay
-        equations(w, g, first, second, third, numbers, shrink, pull)
+        equations(w, g, first, second, third, numbers, shrink, pull, copy)
 
-    return step
+    found: Callable[..., None] = move
+    return found
+
+
+def _others(spec: UpdateSpec) -> Callable[..., None]:
+    return _sgd(spec) if spec.kind == "sgd" else _rmsprop(spec)
 
 
 def _sgd(spec: UpdateSpec) -> Callable[..., None]:
@@ -172,7 +203,7 @@ def _sgd(spec: UpdateSpec) -> Callable[..., None]:
     momentum, nesterov = spec.momentum, spec.nesterov
 
     @inlined
-    def step(w: Any, g: Any, b: Any, _: Any, __: Any, numbers: Any, shrink: float, pull: float) -> None:
+    def step(w: Any, g: Any, b: Any, _: Any, __: Any, numbers: Any, shrink: float, pull: float, ___: int) -> None:
         lr, mu = np.float32(numbers[0]), np.float32(numbers[2])
         fresh, kept = np.float32(numbers[3]), np.float32(numbers[4])
         for i in range(len(w)):
@@ -185,22 +216,22 @@ def _sgd(spec: UpdateSpec) -> Callable[..., None]:
     return step
 
 
-def _adam(spec: UpdateSpec) -> Callable[..., None]:
+def _adam(spec: UpdateSpec, copies: bool, native: bool) -> Callable[..., None]:
     """numbers: lr, decay, beta1, beta2, eps root, rate; root and rate as in ``convolt.optimizers``."""
+    vectors = adam_step(copies, native)
 
     @inlined
-    def estimated(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:
-        beta1, beta2 = np.float32(numbers[2]), np.float32(numbers[3])
-        fresh1, fresh2 = np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
-        scalars = (shrink, pull, beta1, fresh1, beta2, fresh2, np.float32(numbers[4]), np.float32(numbers[5]))
+    def wide(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float, copy: int) -> None:
+        beta1, fresh1, fresh2 = np.float32(numbers[2]), np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
+        scalars = (shrink, pull, beta1, fresh1, fresh2, np.float32(numbers[4]), np.float32(numbers[5]))
         addresses = (address_of(w, (0,)), address_of(g, (0,)), address_of(m, (0,)), address_of(v, (0,)))
-        adam_step(addresses, scalars, len(w))
+        vectors(addresses, scalars, len(w), copy)
 
     if spec.lanes == LANES:
-        return estimated
+        return wide
 
     @inlined
-    def step(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float) -> None:
+    def step(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float, __: int) -> None:
         beta1, beta2 = np.float32(numbers[2]), np.float32(numbers[3])
         fresh1, fresh2 = np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
         eps, rate = np.float32(numbers[4]), np.float32(numbers[5])
@@ -218,7 +249,7 @@ def _rmsprop(spec: UpdateSpec) -> Callable[..., None]:
     momentum, centered = spec.momentum, spec.centered
 
     @inlined
-    def step(w: Any, g: Any, square: Any, mean: Any, b: Any, numbers: Any, shrink: float, pull: float) -> None:
+    def step(w: Any, g: Any, square: Any, mean: Any, b: Any, numbers: Any, shrink: float, pull: float, _: int) -> None:
         lr, alpha, fresh = np.float32(numbers[0]), np.float32(numbers[2]), np.float32(1 - numbers[2])
         eps, mu = np.float32(numbers[3]), np.float32(numbers[4])
         for i in range(len(w)):
