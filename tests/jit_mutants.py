@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from engine_cases import CASES, Case
+from engine_cases import CASES, ENGINES, Case
 from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers
 from few_cases import few_predictions_equal_float64
 from half_cases import HALF as HALVES
@@ -44,9 +44,11 @@ from jit_mutants_fp32 import FP32
 from jit_mutants_fp32 import ONE_PASS as ONE_PASS_FP32
 from jit_mutants_half import HALF
 from jit_mutants_pairs import PAIRS as OF_PAIRS
+from jit_mutants_steps import REFUSALS, STEPS
 from jit_mutants_windows import WINDOWS
 from jit_scratch import needs_no_scratch_of_others
 from pool_cases import POOLS
+from step_cases import refuses
 
 from convolt.engines import JIT
 from convolt.engines.jit.compiler import Compiler
@@ -56,7 +58,7 @@ from convolt.optimizers import Adam
 
 # What a broken plan may raise besides a check's own AssertionError.
 BREAKDOWNS = (AssertionError, ValueError, IndexError, TypeError, KeyError, OverflowError, ConvoltError, RuntimeWarning)
-MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF, *WINDOWS, *FEW)
+MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF, *WINDOWS, *FEW, *STEPS)
 REPRESENTATIVE = tuple(number for number, mutant in enumerate(MUTANTS) if mutant.quick)
 
 
@@ -112,6 +114,7 @@ JUDGES: dict[str, Callable[[str], None]] = {
         f"{ONE_PASS}{optimizer!r}": _once(one_pass_gives_the_bits_of_two, optimizer, "bf16") for optimizer in OPTIMIZERS
     },
     ONE_PASS_FP32: _once(one_pass_gives_the_bits_of_two, Adam(lr=0.01), "fp32"),
+    REFUSALS: _once(refuses, next(entry for entry in ENGINES if entry.name == "jit")),
     OVERFLOW: _once(overflow_leaves_the_weights, "bf16"),
     FEW_IN_BF16: few_predictions_equal_float64,
     FASTEST: _once(unit_is_the_fastest),

@@ -6,6 +6,7 @@ from jit_mutant import JitMutant
 TILED, SHIFTED, BACKWARD = "kernels/tiles.py", "kernels/tiles_shifted.py", "kernels/tiles_backward.py"
 PLANE, DENSE, TILE_SPECS = "kernels/planes.py", "kernels/dense_tiles.py", "kernels/tile_specs.py"
 BLOCKS, AMX, EPILOGUE, RUNS, UPDATE = "pair_products.py", "amx.py", "epilogue.py", "runs.py", "update.py"
+ADAM, WEIGHTS = "adam.py", "kernels/weights.py"
 WIDE, IN_PAIRS = "direct rows of two blocks, stride 2", "direct rows in pairs, stride 2"
 ODD, SOME = "an odd width, channels that fill no tile", "some images at a time"
 STRIDED, GROUPS = "few channels, wide filter, stride 2", "two groups of images, the last with fewer"
@@ -166,7 +167,7 @@ BF16 = (
     JitMutant("db of the first part", "kernels/weights.py", "def bias_sum", "range(parts)", "range(1)", ODD),
     JitMutant("taps of whole tiles", BACKWARD, "def reduce_parts", "tap * channels + c", "tap * C + c", ODD),
     # planes
-    JitMutant("no border on the left", PLANE, "def unpack", "origin + h * pitch", "origin + h * W", ON_PLANES),
+    JitMutant("no border on the left", PLANE, "def unpack", "BF16 * h * pitch", "BF16 * h * W", ON_PLANES),
     JitMutant("one plane", PLANE, "def taps", "c * x.rows * x.columns + ", "", ON_PLANES),
     JitMutant(
         "rows of taps not dilated", PLANE, "def taps", "r * window.dilation_h * x.columns", "r * x.columns", ODD_PLANES
@@ -389,14 +390,8 @@ BF16 = (
         OVERFLOW,
     ),
     # gradient and optimizer in one pass
-    JitMutant(
-        "weights moved and not rounded",
-        DENSE,
-        "def _stepped_columns",
-        "narrow(arguments[3] + place, arguments[9] + place // 2)",
-        "pass",
-        ONE_PASS + PLAIN,
-    ),
+    JitMutant("moved, not rounded", ADAM, "def adam_step", "if copies:", "if False:", ONE_PASS + KEEPS, lanes=16),
+    JitMutant("a step and no copy", WEIGHTS, "def copied_step", "if not copies:", "if False:", ONE_PASS + PLAIN),
     JitMutant(
         "slopes of the first outputs",
         DENSE,
@@ -405,7 +400,7 @@ BF16 = (
         "arguments[2]",
         ONE_PASS + PLAIN,
     ),
-    JitMutant("no decay", DENSE, "def _stepped_columns", "numbers, 1)", "numbers, 0)", ONE_PASS + DECAYS),
+    JitMutant("no decay", WEIGHTS, "def copied_step", "numbers, 1, copy)", "numbers, 0, copy)", ONE_PASS + DECAYS),
     JitMutant(
         "bands of 32 rows",
         DENSE,
@@ -418,7 +413,7 @@ BF16 = (
     JitMutant(
         "state of the first parameters",
         UPDATE,
-        "    def _make",
+        "    def tasks(",
         "vector + self._offset(one.name)",
         "vector",
         ONE_PASS + KEEPS,
@@ -426,7 +421,7 @@ BF16 = (
     JitMutant(
         "matrices moved twice",
         UPDATE,
-        "    def _make",
+        "    def tasks(",
         "self._around(tuple(one.name for one in deferred))",
         "self._around(())",
         ONE_PASS + KEEPS,
