@@ -170,7 +170,7 @@ class JitExecutor(Executor):
         for first, program in segments:
             now = first
             for phase in self._team.profile(program) if isinstance(program, Program) else ():
-                part = phase.wall / sum(phase.kernels)
+                part = phase.wall / (sum(phase.kernels) or 1.0)  # nothing ran where the program has ended before
                 for label, seconds in zip(phase.name.split(", "), phase.kernels, strict=True):
                     now = BEGINS.get(label, now)
                     where, kind, kernel = [*label.split(" ", 2), "", ""][:3]
