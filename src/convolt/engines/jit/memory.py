@@ -29,6 +29,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
+from convolt.engines.jit.inlined import inlined
+
 LINE = 64  # bytes of the cache that are fetched together
 
 
@@ -114,21 +116,40 @@ def copy(count: int) -> Any:
     return move
 
 
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Fetch the cache line at an int64 address into the L2 cache; an address that is nobody's does no harm."""
+def _fetches(intent: int, level: int) -> Any:
+    """An intrinsic of LLVM's ``prefetch``: intent is 1 to write, level 3 the nearest cache."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        kinds = [pointer.type, *[ir.IntType(32)] * 3]
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0"
-        )
-        read, second_level, data = (ir.Constant(ir.IntType(32), value) for value in (0, 2, 1))
-        builder.call(function, [pointer, read, second_level, data])
-        return context.get_dummy_value()
+    @intrinsic
+    def fetch(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer, word = builder.inttoptr(args[0], ir.IntType(8).as_pointer()), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(function, [pointer, word(intent), word(level), word(1)])
+            return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+        return types.void(types.int64), generate
+
+    return fetch
+
+
+prefetch = _fetches(0, 2)
+"""``prefetch(address)``: the cache line there comes into the L2 cache; an address that is nobody's does no harm."""
+_claim_line = _fetches(1, 3)
+
+
+def claim(count: int) -> Any:
+    """A function for kernels: ``claim(address)``, of `count` bytes that are about to be written.
+
+    A line that another cache or the L3 cache has is asked for while there is other work; else the stores would wait.
+    """
+
+    @inlined
+    def ask(address: int) -> None:
+        for offset in range(0, count, LINE):
+            _claim_line(address + offset)
+
+    return ask
 
 
 @intrinsic

@@ -42,7 +42,7 @@ from convolt.engines.jit.kernels.specs import (
     round_up,
 )
 from convolt.engines.jit.kernels.weights import copied_step
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.memory import claim, view
 from convolt.engines.jit.transpose import Transpose, transpose
 
 LANES = 16  # of a block; LLVM cuts vectors into what the registers hold
@@ -275,13 +275,15 @@ def _rounded_product(spec: DenseSpec, shape: BlockGemm, columns: int) -> Callabl
     whole, rest = divmod(spec.N, BLOCK)
     apart = replace(shape, c_row=WIDE)
     full, tail = _product(apart, BLOCK, columns), _product(apart, rest or BLOCK, columns)
-    narrow = to_bf16(columns, LANES, converts(spec.unit))
+    narrow, coming = to_bf16(columns, LANES, converts(spec.unit)), claim(BF16 * columns)
     N, inputs, a_step, b_bytes = spec.N, spec.inputs, BF16 * shape.a_row, BF16 * WIDE * shape.a_row
 
     @inlined
     def run(a: int, b: int, c: int) -> None:
         sums = b + b_bytes
         for first in range(0, N, BLOCK):
+            for row in range(min(BLOCK, N - first)):
+                coming(c + BF16 * (first + row) * inputs)
             if first < whole * BLOCK:
                 full(a + first * a_step, b, sums)
             elif rest:

@@ -14,7 +14,7 @@ import numpy as np
 from convolt.engines.jit.bf16 import source_of, to_bf16
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.specs import BF16, FLOAT, AddSpec, InputSpec, MapSpec, number_bytes
-from convolt.engines.jit.memory import view
+from convolt.engines.jit.memory import LINE, claim, view
 from convolt.engines.jit.pixels import Block, activated, for_blocks, let_through, on_pixels
 from convolt.engines.jit.transpose import Transpose, transpose
 from convolt.engines.jit.vectors import I64, Floats, carried_loop
@@ -257,12 +257,16 @@ def flatten(spec: MapSpec) -> Callable[..., None]:
     number, kind = x.number, source_of(x.half)
     turn = transpose(Transpose(at_once, C, C, H * W, spec.lanes, kind, kind))
     features = C * H * W
+    # A channel of an image that ends in the middle of a cache line is written in parts of lines.
+    coming, partial = claim(number * features), not rounds and H * W * number % LINE > 0  # of the next image
     narrow = to_bf16(features, spec.lanes, spec.native)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         for image in range(chunk * images, min((chunk + 1) * images, count)):
             target = arguments[3] + FLOAT * thread * features if rounds else arguments[2] + number * image * features
+            if partial:
+                coming(target + number * features)
             for h in range(rows):
                 turn(arguments[1] + number * (image * size + origin + h * pitch), target + number * h * W)
             if rounds:
