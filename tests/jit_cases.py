@@ -310,6 +310,7 @@ OPTIMIZERS = (
     RMSprop(lr=0.01, momentum=0.7, weight_decay=0.1, decoupled_weight_decay=True),
     RMSprop(lr=0.01, centered=True),
     RMSprop(lr=0.01, centered=True, momentum=0.7, weight_decay=0.1, decay_norm_and_bias=False),
+    Adam(lr=0.01, betas=(0.9, 0.0)),  # all of v is forgotten, however large it was
 )
 
 

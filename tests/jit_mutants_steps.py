@@ -10,6 +10,6 @@ STEPS = (
     JitMutant("labels unlooked at", LOSS, "def look", "found[WRONG_LABELS] > 0", "found[WRONG_LABELS] > 1e9", REFUSALS),
     JitMutant("any statistic", LOSS, "def look", "if not np.isfinite(statistics[i]):", "if False:", REFUSALS),
     JitMutant("any gradient", LOSS, "def look", "total += squares[i]", "pass", REFUSALS),
-    JitMutant("a program without end", DRIVER, "def run(", " or load(state + ENDED) != 0", "", REFUSALS),
+    JitMutant("a program without end", DRIVER, "def run(", "load(state + ENDED) != 0", "False", REFUSALS),
     JitMutant("ended for ever", DRIVER, "def start(", "exchange(state + ENDED, 0)", "pass", REFUSALS),
 )

@@ -13,7 +13,7 @@ from convolt.errors import DataError
 from convolt.layers import BatchNorm2d, Dense, Flatten, ReLU
 from convolt.losses import CrossEntropy
 from convolt.model import Model
-from convolt.optimizers import SGD
+from convolt.optimizers import SGD, Optimizer
 from convolt.recipe import Recipe
 
 CLASSES, SIZE = 4, 40
@@ -23,14 +23,16 @@ NORM = Model((2, 3, 3), (BatchNorm2d(2), Flatten(), Dense(18, CLASSES)))
 WRONG = (np.int64(-1), np.int64(CLASSES), np.int64(1 << 40), np.array(1 << 24, ">i4"), np.uint64(1 << 63))
 
 
-def step(executor: Executor, wrong=None, place: int = 0, scale: float = 1.0) -> float:
+def step(
+    executor: Executor, wrong=None, place: int = 0, scale: float = 1.0, optimizer: Optimizer | None = None
+) -> float:
     """One step on labels of which one may be wrong; its loss."""
     generator = np.random.default_rng(1)
     images, labels = generator.normal(size=(SIZE, 2, 3, 3)), generator.integers(0, CLASSES, SIZE)
     if wrong is not None:
         labels = labels.astype(np.asarray(wrong).dtype)
         labels[place] = wrong
-    return executor.train_step(images, labels, CrossEntropy(), scale / SIZE, SGD(lr=0.1)).loss
+    return executor.train_step(images, labels, CrossEntropy(), scale / SIZE, optimizer or SGD(lr=0.1)).loss
 
 
 def refused(model: Model, entry: Entry, refusal: Callable[[Executor], None]) -> None:

@@ -41,6 +41,13 @@ def test_one_pass_on_narrow_vectors(isa, precision):
     one_pass_gives_the_bits_of_two(Adam(lr=0.01), precision, model=model, engine=JIT(threads=2, isa=isa, unit="fma"))
 
 
+@pytest.mark.parametrize("optimizer", [Adam(lr=0.01), pytest.param(SGD(lr=0.1), marks=pytest.mark.slow)], ids=repr)
+def test_rows_that_end_one_number_behind_a_vector(optimizer):
+    """In bf16, and rounded without an instruction for it: the next row must not lose its first number."""
+    model = Model((1, 25, 41), (Flatten(), Dense(1025, 256)))
+    one_pass_gives_the_bits_of_two(optimizer, "bf16", model=model, engine=JIT(threads=2, unit="fma"))
+
+
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_matrices_of_which_only_some_are_moved_in_one_pass(precision):
     """Where activations are made twice, only the last part's gradients are left to the optimizer's pass."""
@@ -102,3 +109,35 @@ def test_predictions_follow_the_weights():
     executor.params.flat[...] *= -0.5
     executor.weights_changed()
     agrees()
+
+
+def test_a_profile_is_of_all_phases_whatever_became_of_the_step():
+    """Of a step that was refused, behind another state of the optimizer, and behind none."""
+    executor = JIT(threads=2).executor(DEFERRED, None, Recipe(precision="fp32"))
+    x, y = batch_for(DEFERRED)
+    executor.train_step(x, y, CrossEntropy(), 1 / len(x), Adam())
+    rows = [(time.stage, time.kernel) for time in executor.profile(x, training=True)]
+    assert ("4-5 Dense+ReLU", "dw+update") in rows
+    assert np.isnan(executor.train_step(x, y, CrossEntropy(), np.nan, Adam()).loss)
+    assert [(time.stage, time.kernel) for time in executor.profile(x, training=True)] == rows
+    executor.load_optimizer_state({"step": np.array(0)})
+    assert "dw+update" not in [time.kernel for time in executor.profile(x, training=True)]
+    executor.close()
+
+
+def test_a_loss_of_ones_own_is_asked():
+    """It is a CrossEntropy, and no label is wrong to it."""
+
+    class Ignoring(CrossEntropy):
+        def __call__(self, logits, targets):
+            used = targets >= 0
+            total, slopes = super().__call__(logits, np.where(used, targets, 0))
+            return total, slopes * used[:, None]
+
+    executor = JIT(threads=2).executor(DEFERRED, None, Recipe(precision="fp32"))
+    x, y = batch_for(DEFERRED)
+    before = executor.params.flat.copy()
+    assert np.isfinite(executor.train_step(x, np.where(y % 2, y, -100), Ignoring(), 1 / len(x), Adam()).loss)
+    assert int(executor.optimizer_state()["step"]) == 1
+    assert not np.array_equal(executor.params.flat, before)
+    executor.close()

@@ -132,6 +132,20 @@ def test_permutation_of_fewer_samples_is_the_same_order_without_the_others():
     np.testing.assert_array_equal(order[order < 200], permutation(0, 5, 200))
 
 
+@pytest.mark.parametrize("kind", ["i1", "i2", "i4", "i8", ">i8", "u1", "u4", "u8", "f8", "O"])
+def test_indices_of_any_kind(kind):
+    """What is negative or has more than 32 bits is refused, whatever holds it."""
+    want = SampleRng(1, 2, np.array([3, 100])).words("flip", 2)
+    np.testing.assert_array_equal(SampleRng(1, 2, np.array([3, 100], kind)).words("flip", 2), want)
+    for wrong in [] if kind.startswith("u") else [[-1], [5, -3]]:
+        with pytest.raises(ConfigError, match="indices must be"):
+            SampleRng(1, 2, np.array(wrong, kind))
+    if kind[-1] == "8":
+        with pytest.raises(ConfigError, match="indices must be"):
+            SampleRng(1, 2, np.array([7, 2**32], kind))
+    assert len(SampleRng(1, 2, np.array([], kind))) == 0
+
+
 @pytest.mark.parametrize(
     ("seed", "epoch", "index", "word"),
     [

@@ -78,11 +78,18 @@ class SampleRng:
         for name, value, bits in (("seed", self.seed, 64), ("epoch", self.epoch, 32)):
             if not 0 <= value < 2**bits:
                 raise ConfigError(f"SampleRng: {name} must be >= 0 and < 2^{bits}; got {value}")
-        # One pass over them, in every step: what is negative is large without a sign.
-        if self.indices.size and int(self.indices.view(f"u{self.indices.itemsize}").max()) >= 2**32:
+        if not self._fit():
             raise ConfigError(
                 f"SampleRng: indices must be >= 0 and < 2^32; got {self.indices.min()} to {self.indices.max()}"
             )
+
+    def _fit(self) -> bool:
+        """Whether the indices have 32 bits; in one pass, for it is asked in every step: what is negative is large."""
+        if not self.indices.size:
+            return True
+        if self.indices.dtype == np.int64:
+            return int(self.indices.view(np.uint64).max()) < 2**32
+        return 0 <= int(self.indices.min()) <= int(self.indices.max()) < 2**32
 
     def __len__(self) -> int:
         return len(self.indices)

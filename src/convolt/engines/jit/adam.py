@@ -1,6 +1,6 @@
 """Adam's step in AVX-512, with its quotient by an estimate: the divider is busy with the square root.
 
-    v    <- v + (1 - beta2) (g^2 - v)
+    v    <- beta2 v + (1 - beta2) g^2
     q     = 1 / (sqrt(v) + eps)          relative error 2^-14, one Newton step behind the product: 2^-27
     move  = rate m q,    w <- shrink w - move
 
@@ -20,11 +20,11 @@ from convolt.engines.jit.vectors import F32, I1, I16, I32, I64, Floats, carried_
 LANES = 16
 
 
-def adam_step(copies: bool, native: bool) -> Any:
-    """``step((w, g, m, v), (shrink, pull, beta1, 1 - beta1, 1 - beta2, eps, rate), count, copy)`` for kernels.
+def adam_step(copies: bool) -> Any:
+    """``step((w, g, m, v), (shrink, pull, beta1, 1 - beta1, beta2, 1 - beta2, eps, rate), count, copy)`` for kernels.
 
-    Addresses of float32, float32 numbers, how many weights, and where their copy in bf16 goes, if there is one; native:
-    whether the CPU rounds.
+    Addresses of float32, float32 numbers, how many weights, and where their copy in bf16 goes, if there is one, as the
+    CPU rounds.
     """
 
     @intrinsic
@@ -32,7 +32,7 @@ def adam_step(copies: bool, native: bool) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, LANES)
             places = [floats.pointer(builder.extract_value(args[0], i)) for i in range(4)]
-            scalars = [_everywhere(floats, builder.extract_value(args[1], i)) for i in range(7)]
+            scalars = [_everywhere(floats, builder.extract_value(args[1], i)) for i in range(8)]
             whole, rest = builder.sdiv(args[2], I64(LANES)), builder.srem(args[2], I64(LANES))
             everything = ir.Constant(ir.VectorType(I1, LANES), [I1(1)] * LANES)
             rounded = builder.inttoptr(args[3], I16.as_pointer())
@@ -40,7 +40,7 @@ def adam_step(copies: bool, native: bool) -> Any:
             def stepped(offset: Any, mask: Any) -> None:
                 w = _step(floats, [floats.at(place, offset) for place in places], scalars, mask)
                 if copies:
-                    _store(floats, Bf16Lanes(floats, native).narrowed(w), floats.at(rounded, offset), mask)
+                    _store(floats, Bf16Lanes(floats, native=True).narrowed(w), floats.at(rounded, offset), mask)
 
             def vector(i: Any, nothing: list[Any]) -> list[Any]:
                 stepped(builder.mul(i, I64(LANES)), everything)
@@ -51,7 +51,7 @@ def adam_step(copies: bool, native: bool) -> Any:
                 stepped(builder.mul(whole, I64(LANES)), _up_to(builder, rest))
             return context.get_dummy_value()
 
-        kinds = types.UniTuple(types.int64, 4), types.UniTuple(types.float32, 7)
+        kinds = types.UniTuple(types.int64, 4), types.UniTuple(types.float32, 8)
         return types.void(*kinds, types.int64, types.int64), generate
 
     return step
@@ -60,11 +60,11 @@ def adam_step(copies: bool, native: bool) -> Any:
 def _step(floats: Floats, places: list[Any], scalars: list[Any], mask: Any) -> Any:
     """Moves weights and state; the new weights."""
     builder, fma = floats.builder, floats.multiply_add
-    shrink, pull, beta1, fresh1, fresh2, eps, rate = scalars
+    shrink, pull, beta1, fresh1, beta2, fresh2, eps, rate = scalars
     w, g, m, v = (_load(floats, place, mask) for place in places)
     slope = fma(pull, w, g)
     m = fma(beta1, m, builder.fmul(fresh1, slope))
-    v = fma(fresh2, fma(slope, slope, builder.fneg(v)), v)
+    v = fma(beta2, v, builder.fmul(fresh2, builder.fmul(slope, slope)))
     below = builder.fadd(builder.call(declare(builder, f"llvm.sqrt.v{LANES}f32", floats.type, [floats.type]), [v]), eps)
     quotient = _reciprocal(floats, below)
     move = builder.fmul(builder.fmul(rate, m), quotient)

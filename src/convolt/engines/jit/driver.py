@@ -264,8 +264,8 @@ def run(state: Any, phase: Any, remaining: Any, thread: Any) -> None:
     if timings != 0:
         ends = load(state + THREADS) * kernels
         words(timings)[ends + following] = nanoseconds(own + CLOCK, _MONOTONIC)
-    over = following == phases or load(state + ENDED) != 0
-    publish(state, FINISHED if over else following << 32 | table[2 + 3 * following], thread)
+    ended = timings == 0 and load(state + ENDED) != 0  # a profile is of all phases
+    publish(state, FINISHED if ended or following == phases else following << 32 | table[2 + 3 * following], thread)
 
 
 @inlined

@@ -1,8 +1,8 @@
 """The jit executor: programs of compiled kernels for steps and for predictions.
 
 A whole step - unpacking, forward, softmax and cross-entropy, backward, the gradient's norm, the look at whether all is
-finite and the optimizer - is one call into compiled code. The gradient of a large dense matrix is made in the last of
-these, a few rows before the optimizer takes them, if operands are so small that it must be finite: after
+finite and the optimizer - is one call into compiled code. The gradient of a large dense matrix is made in the
+optimizer's pass, a few rows before they are moved, if operands are so small that it must be finite: after
 ``train_step`` it is not in ``grads``. Other losses, accumulation and gradients
 that somebody waits for take the same kernels in two or more programs. Plans are made for a batch capacity when a batch
 first needs it and kept; a smaller batch runs in the same buffers.
@@ -101,8 +101,9 @@ class JitExecutor(Executor):
         self, x: Array, y: Any, loss: Loss, scale: float, optimizer: Optimizer, rng: SampleRng | None = None
     ) -> StepResult:
         """A whole step in one call into compiled code, for cross-entropy on labels; else as any executor does it."""
+        began = not self._updater.state
         moves = self._updater.moves(optimizer)
-        if self._add_ranks or moves is None or not (isinstance(loss, CrossEntropy) and self._are_labels(y, len(x))):
+        if self._add_ranks or moves is None or not (type(loss) is CrossEntropy and self._are_labels(y, len(x))):
             return Executor.train_step(self, x, y, loss, scale, optimizer, rng)
         programs = self._loaded(x, rng)
         programs.labels[: len(x)] = y
@@ -118,8 +119,10 @@ class JitExecutor(Executor):
             if step.rounds_all:  # the kernel that moves these weights has rounded them as well
                 programs.version = self._version
             return StepResult(total, logits, int(right))
+        if began:  # as if it had not been tried
+            self.load_optimizer_state({"step": np.array(self._updater.step)})
         if verdict == UNLABELED:
-            return StepResult(loss(logits, y)[0], logits)  # it raises, and tells which label is none
+            loss(logits, y)  # raises, and tells which label is none
         if verdict == UNBOUNDED and step.late is not None:
             self._team.run(step.late)
             if math.isfinite(self.grad_norm()):
@@ -149,9 +152,12 @@ class JitExecutor(Executor):
     def load_optimizer_state(self, state: dict[str, Array]) -> None:
         """Go on from a checkpoint's optimizer state."""
         self._updater.load(state)
+        self._moves = None
+        for programs in self._plans.values():
+            programs.forget_steps()
 
     def profile(self, x: Array, training: bool) -> tuple[StageTime, ...]:
-        """The programs of the last step once more, on what is in their buffers.
+        """The programs of the last step once more, on what is in their buffers; weights move, whatever is found.
 
         A phase's time is shared among its kernels. The loss, which makes the first gradient, counts as backward, the
         gradient's norm as update.
@@ -170,7 +176,7 @@ class JitExecutor(Executor):
         for first, program in segments:
             now = first
             for phase in self._team.profile(program) if isinstance(program, Program) else ():
-                part = phase.wall / (sum(phase.kernels) or 1.0)  # nothing ran where the program has ended before
+                part = phase.wall / sum(phase.kernels)
                 for label, seconds in zip(phase.name.split(", "), phase.kernels, strict=True):
                     now = BEGINS.get(label, now)
                     where, kind, kernel = [*label.split(" ", 2), "", ""][:3]
@@ -215,6 +221,7 @@ class JitExecutor(Executor):
         self.grads.move(gradient)
         self._plans.clear()
         self._updater.moved()
+        self._moves = None
         return True
 
     def synchronize_statistics(self, add: Callable[[Array], None]) -> None:

@@ -120,7 +120,6 @@ class Programs:
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
         self.labels, self.findings, self.scale = np.zeros(capacity, np.int64), np.zeros(FINDINGS), np.zeros(1)
         self._steps: dict[tuple[float, Moves | None], Step] = {}
-        self._generation = -1  # of the optimizer's addresses in them
         self._whole: dict[bool, Segments] = {}
         self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
         self.version = -1
@@ -295,9 +294,6 @@ class Programs:
         Gradients are written, not added; those of large matrices are made in the optimizer's pass. Without ``moves`` it
         is a step up to the norm, and all gradients are made.
         """
-        if self._generation != updater.generation:
-            self._steps.clear()
-            self._generation = updater.generation
         key = loss.label_smoothing, moves
         if key not in self._steps:
             deferred = self._backward[False, moves is not None].deferred
@@ -315,6 +311,10 @@ class Programs:
             copied = [task for task in self.forward_tasks if isinstance(task, Task) and task.factory == ROUNDING]
             self._steps[key] = Step(program, late, bool(deferred) and len(copied) == len(deferred))
         return self._steps[key]
+
+    def forget_steps(self) -> None:
+        """The optimizer's state, which they move, is another one."""
+        self._steps.clear()
 
     def requests(self, tasks: Tasks) -> list[tuple[str, Any]]:
         """What the compiler is asked for."""

@@ -49,7 +49,6 @@ class Updater:
         self._norms: dict[tuple[str, ...], tuple[Task, Array, Array]] = {}
         self._made_for: tuple[Moves, slice | None] | None = None
         self._moves: dict[tuple[Any, ...], Moves | None] = {}
-        self.generation = 0  # of addresses: tasks that hold them belong to one
 
     def load(self, state: dict[str, Array]) -> None:
         """Go on from a checkpoint's state."""
@@ -61,7 +60,6 @@ class Updater:
     def moved(self) -> None:
         """Weights, gradient or state have other addresses."""
         self.program = None
-        self.generation += 1
         self._norms.clear()
         self._moves.clear()
 

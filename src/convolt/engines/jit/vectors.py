@@ -125,8 +125,12 @@ class Floats:
 
     def store(self, value: Any, pointer: Any, used: int | None = None) -> None:
         """Store the first `used` lanes of `value` (of any element type), all of them by default."""
-        pointer = self.builder.bitcast(pointer, value.type.as_pointer())
         element = value.type.element
+        if used == 1:  # of a vector cut down to 16 bits LLVM 22 would write 32
+            first = self.builder.extract_element(value, I32(0))
+            self.builder.store(first, self.builder.bitcast(pointer, element.as_pointer())).align = _size(element)
+            return
+        pointer = self.builder.bitcast(pointer, value.type.as_pointer())
         if used is None or used == self.lanes:
             self.builder.store(value, pointer).align = _size(element)
             return

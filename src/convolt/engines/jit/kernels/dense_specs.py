@@ -96,7 +96,7 @@ class DenseUpdateSpec:
 def dense_forward_scratch(spec: DenseSpec) -> int:
     """Bytes of scratch memory for each thread."""
     depth, columns = round_up(spec.run, DEPTH), round_up(spec.outputs, BLOCK)
-    return BF16 * (spec.panel_row * round_up(spec.N, BLOCK) + depth * 2 * columns)
+    return BF16 * (spec.panel_row * round_up(spec.N, BLOCK) + depth * (columns + BLOCK))
 
 
 def dense_backward_scratch(spec: DenseSpec) -> int:

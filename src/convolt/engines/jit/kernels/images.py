@@ -20,6 +20,7 @@ from convolt.engines.jit.transpose import Transpose, transpose
 from convolt.engines.jit.vectors import I64, Floats, carried_loop
 
 VECTORS = 4  # of a block
+AHEAD = 1 << 14  # bytes of the next image's features that are asked for while this one's are written: in the L1 cache
 STREAMED = ("relu", "leaky", "dropout")  # what is written out as vectors
 
 
@@ -258,14 +259,15 @@ def flatten(spec: MapSpec) -> Callable[..., None]:
     turn = transpose(Transpose(at_once, C, C, H * W, spec.lanes, kind, kind))
     features = C * H * W
     # A channel of an image that ends in the middle of a cache line is written in parts of lines.
-    coming, partial = claim(number * features), not rounds and H * W * number % LINE > 0  # of the next image
+    coming, partial = claim(min(number * features, AHEAD)), not rounds and H * W * number % LINE > 0
     narrow = to_bf16(features, spec.lanes, spec.native)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
-        for image in range(chunk * images, min((chunk + 1) * images, count)):
+        last = min((chunk + 1) * images, count)
+        for image in range(chunk * images, last):
             target = arguments[3] + FLOAT * thread * features if rounds else arguments[2] + number * image * features
-            if partial:
+            if partial and image + 1 < last:
                 coming(target + number * features)
             for h in range(rows):
                 turn(arguments[1] + number * (image * size + origin + h * pitch), target + number * h * W)

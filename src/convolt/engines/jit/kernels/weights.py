@@ -156,7 +156,7 @@ def update(spec: UpdateSpec) -> Callable[..., None]:
 
 def optimizer_step(spec: UpdateSpec) -> Callable[..., None]:
     """One step of some weights: ``step(w, g, first, second, third state, numbers, whether they decay)``, float32."""
-    move = _move(spec, _adam(spec, copies=False, native=False) if spec.kind in ADAMS else _others(spec))
+    move = _move(spec, _adam(spec, copies=False) if spec.kind in ADAMS else _others(spec))
 
     @inlined
     def step(w: Any, g: Any, first: Any, second: Any, third: Any, numbers: Any, decays: int) -> None:
@@ -167,8 +167,8 @@ def optimizer_step(spec: UpdateSpec) -> Callable[..., None]:
 
 def copied_step(spec: UpdateSpec, columns: int, native: bool) -> Callable[..., None]:
     """The same of weights that decay, and their copy in bf16: ``step(w, ..., numbers, address of the copy)``."""
-    copies = spec.kind in ADAMS and spec.lanes == LANES
-    move = _move(spec, _adam(spec, copies, native) if spec.kind in ADAMS else _others(spec))
+    copies = spec.kind in ADAMS and spec.lanes == LANES and native
+    move = _move(spec, _adam(spec, copies) if spec.kind in ADAMS else _others(spec))
     narrow = to_bf16(columns, LANES, native)
 
     @inlined
@@ -216,14 +216,15 @@ def _sgd(spec: UpdateSpec) -> Callable[..., None]:
     return step
 
 
-def _adam(spec: UpdateSpec, copies: bool, native: bool) -> Callable[..., None]:
+def _adam(spec: UpdateSpec, copies: bool) -> Callable[..., None]:
     """numbers: lr, decay, beta1, beta2, eps root, rate; root and rate as in ``convolt.optimizers``."""
-    vectors = adam_step(copies, native)
+    vectors = adam_step(copies)
 
     @inlined
     def wide(w: Any, g: Any, m: Any, v: Any, _: Any, numbers: Any, shrink: float, pull: float, copy: int) -> None:
-        beta1, fresh1, fresh2 = np.float32(numbers[2]), np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
-        scalars = (shrink, pull, beta1, fresh1, fresh2, np.float32(numbers[4]), np.float32(numbers[5]))
+        beta1, beta2 = np.float32(numbers[2]), np.float32(numbers[3])
+        fresh1, fresh2 = np.float32(1 - numbers[2]), np.float32(1 - numbers[3])
+        scalars = (shrink, pull, beta1, fresh1, beta2, fresh2, np.float32(numbers[4]), np.float32(numbers[5]))
         addresses = (address_of(w, (0,)), address_of(g, (0,)), address_of(m, (0,)), address_of(v, (0,)))
         vectors(addresses, scalars, len(w), copy)
 
