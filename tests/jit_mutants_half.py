@@ -41,7 +41,14 @@ HALF = (
         "features apart", IMAGES, "def flatten(", "+ number * image * features", "+ FLOAT * image * features", FLAT
     ),
     JitMutant("slopes of features apart", IMAGES, "def flatten_backward", "number * image", "FLOAT * image", FLAT),
-    JitMutant("dx of 32 samples", DENSE, "def _rounded_product", "(first + row) * inputs", "row * inputs", FLAT),
+    JitMutant(
+        "dx of 32 samples",
+        DENSE,
+        "def _rounded_product",
+        "WIDE, c + BF16 * (first + row) * inputs",
+        "WIDE, c + BF16 * row * inputs",
+        FLAT,
+    ),
     JitMutant("the last samples' dx left out", DENSE, "def _rounded_product", "elif rest:", "elif rest < 0:", FLAT),
     JitMutant(
         "the neighbor's channels",

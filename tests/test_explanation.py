@@ -62,7 +62,7 @@ def test_a_gradient_that_the_optimizer_makes_is_explained():
     stages = JIT(threads=1).explain(zoo.mnist_cnn()).stages
     found = {(stage.name, stage.direction): stage for stage in stages}
     dense, norm = found["4-5 Dense+ReLU", "update"], found["gradient norm", "update"]
-    assert (dense.kernels, norm.kernels) == (("dense_update:update",), ("loss:square_sum",))
+    assert (dense.kernels, norm.kernels) == (("dense_update:update",), ("loss:square_sum", "loss:look"))
     works = {work.name: work for work in layer_work(zoo.mnist_cnn())}
     assert dense.flops == works["4"].forward_flops
     assert found["4-5 Dense+ReLU", "backward"].flops == works["4"].forward_flops + works["5"].backward_flops
