@@ -11,7 +11,7 @@ from engine_cases import Entry
 from convolt.engine import Executor
 from convolt.errors import DataError
 from convolt.layers import BatchNorm2d, Dense, Flatten, ReLU
-from convolt.losses import CrossEntropy
+from convolt.losses import CrossEntropy, Loss
 from convolt.model import Model
 from convolt.optimizers import SGD, Optimizer
 from convolt.recipe import Recipe
@@ -19,12 +19,13 @@ from convolt.recipe import Recipe
 CLASSES, SIZE = 4, 40
 NET = Model((2, 3, 3), (Flatten(), Dense(18, 12), ReLU(), Dense(12, CLASSES)))
 NORM = Model((2, 3, 3), (BatchNorm2d(2), Flatten(), Dense(18, CLASSES)))
+PLAIN, CROSS_ENTROPY = SGD(lr=0.1), CrossEntropy()
 #: Of any size and byte order.
 WRONG = (np.int64(-1), np.int64(CLASSES), np.int64(1 << 40), np.array(1 << 24, ">i4"), np.uint64(1 << 63))
 
 
 def step(
-    executor: Executor, wrong=None, place: int = 0, scale: float = 1.0, optimizer: Optimizer | None = None
+    executor: Executor, wrong=None, place=0, scale=1.0, optimizer: Optimizer = PLAIN, loss: Loss = CROSS_ENTROPY
 ) -> float:
     """One step on labels of which one may be wrong; its loss."""
     generator = np.random.default_rng(1)
@@ -32,7 +33,7 @@ def step(
     if wrong is not None:
         labels = labels.astype(np.asarray(wrong).dtype)
         labels[place] = wrong
-    return executor.train_step(images, labels, CrossEntropy(), scale / SIZE, optimizer or SGD(lr=0.1)).loss
+    return executor.train_step(images, labels, loss, scale / SIZE, optimizer).loss
 
 
 def refused(model: Model, entry: Entry, refusal: Callable[[Executor], None]) -> None:

@@ -102,14 +102,16 @@ class JitExecutor(Executor):
     ) -> StepResult:
         """A whole step in one call into compiled code, for cross-entropy on labels; else as any executor does it."""
         began = not self._updater.state
-        moves = self._updater.moves(optimizer)
-        if self._add_ranks or moves is None or not (type(loss) is CrossEntropy and self._are_labels(y, len(x))):
+        fits = not self._add_ranks and self._are_labels(y, len(x))
+        criterion = loss if fits and type(loss) is CrossEntropy else None
+        moves = None if criterion is None else self._updater.moves(optimizer)
+        if criterion is None or moves is None:
             return Executor.train_step(self, x, y, loss, scale, optimizer, rng)
         programs = self._loaded(x, rng)
         programs.labels[: len(x)] = y
         programs.scale[0] = scale
         self._updater.set_numbers(optimizer, self._updater.step + 1)
-        step, self._moves = programs.step(loss, self._updater, moves), moves
+        step, self._moves = programs.step(criterion, self._updater, moves), moves
         self._team.run(step.program)
         self._count_batches()
         (total, right, _, verdict), logits = programs.findings.tolist(), programs.logits[: len(x)].copy()

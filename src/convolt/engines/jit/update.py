@@ -64,11 +64,7 @@ class Updater:
         self._moves.clear()
 
     def moves(self, optimizer: Optimizer) -> Moves | None:
-        """A step of this optimizer as kernels know it; None where it is one for NumPy."""
-        if not self.state:
-            self.state = init_state(optimizer, self._params.flat.size, self._params.dtype)
-            if self.state:
-                self.moved()
+        """A step of this optimizer as kernels know it, with its state; None where it is one for NumPy."""
         kind = (type(optimizer), *(bool(getattr(optimizer, name, False)) for name in FLAGS))
         if kind not in self._moves:
             self._moves[kind] = self._moves_of(optimizer)
@@ -76,18 +72,27 @@ class Updater:
 
     def _moves_of(self, optimizer: Optimizer) -> Moves | None:
         spec = _spec(optimizer, self._plan.isa.lanes)
-        if spec is None or set(optimizer.state_names) - self.state.keys():
+        if spec is None:
+            return None
+        self._begin(optimizer)
+        if set(optimizer.state_names) - self.state.keys():
             return None
         names = tuple(optimizer.state_names)
         if isinstance(optimizer, RMSprop) and not optimizer.centered:
             names = (*names[:1], *names)  # no grad_avg: its place is not read
         return Moves(spec, names, optimizer.decay_norm_and_bias)
 
+    def _begin(self, optimizer: Optimizer) -> None:
+        if not self.state:
+            self.state = init_state(optimizer, self._params.flat.size, self._params.dtype)
+            self.moved()
+
     def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """One step of all parameters, or of a part of them."""
         moves = self.moves(optimizer)
         self.step += 1
         if moves is None:
+            self._begin(optimizer)
             decays = self._params.decays()
             step_flat(optimizer, self._params.flat, self._grads.flat, self.state, self.step, decays, part)
             return
