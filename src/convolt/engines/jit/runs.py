@@ -12,10 +12,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
-from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors, transposed
+from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop, for_vectors, joined, transposed
 
 LANES = 16
 DEPTH = 32  # numbers of a tile row
+PIECE = 8  # numbers of 128 bits, inside of which shuffles are cheapest
 
 
 @dataclass(frozen=True)
@@ -71,23 +72,27 @@ def columns(spec: Columns) -> Any:
     @intrinsic
     def kernel(typingctx: Any, pixels: Any, target: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            floats = Floats(builder, LANES)
+            vectors = Floats(builder, DEPTH)  # of bf16: 64 bytes
             source, rows = (builder.inttoptr(address, I16.as_pointer()) for address in args)
-            kind = ir.VectorType(I32, LANES)
-            zero, sixteen = ir.Constant(kind, None), ir.Constant(kind, [I32(16)] * LANES)
+            piece, zero = ir.VectorType(I16, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
 
-            def tap(number: int) -> Any:
+            def run(number: int, pixel: int) -> Any:
+                """Eight pixels of a tap."""
                 if number >= len(spec.taps):
                     return zero
-                return builder.zext(floats.load_as(I16, floats.at(source, spec.taps[number]), LANES), kind)
+                place = vectors.at(source, spec.taps[number] + pixel)
+                value = builder.load(builder.bitcast(place, piece.as_pointer()))
+                value.align = 2
+                return value
 
             for start in range(0, spec.depth, DEPTH):
-                pairs = [
-                    builder.or_(tap(number), builder.shl(tap(number + 1), sixteen))
-                    for number in range(start, start + DEPTH, 2)
-                ]
-                for pixel, row in enumerate(transposed(builder, pairs)):
-                    floats.store(row, floats.at(rows, pixel * spec.depth + start))
+                for first in range(0, LANES, PIECE):
+                    lines = [
+                        joined(builder, [run(start + i + j, first) for j in range(0, DEPTH, PIECE)])
+                        for i in range(PIECE)
+                    ]
+                    for pixel, row in enumerate(transposed(builder, lines), start=first):
+                        vectors.store(row, vectors.at(rows, pixel * spec.depth + start))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate

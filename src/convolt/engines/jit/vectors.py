@@ -195,20 +195,30 @@ def _suffix(element: Any) -> str:
     return "f32" if element == F32 else f"i{element.width}"
 
 
-def transposed(builder: Any, rows: Sequence[Any]) -> list[Any]:
-    """The transpose of a square: as many vectors as each has lanes, a power of two.
+def joined(builder: Any, pieces: Sequence[Any]) -> Any:
+    """Vectors one behind another, a power of two of them, as one."""
+    found = list(pieces)
+    while len(found) > 1:
+        lanes = 2 * found[0].type.count
+        order = ir.Constant(ir.VectorType(I32, lanes), [I32(lane) for lane in range(lanes)])
+        found = [builder.shuffle_vector(*found[i : i + 2], order) for i in range(0, len(found), 2)]
+    return found[0]
 
-    Interleaving the first half of the rows with the second, log2(lanes) times, brings every element to its place.
+
+def transposed(builder: Any, rows: Sequence[Any]) -> list[Any]:
+    """The transpose of a square, of a power of two of rows; of longer rows, those of the squares they consist of.
+
+    Interleaving the first half of the rows with the second, log2(rows) times, brings every element to its place.
     """
-    lanes = len(rows)
-    kind = ir.VectorType(I32, lanes)
-    orders = [
-        ir.Constant(kind, [I32(lane) for i in range(lanes // 2) for lane in (start + i, lanes + start + i)])
-        for start in (0, lanes // 2)
-    ]
+    size, lanes = len(rows), rows[0].type.count
+    orders = []
+    for start in (0, size // 2):
+        taken = [square + i for square in range(start, lanes, size) for i in range(size // 2)]
+        order = [I32(lane) for i in taken for lane in (i, lanes + i)]
+        orders.append(ir.Constant(ir.VectorType(I32, lanes), order))
     result, held = list(rows), 1
-    while held < lanes:
-        pairs = zip(result[: lanes // 2], result[lanes // 2 :], strict=True)
+    while held < size:
+        pairs = zip(result[: size // 2], result[size // 2 :], strict=True)
         result = [builder.shuffle_vector(x, y, order) for x, y in pairs for order in orders]
         held *= 2
     return result

@@ -9,7 +9,8 @@ from convolt.engines.jit.kernels.residues import parts, slope_frame
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEPTH, FLOAT, GROUP, ConvSpec, Frame, round_up, turned
 from convolt.errors import EngineError
 
-PLANE_PIXELS = 256  # of a group of output rows
+PLANE_PIXELS = 160  # of a group of output rows: runs and slopes are read once, where one block is the whole gradient
+PLANE_BLOCKS_PIXELS = 256  # with several blocks, which come and go with each group
 PLANE_GROUP = 64  # output pixels whose columns are gathered from planes at a time: they and results fit the L1 cache
 SHIFTED_PIXELS = 1280  # of a group of images
 
@@ -377,8 +378,9 @@ class PlaneBackSpec:
     @property
     def group_rows(self) -> int:
         """Output rows taken together: whole pools, about as many pixels as the L1 cache has room for."""
-        pool = self.conv.pool[0]
-        return min(self.rows, max(1, PLANE_PIXELS // self.conv.x.columns // pool) * pool)
+        pool, alone = self.conv.pool[0], self.depth == self.wide == BLOCK
+        pixels = PLANE_PIXELS if alone else PLANE_BLOCKS_PIXELS
+        return min(self.rows, max(1, pixels // self.conv.x.columns // pool) * pool)
 
     @property
     def pixels(self) -> int:
