@@ -55,7 +55,7 @@ def test_right_answers_name_labels_where_targets_are_others():
     result = step(executor, batch)
     named, right = (int(correct(result.logits, y).sum()) for y in (batch.targets, batch.labels))
     assert result.right == named != right
-    assert right_of([result], [batch]) == right
+    assert right_of(result, batch) == right
 
 
 @every_engine

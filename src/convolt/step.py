@@ -98,7 +98,7 @@ class Stepper:
         if self._serial and whole and not clipped:
             scale = 1 / batch.size
             result = executor.train_step(batch.images, batch.targets, recipe.loss, scale, optimizer, batch.rng)
-            outcome = Outcome(result.loss, right_of([result], [batch]))
+            outcome = Outcome(result.loss, right_of(result, batch))
         else:
             try:
                 outcome = self._accumulated(batch, optimizer, statistics)
@@ -117,7 +117,8 @@ class Stepper:
         results = self._gradient(pieces, batch)
         loss = sum(result.loss for result in results) if executor.statistics_are_finite() else math.nan
         computed = time.perf_counter()
-        loss, right = self._agree(loss, right_of(results, pieces), batch)
+        right = sum(right_of(*pair) for pair in zip(results, pieces, strict=True))
+        loss, right = self._agree(loss, right, batch)
         agreed = time.perf_counter()
         if not self._local:
             self._sum.finish()
@@ -266,14 +267,11 @@ def square_sum(values: Array) -> float:
     return math.fsum(float(np.dot(block, block)) for block in blocks)
 
 
-def right_of(results: list[StepResult], pieces: list[Batch]) -> int:
+def right_of(result: StepResult, piece: Batch) -> int:
     """How many logits name their label; what an engine has counted holds for targets, which an augment may change."""
-    return sum(
-        result.right
-        if result.right is not None and piece.targets is piece.labels
-        else int(correct(result.logits, piece.labels).sum())
-        for result, piece in zip(results, pieces, strict=True)
-    )
+    if result.right is not None and piece.targets is piece.labels:
+        return result.right
+    return int(correct(result.logits, piece.labels).sum())
 
 
 def asked_of(flags: Array) -> int:
