@@ -78,8 +78,16 @@ class Tiles:
 
 def multiply(spec: "BlockGemm", builder: Any, a: Any, b: Any, c: Any, begin: Any, segments: Any) -> None:
     """C of one block, as ``block_gemm`` tells."""
-    tiles = Tiles(builder)
-    rows, columns = range(len(spec.row_tiles)), range(len(spec.column_tiles))
+    rows = range(len(spec.row_tiles))
+    for together in ([m] for m in rows) if spec.apart else (rows,):
+        _multiply(spec, together, builder, a, b, c, begin, segments)
+
+
+def _multiply(
+    spec: "BlockGemm", rows: Sequence[int], builder: Any, a: Any, b: Any, c: Any, begin: Any, segments: Any
+) -> None:
+    """These rows of tiles of C."""
+    tiles, columns = Tiles(builder), range(len(spec.column_tiles))
     places = {
         2 * m + j: builder.add(c, I64(FLOAT * (m * spec.c_tile_stride + TILE * j))) for m in rows for j in columns
     }

@@ -33,6 +33,8 @@ class BlockGemm:
     as the call says (either), or bias[columns].
     The rows lie in one tile or two; the second begins `a_tile` and `c_tile` behind the first, by default where its
     `tile` rows end. An image 8 pixels wide: rows=16, tile=8, a_tile=c_tile=one image row.
+    apart: on AMX one tile of rows after the other. B is read once for each, but fewer tiles hold something at a time:
+    faster while the core is slow (amx.py), where both operands are in the L1 cache and the depth is no more than that.
     """
 
     unit: Unit
@@ -51,6 +53,7 @@ class BlockGemm:
     tile: int = TILE
     a_tile: int | None = None
     c_tile: int | None = None
+    apart: bool = False
 
     @property
     def row_tiles(self) -> tuple[int, ...]:
