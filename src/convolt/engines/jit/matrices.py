@@ -36,8 +36,8 @@ MOVING_CHUNKS = 4  # for each thread, about, of the pass that makes its gradient
 UPDATE_PAYS = 1 << 16  # weights of a dense layer from which its gradient is made in the optimizer's pass
 MOST_PACKED = 1 << 24  # weights of a dense layer that are kept a second time for predictions
 TILES_PAY = 1 << 14  # weights of a dense layer from which rounding and packing pay
-BLOCKS_PAY: Mapping[Unit, int] = {"amx": 2, "dot": 8, "fma": 8}
-"""Predicted samples from which blocks of 32 rows beat rows of bf16 weights; for AMX by its bounds, not measured."""
+BLOCKS_PAY: Mapping[Unit, int] = {"amx": 4, "dot": 8, "fma": 8}
+"""Predicted samples from which blocks of 32 rows beat rows of bf16 weights."""
 
 
 def reads_half(plan: Plan, tensor: Tensor) -> bool:
