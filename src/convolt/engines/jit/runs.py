@@ -66,8 +66,8 @@ class Columns:
 def columns(spec: Columns) -> Any:
     """A function for kernels: ``kernel(pixels, target)``, addresses; the rows lie one behind another.
 
-    All happens inside of 128 bits: a vector is eight pixels of taps that lie eight apart. Cost: 64 loads of 16 bytes, 64
-    shuffles and inserts, and 16 stores for each 32 taps.
+    All happens inside of 128 bits: a vector is eight pixels of taps that lie eight apart. Cost: 64 loads of 16 bytes,
+    64 shuffles and inserts, and 16 stores for each 32 taps.
     """
 
     @intrinsic
