@@ -108,6 +108,7 @@ TILES = {
 # of an even and an odd window, rows that are cut into groups of which the last has fewer.
 FIRST = {
     "wide filter on planes": on_tiles((2, 8, 9), 33, 5, ReLU(), MaxPool2d(2), padding=2),
+    "planes, several blocks and groups of rows": on_tiles((3, 24, 20), 48, 5, ReLU(), MaxPool2d(2), padding=2, batch=2),
     "planes in groups of rows, odd pool": on_tiles((3, 21, 19), 20, 3, ReLU(), MaxPool2d(3), padding=1, batch=2),
     "dilation on planes, odd width": on_tiles(
         (2, 7, 9), 3, (2, 3), LeakyReLU(0.25), dilation=(3, 1), batch=37, bias=False

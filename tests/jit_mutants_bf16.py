@@ -307,25 +307,23 @@ BF16 = (
         BLOCK_OF_C,
         unit="amx",
     ),
-    JitMutant(
-        "bias of the first tile", AMX, "def multiply(spec", "TILE * (tile % 2)", "TILE * 0", BLOCK_OF_C, unit="amx"
-    ),
+    JitMutant("bias of the first tile", AMX, "def _multiply(", "TILE * (tile % 2)", "TILE * 0", BLOCK_OF_C, unit="amx"),
     JitMutant(
         "rows of the first tile",
         AMX,
-        "def multiply(spec",
+        "def _multiply(",
         "BF16 * m * spec.a",
         "0 * m * spec.a",
         BLOCK_OF_C,
         unit="amx",
     ),
     JitMutant(
-        "columns of the first tile", AMX, "def multiply(spec", "BF16 * j * spec", "0 * j * spec", BLOCK_OF_C, unit="amx"
+        "columns of the first tile", AMX, "def _multiply(", "BF16 * j * spec", "0 * j * spec", BLOCK_OF_C, unit="amx"
     ),
     JitMutant(
-        "one segment", AMX, "def multiply(spec", "builder.mul(s, I64", "builder.mul(I64(0), I64", BLOCK_OF_C, unit="amx"
+        "one segment", AMX, "def _multiply(", "builder.mul(s, I64", "builder.mul(I64(0), I64", BLOCK_OF_C, unit="amx"
     ),
-    JitMutant("C not loaded", AMX, "def multiply(spec", 'case "load":', 'case "none":', "dense", unit="amx"),
+    JitMutant("C not loaded", AMX, "def _multiply(", 'case "load":', 'case "none":', "dense", unit="amx"),
     # dense in bf16
     JitMutant(
         "panel not cleared",

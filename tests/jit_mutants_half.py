@@ -160,7 +160,7 @@ HALF = (
     JitMutant(
         "sums that never begin",
         "amx.py",
-        "def multiply(spec",
+        "def _multiply(",
         'icmp_signed("!=", begin',
         'icmp_signed("==", begin',
         GROUPS,

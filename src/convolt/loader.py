@@ -50,26 +50,26 @@ class Loader:
         self.steps_per_epoch = -(-len(split) // recipe.batch_size)
         self._split, self._recipe, self._classes, self._comm = split, recipe, num_classes, comm
         self._images = np.empty((min(recipe.batch_size, len(split)), *split.images.shape[1:]), split.images.dtype)
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._order: SampleRng | None = None  # of an epoch
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of that step; the last batch of an epoch may be smaller."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, permutation(self._recipe.seed, epoch, len(self._split))
+        if self._order is None or self._order.epoch != epoch:
+            seed = self._recipe.seed
+            self._order = SampleRng(seed, epoch, permutation(seed, epoch, len(self._split)))
         size = self._recipe.batch_size
-        indices = self._order[1][position * size : (position + 1) * size]
-        mine = shard(len(indices), self._comm)
+        samples = self._order[position * size : (position + 1) * size]
+        mine = shard(len(samples), self._comm)
         if all(augment.per_sample for augment in self._recipe.augment):
-            return self._augmented(indices[mine], len(indices))
-        whole = self._augmented(indices, len(indices))
+            return self._augmented(samples[mine], len(samples))
+        whole = self._augmented(samples, len(samples))
         return Batch(whole.images[mine], whole.targets[mine], whole.labels[mine], whole.rng[mine], whole.size)
 
-    def _augmented(self, indices: NDArray[np.int64], size: int) -> Batch:
-        images = self._images[: len(indices)]
+    def _augmented(self, rng: SampleRng, size: int) -> Batch:
+        indices, images = rng.indices, self._images[: len(rng)]
         np.take(self._split.images, indices, axis=0, out=images, mode="clip")  # "clip" writes without a second buffer
         labels = self._split.labels[indices]
-        rng = SampleRng(self._recipe.seed, epoch=self._order[0], indices=indices)
         targets: Array = labels
         for augment in self._recipe.augment:
             images, targets = augment(images, targets, rng, self._classes)

@@ -15,6 +15,7 @@ Reference: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1
 
 import math
 import zlib
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,7 @@ class SampleRng:
     """The random draws of a batch's samples, each a pure function of (seed, epoch, sample index, purpose).
 
     seed: 64 bits. epoch: 32 bits. indices: (N,) the samples' positions in the data set, 32 bits each.
-    Raises ConfigError when one of them does not fit; for indices when the first word is drawn, as most runs draw none.
+    Raises ConfigError when one of them does not fit.
 
     >>> batch = SampleRng(seed=0, epoch=3, indices=np.array([7, 2, 5]))
     >>> bool((batch.uniform("flip")[1:] == batch[1:].uniform("flip")).all())
@@ -78,24 +79,26 @@ class SampleRng:
         for name, value, bits in (("seed", self.seed, 64), ("epoch", self.epoch, 32)):
             if not 0 <= value < 2**bits:
                 raise ConfigError(f"SampleRng: {name} must be >= 0 and < 2^{bits}; got {value}")
-
-    def _check_indices(self) -> None:
-        """Refuse indices that have more than 32 bits."""
-        if self.indices.size and not 0 <= int(self.indices.min()) <= int(self.indices.max()) < 2**32:
+        if not self._fit():
             raise ConfigError(
                 f"SampleRng: indices must be >= 0 and < 2^32; got {self.indices.min()} to {self.indices.max()}"
             )
+
+    def _fit(self) -> bool:
+        """Whether the indices have 32 bits."""
+        return not self.indices.size or 0 <= int(self.indices.min()) <= int(self.indices.max()) < 2**32
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, part: slice) -> "SampleRng":
-        """The same draws for some of the samples: a rank's shard or a micro-batch."""
-        return SampleRng(self.seed, self.epoch, self.indices[part])
+        """The same draws for some of the samples: a batch of an epoch, a rank's shard or a micro-batch."""
+        some = copy(self)  # whose parts fit, as the whole does: nothing is looked at again
+        object.__setattr__(some, "indices", self.indices[part])
+        return some
 
     def words(self, purpose: str, count: int) -> NDArray[np.uint32]:
         """``count`` random 32-bit words for each sample: (N, count) uint32. More words begin with the same ones."""
-        self._check_indices()
         blocks = -(-count // 4)
         drawn = np.empty((len(self), blocks, 4), np.uint32)
         block = np.arange(blocks, dtype=np.uint64)[None, :]

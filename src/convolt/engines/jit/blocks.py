@@ -33,8 +33,8 @@ class BlockGemm:
     as the call says (either), or bias[columns].
     The rows lie in one tile or two; the second begins `a_tile` and `c_tile` behind the first, by default where its
     `tile` rows end. An image 8 pixels wide: rows=16, tile=8, a_tile=c_tile=one image row.
-    apart: on AMX one tile of rows after the other. B is read once for each, but fewer tiles hold something at a time:
-    faster while the core is slow (amx.py), where both operands are in the L1 cache and the depth is no more than that.
+    apart: on AMX one tile of rows after the other; other units do not look at it. B is read once for each, but fewer
+    tiles hold something at a time: faster while the core is slow (amx.py), provided B stays in the L1 cache.
     """
 
     unit: Unit

@@ -206,7 +206,7 @@ def joined(builder: Any, pieces: Sequence[Any]) -> Any:
 
 
 def transposed(builder: Any, rows: Sequence[Any]) -> list[Any]:
-    """The transpose of a square, of a power of two of rows; of longer rows, those of the squares they consist of.
+    """The transpose of a square, whose rows are a power of two; in longer rows, of each of the squares side by side.
 
     Interleaving the first half of the rows with the second, log2(rows) times, brings every element to its place.
     """

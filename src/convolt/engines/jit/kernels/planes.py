@@ -194,7 +194,7 @@ def _weight_gradient(spec: PlaneBackSpec, rows: int) -> Callable[[int, int, int,
         b_segment=0,
         c_row=wide,
         start="load",
-        apart=True,
+        apart=spec.is_block,
     )
     product, begin = block_gemm(shape), configure(shape)
     # Behind the last pixel of the group the runs are zero, whatever the slopes of the group before left there.

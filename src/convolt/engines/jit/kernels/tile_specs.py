@@ -371,6 +371,11 @@ class PlaneBackSpec:
         return round_up(self.conv.K, BLOCK)
 
     @property
+    def is_block(self) -> bool:
+        """Whether one block of products is the whole gradient."""
+        return self.depth == self.wide == BLOCK
+
+    @property
     def rows(self) -> int:
         """Output rows that get a gradient: whole pools."""
         return self.conv.P // self.conv.pool[0] * self.conv.pool[0]
@@ -378,8 +383,7 @@ class PlaneBackSpec:
     @property
     def group_rows(self) -> int:
         """Output rows taken together: whole pools, about as many pixels as the L1 cache has room for."""
-        pool, alone = self.conv.pool[0], self.depth == self.wide == BLOCK
-        pixels = PLANE_PIXELS if alone else PLANE_BLOCKS_PIXELS
+        pool, pixels = self.conv.pool[0], PLANE_PIXELS if self.is_block else PLANE_BLOCKS_PIXELS
         return min(self.rows, max(1, pixels // self.conv.x.columns // pool) * pool)
 
     @property
