@@ -72,6 +72,11 @@ def _is_packed(operation: Operation) -> bool:
     return operation.kind == "Dense" and _weights(operation) <= MOST_PACKED
 
 
+def _backward_run(layer: Dense) -> int:
+    """Inputs of a chunk of the backward pass."""
+    return round_up(-(-layer.in_features // BACKWARD_CHUNKS), WIDE)
+
+
 def _weights(operation: Operation) -> int:
     layer = cast(Dense, operation.layer)
     return layer.in_features * layer.out_features
@@ -82,7 +87,7 @@ def dense_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     layer, source, target = cast(Dense, operation.layer), operation.inputs[0], operation.output
     label, name, N = operation.label, operation.names[0], plan.capacity
     run = round_up(-(-layer.in_features // DENSE_CHUNKS), BLOCK)
-    wide_run = round_up(run, WIDE)
+    wide_run = _backward_run(layer)
     chunks = -(-layer.in_features // run)
     columns, samples = round_up(layer.out_features, BLOCK), round_up(N, BLOCK)
     spec = replace(_dense_spec(plan, operation, run), unit=unit)
@@ -228,7 +233,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
         ]
 
     def backward() -> Tasks:
-        columns = round_up(-(-layer.in_features // BACKWARD_CHUNKS), WIDE)
+        columns = _backward_run(layer)
         back = _backward(plan, replace(spec, run=columns), source)
         dw = plan.parameter(operation, "weight", gradient=True)
         db = plan.parameter(operation, "bias", gradient=True) if layer.bias else 0
