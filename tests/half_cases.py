@@ -82,6 +82,12 @@ NORMS = {
             7,
         ),
         Case(
+            "norm of windows that overlap",
+            (32, 9, 8),
+            (conv(32, 40), MaxPool2d(3, 2), BatchNorm2d(40), ReLU(), conv(40, 20)),
+            6,
+        ),
+        Case(
             "a branch without norm",
             (32, 5, 6),
             (Residual((conv(32, 64), ReLU()), (Conv2d(32, 64, 1), BatchNorm2d(64))), ReLU(), conv(64, 20)),
@@ -115,6 +121,7 @@ KEPT = {
     "norm and maximum": {"0 Conv2d", "1 Conv2d", "2-4 BatchNorm2d+ReLU+MaxPool2d", "5 Conv2d"},
     "norm with two readers": {"0 Conv2d", "1 Conv2d", "2-3 BatchNorm2d+ReLU"},
     "norm of a maximum": {"0 Conv2d", "5 Conv2d", "6 BatchNorm2d"},
+    "norm of windows that overlap": {"0 Conv2d"},
     "a branch without norm": {"0 Conv2d", "1.shortcut.0 Conv2d"},
     "residual of norms": {
         *("0 Conv2d", "1.body.0 Conv2d", "1.body.1-1.body.2 BatchNorm2d+ReLU", "1.body.3 Conv2d"),

@@ -23,7 +23,14 @@ HALF = (
         "",
         "residual of norms",
     ),
-    JitMutant("a max-pool's gradient", PLANNER, "def keep_half", "maker.pool is None and ", "", "norm of a maximum"),
+    JitMutant(
+        "a max-pool's gradient",
+        PLANNER,
+        "def keep_half",
+        "maker.pool is None and ",
+        "",
+        "norm of windows that overlap",
+    ),
     JitMutant(
         "the other branch of a sum",
         PLANNER,
