@@ -75,16 +75,13 @@ def columns(spec: Columns) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vectors = Floats(builder, DEPTH)  # of bf16: 64 bytes
             source, rows = (builder.inttoptr(address, I16.as_pointer()) for address in args)
-            piece, zero = ir.VectorType(I16, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
+            pieces, zero = Floats(builder, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
 
             def run(number: int, pixel: int) -> Any:
                 """Eight pixels of a tap."""
                 if number >= len(spec.taps):
                     return zero
-                place = vectors.at(source, spec.taps[number] + pixel)
-                value = builder.load(builder.bitcast(place, piece.as_pointer()))
-                value.align = 2
-                return value
+                return pieces.load_as(I16, pieces.at(source, spec.taps[number] + pixel), PIECE)
 
             for start in range(0, spec.depth, DEPTH):
                 for first in range(0, LANES, PIECE):

@@ -28,7 +28,7 @@ from convolt.engines.jit.kernels.tile_specs import PlaneBackSpec, TileSpec
 from convolt.engines.jit.memory import view
 from convolt.engines.jit.runs import Columns, Runs, ScaledRow, columns, runs, scaled_row
 
-LANES = 16  # pixels that are transposed together
+LANES = 16  # pixels whose columns are made together
 PAIR_BYTES = 64  # of 16 channels of two pixels
 
 
