@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -175,6 +176,55 @@ def test_other_programs_follow_at_once(team, compiler):
         assert np.all(ones == 111)
         assert np.all(twos == 2)
         ones[:] = twos[:] = 0
+
+
+@pytest.mark.parametrize("waiting", RESTLESS.values(), ids=RESTLESS)
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("chunks", [1, 7])
+def test_the_caller_may_do_something_else_first(compiler, threads, chunks, waiting):
+    words, done = np.zeros(chunks, np.int64), []
+    kernels = [pair(compiler, order, digit, words) for digit in (1, 2, 3)]
+    program = Program([Phase("order", (kernel,), chunks) for kernel in kernels], keep=words)
+    team = Team(threads, compiler, waiting)
+    for repeat in range(200):
+        words[:] = 0
+        team.run(program, lambda: done.append(repeat))  # noqa: B023 - called before this goes on
+        assert words.tolist() == [123] * chunks
+    team.close()
+    assert done == list(range(200))
+
+
+@pytest.mark.parametrize("waiting", [Waiting(), RESTLESS["sleep at once"]], ids=["awake", "asleep"])
+def test_a_program_ends_without_its_caller(compiler, waiting):
+    """One chunk a phase: whoever begins it takes no part, so a sleeping thread must be woken."""
+    words = np.zeros(1, np.int64)
+    program = Program([Phase("order", (pair(compiler, order, 1, words),), 1)] * 3, keep=words)
+    team = Team(2, compiler, waiting)
+
+    def until_done():
+        deadline = time.monotonic() + 60
+        while words[0] != 111 and time.monotonic() < deadline:
+            pass
+        assert words[0] == 111
+
+    for _ in range(50):
+        words[0] = 0
+        team.run(program, until_done)
+    team.close()
+
+
+def test_what_the_caller_raises_is_raised_when_the_program_is_done(team, compiler):
+    words = np.zeros(40, np.int64)
+    program = Program([Phase("order", (pair(compiler, order, 1, words),), 40)] * 3, keep=words)
+
+    def fails():
+        raise ValueError("of the caller's own")
+
+    with pytest.raises(ValueError, match="of the caller's own"):
+        team.run(program, fails)
+    assert np.all(words == 111)
+    team.run(program)
+    assert np.all(words == 111111)
 
 
 def test_python_goes_on_while_a_program_runs(compiler):

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from convolt.augment import Crop, Flip, Mixup
 from convolt.comms import Serial, shard
 from convolt.data import Split
-from convolt.loader import Batch, Loader, with_teacher
+from convolt.loader import Batch, Loader
 from convolt.losses import DistillationTargets
 from convolt.recipe import Recipe
 from convolt.rng import SampleRng, permutation
+from convolt.teacher import with_teacher
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 1, 6, 6), np.uint8)
 IMAGES[:, 0, 0, 0] = np.arange(23)  # who is who
@@ -66,11 +67,33 @@ def test_a_batch_depends_on_its_step_alone(steps):
         np.testing.assert_array_equal(batch.targets, fresh.targets)
 
 
-def test_the_buffer_is_used_again_and_the_data_stays_as_it_is():
+@given(steps=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), min_size=1, max_size=6))
+def test_a_batch_made_ahead_is_the_batch_and_leaves_the_one_in_use(steps):
+    used, fresh = loader(augment=(Flip(), Crop(1))), loader(augment=(Flip(), Crop(1)))
+    for step, ahead in steps:
+        batch = used.batch(step)
+        used.make(ahead)
+        expected = fresh.batch(step)
+        np.testing.assert_array_equal(batch.images, expected.images)
+        np.testing.assert_array_equal(batch.targets, expected.targets)
+        np.testing.assert_array_equal(batch.rng.indices, expected.rng.indices)
+        assert (batch.rng.epoch, batch.size) == (expected.rng.epoch, expected.size)
+
+
+def test_what_was_made_ahead_is_not_made_again(monkeypatch):
+    batches, taken = loader(), []
+    monkeypatch.setattr(np, "take", lambda *args, take=np.take, **kwargs: taken.append(1) or take(*args, **kwargs))
+    batches.make(3)
+    assert who(batches.batch(3)) == who(loader().batch(3))
+    assert len(taken) == 2
+
+
+def test_two_buffers_are_used_in_turns_and_the_data_stays_as_it_is():
     batches, before = loader(), IMAGES.copy()
-    first, second = batches.batch(0).images, batches.batch(1).images
-    assert np.shares_memory(first, second)
-    second[...] = 0
+    first, second, third = (batches.batch(step).images for step in range(3))
+    assert np.shares_memory(first, third)
+    assert not np.shares_memory(first, second)
+    third[...] = 0
     np.testing.assert_array_equal(IMAGES, before)
 
 

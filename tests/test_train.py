@@ -20,6 +20,7 @@ from convolt.duration import Time
 from convolt.early_stopping import EarlyStopping
 from convolt.engine import Executor
 from convolt.engines.im2col import Im2col
+from convolt.engines.jit import JIT
 from convolt.errors import ConfigError, ConvoltError, EngineError, RunError
 from convolt.evaluation import evaluate
 from convolt.history import Epoch
@@ -48,8 +49,9 @@ def trained(folder: Path, recipe: Recipe = RECIPE, model: Model = MODEL, data: D
 # ---------------------------------------------------------------------------------------------------- what it learns
 
 
-def test_fit_is_the_loop_written_out(tmp_path):
-    executor = ENGINE.executor(MODEL, None, RECIPE)
+@pytest.mark.parametrize("engine", [ENGINE, JIT(threads=2)], ids=["im2col", "jit"])
+def test_fit_is_the_loop_written_out(engine, tmp_path):
+    executor = engine.executor(MODEL, None, RECIPE)
     loader = Loader(DATA.train, RECIPE, DATA.num_classes, Serial())
     losses = np.zeros(EPOCHS)
     for step in range(STEPS):
@@ -57,10 +59,17 @@ def test_fit_is_the_loop_written_out(tmp_path):
         optimizer = RECIPE.optimizer_at(Time(step, STEPS_PER_EPOCH, STEPS))
         result = executor.train_step(batch.images, batch.targets, RECIPE.loss, 1 / batch.size, optimizer, batch.rng)
         losses[step // STEPS_PER_EPOCH] += result.loss
-    run = trained(tmp_path)
+    run = trained(tmp_path, engine=engine)
     np.testing.assert_array_equal(run.params.flat, executor.params.flat)
     assert [epoch.train_loss for epoch in run.history] == list(losses / len(DATA.train))
     assert run.test_accuracy == evaluate(executor, DATA.test, CrossEntropy()).accuracy
+
+
+def test_the_next_batch_is_made_while_threads_compute(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Loader, "make", lambda loader, step, make=Loader.make: made.append(step) or make(loader, step))
+    trained(tmp_path, engine=JIT(threads=2))
+    assert made == list(range(1, STEPS))
 
 
 def test_it_learns(tmp_path):

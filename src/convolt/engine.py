@@ -139,12 +139,20 @@ class Executor(ABC):
         return math.sqrt(float(np.einsum("i,i", self.grads.flat, self.grads.flat)))  # np.dot takes every core it finds
 
     def train_step(
-        self, x: Array, y: Any, loss: Loss, scale: float, optimizer: Optimizer, rng: SampleRng | None = None
+        self,
+        x: Array,
+        y: Any,
+        loss: Loss,
+        scale: float,
+        optimizer: Optimizer,
+        rng: SampleRng | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> StepResult:
         """A whole step when nothing stands between gradient and update; an engine may fuse it.
 
         The weights stay untouched when the loss, the gradient or a statistic is not finite; the result then holds a
-        loss that is not.
+        loss that is not. meanwhile: work of the caller's that an engine with other threads may do while they compute,
+        once or not at all; it must not touch what the executor holds.
         """
         self.zero_grads()
         result = self.loss_and_grads(x, y, loss, scale, rng)

@@ -1,8 +1,9 @@
 """Training batches as a pure function of the step.
 
 The data set lies in memory, so a batch is an indexed copy into a buffer that is used again; there is no loader
-process and no state. The order of an epoch is a permutation by (seed, epoch), augmentation and dropout are draws by
-(seed, epoch, sample index): any step of a run can be made again from two integers.
+process, and no state but a batch that was made ahead of its step. The order of an epoch is a permutation by (seed,
+epoch), augmentation and dropout are draws by (seed, epoch, sample index): any step of a run can be made again from two
+integers.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 
 from convolt.comms import Communicator, shard
 from convolt.data import Split
-from convolt.losses import DistillationTargets
 from convolt.recipe import Recipe
 from convolt.rng import SampleRng, permutation
 
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 class Batch:
     """One rank's part of a global batch.
 
-    images (n, C, H, W), valid until the next batch is made; targets for the loss; labels (n,) for the accuracy;
+    images (n, C, H, W), valid until the next but one is made; targets for the loss; labels (n,) for the accuracy;
     rng: the identity of the samples; size: of the global batch.
     """
 
@@ -49,11 +49,21 @@ class Loader:
     def __init__(self, split: Split, recipe: Recipe, num_classes: int, comm: Communicator) -> None:
         self.steps_per_epoch = -(-len(split) // recipe.batch_size)
         self._split, self._recipe, self._classes, self._comm = split, recipe, num_classes, comm
-        self._images = np.empty((min(recipe.batch_size, len(split)), *split.images.shape[1:]), split.images.dtype)
+        shape = (min(recipe.batch_size, len(split)), *split.images.shape[1:])
+        self._buffers = [np.empty(shape, split.images.dtype) for _ in range(2)]  # the last one is of the last batch
+        self._ahead: tuple[int, Batch] | None = None
         self._order: SampleRng | None = None  # of an epoch
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of that step; the last batch of an epoch may be smaller."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == step else self._made(step)
+
+    def make(self, step: int) -> None:
+        """Make a batch ahead, so that ``batch`` has it if it is the next one asked for."""
+        self._ahead = step, self._made(step)
+
+    def _made(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order.epoch != epoch:
             seed = self._recipe.seed
@@ -67,15 +77,11 @@ class Loader:
         return Batch(whole.images[mine], whole.targets[mine], whole.labels[mine], whole.rng[mine], whole.size)
 
     def _augmented(self, rng: SampleRng, size: int) -> Batch:
-        indices, images = rng.indices, self._images[: len(rng)]
+        self._buffers.reverse()
+        indices, images = rng.indices, self._buffers[-1][: len(rng)]
         np.take(self._split.images, indices, axis=0, out=images, mode="clip")  # "clip" writes without a second buffer
         labels = self._split.labels[indices]
         targets: Array = labels
         for augment in self._recipe.augment:
             images, targets = augment(images, targets, rng, self._classes)
         return Batch(images, targets, labels, rng, size)
-
-
-def with_teacher(batch: Batch, logits: Array) -> Batch:
-    """The same batch with a teacher's logits beside the targets."""
-    return Batch(batch.images, DistillationTargets(batch.targets, logits), batch.labels, batch.rng, batch.size)

@@ -9,7 +9,7 @@ not finite and when to stop.
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -86,10 +86,10 @@ class Stepper:
 
     # ---------------------------------------------------------------------------------------------------- one step
 
-    def step(self, batch: Batch, optimizer: Optimizer) -> Outcome:
+    def step(self, batch: Batch, optimizer: Optimizer, meanwhile: Callable[[], None] | None = None) -> Outcome:
         """One step; weights and statistics stay as they are when loss, gradient or a statistic is not finite.
 
-        So they do when it raises RanksLost.
+        So they do when it raises RanksLost. meanwhile: see ``Executor.train_step``.
         """
         recipe, executor = self.recipe, self.executor
         statistics = executor.statistics()
@@ -97,7 +97,8 @@ class Stepper:
         whole = recipe.micro_batch_size is None or recipe.micro_batch_size >= batch.size
         if self._serial and whole and not clipped:
             scale = 1 / batch.size
-            result = executor.train_step(batch.images, batch.targets, recipe.loss, scale, optimizer, batch.rng)
+            what = batch.images, batch.targets, recipe.loss, scale, optimizer, batch.rng
+            result = executor.train_step(*what, meanwhile)
             outcome = Outcome(result.loss, right_of(result, batch))
         else:
             try:

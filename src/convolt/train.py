@@ -28,13 +28,13 @@ from convolt.duration import Time, due, length
 from convolt.elastic import regroup
 from convolt.engine import Engine, Executor
 from convolt.engines import default_engine
-from convolt.errors import ConfigError, Interrupted, RanksLost, TrainingError
+from convolt.errors import Interrupted, RanksLost, TrainingError
 from convolt.evaluation import Evaluation, evaluate
 from convolt.follower import Follower, announced
 from convolt.history import Epoch
-from convolt.loader import Batch, Loader, with_teacher
-from convolt.losses import Distillation
+from convolt.loader import Batch, Loader
 from convolt.model import Model
+from convolt.optimizers import Optimizer
 from convolt.parallel import FREE, Parallel
 from convolt.params import Params
 from convolt.preconditions import check_fit, check_kinds
@@ -44,6 +44,7 @@ from convolt.run import Run
 from convolt.schedules import watched
 from convolt.signals import StopAsked, StopRequest
 from convolt.step import Stepper
+from convolt.teacher import teacher_of, with_teacher
 
 
 def fit(
@@ -94,7 +95,7 @@ def fit(
     with ExitStack() as closing:
         loader = Loader(data.train, recipe, data.num_classes, comm)
         loader.batch(0)  # an augmentation that cannot be done is told before there is a folder
-        teacher = _teacher(model, recipe)
+        teacher = teacher_of(model, recipe)
         executor = engine.executor(model, params, recipe)
         for each in (executor, teacher):
             if each is not None:
@@ -152,6 +153,7 @@ class _Training:
         self.saved_step: int | None = None
         self.asked = 0  # the signal that ends the run
         self.training_is_over = False
+        self._optimizer: tuple[tuple[Time, float], Optimizer] | None = None
 
     def close(self) -> None:
         """Give the run's folder back, whether it was this rank's from the start or not."""
@@ -206,9 +208,9 @@ class _Training:
             began, compiled = clock.perf_counter(), self.executor.compile_seconds
             now = self.time(self.progress.step)
             self.executor.dropout = now.step >= length(recipe.dropout_from, now)
-            optimizer = recipe.optimizer_at(now, self.progress.lr_factor)
+            optimizer = self.optimizer_at(now)
             batch = self.batch(now.step)
-            result = None if now.step in self.progress.left_out else self.stepper.step(batch, optimizer)
+            result = None if now.step in self.progress.left_out else self.stepper.step(batch, optimizer, self.ahead)
             if result is not None and not math.isfinite(result.loss):
                 if self.rolled_back():
                     continue
@@ -223,6 +225,20 @@ class _Training:
                 self.progress.count(result.loss, result.right, batch.size, seconds)
             self.tell(batch, math.nan if result is None else result.loss)
             self.close_step()
+
+    def ahead(self) -> None:
+        """Make what the next step needs and what does not depend on this one, which is under way."""
+        following = self.progress.step + 1
+        if following < self.total_steps:
+            self.loader.make(following)
+            self.optimizer_at(self.time(following))
+
+    def optimizer_at(self, now: Time) -> Optimizer:
+        """The optimizer of a step; the last one asked for is kept."""
+        key = now, self.progress.lr_factor
+        if self._optimizer is None or self._optimizer[0] != key:
+            self._optimizer = key, self.recipe.optimizer_at(*key)
+        return self._optimizer[1]
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, with the teacher's answer where the loss wants it."""
@@ -427,17 +443,3 @@ class _Training:
             result["ranks_seconds"] = self.stepper.all_seconds()
         self.run.finish(result, executor.params)
         self.comm.barrier()
-
-
-def _teacher(model: Model, recipe: Recipe) -> Executor | None:
-    """The network that a student learns from, made ready. Raises ConfigError, RunError, CheckpointError."""
-    if not isinstance(recipe.loss, Distillation):
-        return None
-    if not recipe.loss.teacher:
-        raise ConfigError("Distillation: teacher must be the folder of a run; got ''")
-    run = Run.load(recipe.loss.teacher)
-    for what in ("input_shape", "output_shape"):
-        ours, theirs = getattr(model, what), getattr(run.model, what)
-        if ours != theirs:
-            raise ConfigError(f"Distillation: teacher must have the student's {what} {ours}; {run.folder} has {theirs}")
-    return run.executor()

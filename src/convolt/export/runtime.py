@@ -6,6 +6,7 @@ between operators, as they do unless told otherwise, which is its faster form wh
 lets them sleep. It trains nothing, so it is in no list of engines.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,7 +93,14 @@ class OnnxExecutor(Executor):
         raise _predicts_only()
 
     def train_step(
-        self, x: Array, y: Any, loss: Loss, scale: float, optimizer: Optimizer, rng: SampleRng | None = None
+        self,
+        x: Array,
+        y: Any,
+        loss: Loss,
+        scale: float,
+        optimizer: Optimizer,
+        rng: SampleRng | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> StepResult:
         """Refused. Raises EngineError."""
         raise _predicts_only()

@@ -35,6 +35,7 @@ from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.runtime import (
     ACTIVE,
     ASLEEP,
+    BEGINS,
     CLOCK,
     DONE,
     ENDED,
@@ -233,15 +234,15 @@ def come_back(state: Any, now: Any) -> None:
 
 
 @inlined
-def start(state: Any, now: Any, program: Any) -> None:
-    """Publish the first phase of a program."""
+def start(state: Any, now: Any, program: Any, thread: Any) -> None:
+    """Publish the first phase of a program; thread 0 takes part at once, `BEGINS` does not."""
     table, timings = words(program), load(state + TIMINGS)
     come_back(state, now)
     if timings != 0:
         words(timings)[load(state + THREADS) * table[1]] = now
     exchange(state + PROGRAM, program)
     exchange(state + ENDED, 0)
-    publish(state, table[2], 0)
+    publish(state, table[2], 0 if thread == 0 else load(state + THREADS))
 
 
 @inlined
@@ -315,18 +316,24 @@ def step_back(state: Any, until: Any) -> None:
 
 
 def driver(waiting: Waiting) -> Callable[..., None]:
-    """``driver(state, program, thread)``: thread 0 runs `program` and returns; the others help until told to stop."""
+    """``driver(state, program, thread)``: thread 0 runs `program` and returns; the others help until told to stop.
+
+    `BEGINS` leaves a program to the others, and thread 0 with program 0 joins them.
+    """
     yield_after, sleep_after = waiting.yield_after, waiting.sleep_after
     preempted, rest = waiting.preempted, waiting.rest
 
     def kernel(arguments: Any, program: Any, thread: Any) -> None:
         state = address_of(arguments)
-        own = state + THREAD_LINES + thread * THREAD_LINE
+        own = state + THREAD_LINES + max(thread, 0) * THREAD_LINE
         mode = flush_denormals()
         now = nanoseconds(own + CLOCK, _MONOTONIC)
         since, cpu = now, nanoseconds(own + CLOCK, _THREAD_CPU)
-        if thread == 0:
-            start(state, now, program)
+        if program != 0:
+            start(state, now, program, thread)
+        if thread == BEGINS:
+            restore_mode(mode)
+            return
         while True:
             ticket = load(state + TICKET)
             remaining = ticket & _CHUNKS

@@ -98,7 +98,14 @@ class JitExecutor(Executor):
         return StepResult(total, logits)
 
     def train_step(
-        self, x: Array, y: Any, loss: Loss, scale: float, optimizer: Optimizer, rng: SampleRng | None = None
+        self,
+        x: Array,
+        y: Any,
+        loss: Loss,
+        scale: float,
+        optimizer: Optimizer,
+        rng: SampleRng | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> StepResult:
         """A whole step in one call into compiled code, for cross-entropy on labels; else as any executor does it."""
         began = not self._updater.state
@@ -106,13 +113,13 @@ class JitExecutor(Executor):
         criterion = loss if fits and type(loss) is CrossEntropy else None
         moves = None if criterion is None else self._updater.moves(optimizer)
         if criterion is None or moves is None:
-            return Executor.train_step(self, x, y, loss, scale, optimizer, rng)
+            return Executor.train_step(self, x, y, loss, scale, optimizer, rng, meanwhile)
         programs = self._loaded(x, rng)
         programs.labels[: len(x)] = y
         programs.scale[0] = scale
         self._updater.set_numbers(optimizer, self._updater.step + 1)
         step, self._moves = programs.step(criterion, self._updater, moves), moves
-        self._team.run(step.program)
+        self._team.run(step.program, meanwhile)
         self._count_batches()
         (total, right, _, verdict), logits = programs.findings.tolist(), programs.logits[: len(x)].copy()
         if verdict == MOVED:

@@ -12,7 +12,7 @@ The threads are Python's (so that tools see them), each in the driver from start
 import ctypes
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,9 @@ ASLEEP, SEMAPHORE, CLOCK = 0, 8, 40  # in a thread's line; a sem_t takes 32 byte
 
 FINISHED = -(1 << 32)
 """The ticket when no program runs: no phase, no chunk."""
+
+BEGINS = -1
+"""In the place of a thread's number: one that begins a program and has something else to do."""
 
 _MAX_CHUNKS = 1 << 31
 
@@ -141,11 +144,21 @@ class Team:
             thread.start()
             self._state.threads.append(thread)
 
-    def run(self, program: Program) -> None:
-        """Run every phase; when this returns, all is written. Raises EngineError after `close`."""
+    def run(self, program: Program, meanwhile: Callable[[], None] | None = None) -> None:
+        """Run every phase; when this returns, all is written. Raises EngineError after `close`.
+
+        meanwhile: what the caller does first, once the others have begun. What it raises is raised at the end.
+        """
         with self._lock:
             self._must_be_open()
-            self._driver(self._address, program.address, 0)
+            if meanwhile is None:
+                self._driver(self._address, program.address, 0)
+                return
+            self._driver(self._address, program.address, BEGINS)
+            try:
+                meanwhile()
+            finally:
+                self._driver(self._address, 0, 0)
 
     def profile(self, program: Program) -> tuple[PhaseProfile, ...]:
         """Run once, to the last phase whatever a kernel says, and measure each phase and kernel.
