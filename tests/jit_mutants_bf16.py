@@ -211,6 +211,11 @@ BF16 = (
         "taps beyond a tile row", RUNS, "def columns(", "pixel * spec.depth + start", "pixel * spec.depth", ON_PLANES
     ),
     JitMutant(
+        "the first pixel's numbers", RUNS, "def _picked(", "+ tap + pixel - begins", "+ tap + first - begins", ON_PLANES
+    ),
+    JitMutant("a run for a tap too many", RUNS, "def _served(", "> PIECE - pixels", "> PIECE - pixels + 1", ON_PLANES),
+    JitMutant("two runs in one place", RUNS, "def _picked(", "runs[-PER_VECTOR:]", "runs[:PER_VECTOR]", ON_PLANES),
+    JitMutant(
         "no zeros behind the last pixel",
         RUNS,
         "def runs(",

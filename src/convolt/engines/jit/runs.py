@@ -4,6 +4,7 @@ A tap of a filter is a constant distance between pixels, so both are loads at co
 LLVM IR because a tap's loads and stores are a handful of instructions, and there are a few hundred for 16 pixels.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
-from convolt.engines.jit.vectors import F32, I8, I16, I64, Floats, carried_loop, for_vectors, joined, transposed
+from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors, joined, transposed
 
 LANES = 16
 DEPTH = 32  # numbers of a tile row
 PIECE = 8  # numbers of 128 bits, inside of which shuffles are cheapest
+PER_VECTOR = DEPTH // PIECE
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class Columns:
 def columns(spec: Columns) -> Any:
     """A function for kernels: ``kernel(pixels, target)``, addresses; the rows lie one behind another.
 
-    All happens inside of 128 bits: a vector is eight pixels of taps that lie eight apart. Cost: 64 loads of 16 bytes,
-    64 shuffles and inserts, and 16 stores for each 32 taps.
+    Cost for 32 taps of 16 pixels, beside 16 stores: where two vectors hold all that some pixels want, one permutation
+    of both for each pixel, and a load of 16 bytes for each run, a few for each row of taps; else 64 such loads and 64
+    shuffles and inserts. All other shuffles happen inside of 128 bits.
     """
 
     @intrinsic
@@ -75,27 +78,79 @@ def columns(spec: Columns) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vectors = Floats(builder, DEPTH)  # of bf16: 64 bytes
             source, rows = (builder.inttoptr(address, I16.as_pointer()) for address in args)
-            pieces, zero = Floats(builder, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
-
-            def run(number: int, pixel: int) -> Any:
-                """Eight pixels of a tap."""
-                if number >= len(spec.taps):
-                    return zero
-                return pieces.load_as(I16, pieces.at(source, spec.taps[number] + pixel), PIECE)
-
             for start in range(0, spec.depth, DEPTH):
-                for first in range(0, LANES, PIECE):
-                    lines = [
-                        joined(builder, [run(start + i + j, first) for j in range(0, DEPTH, PIECE)])
-                        for i in range(PIECE)
-                    ]
-                    for pixel, row in enumerate(transposed(builder, lines), start=first):
-                        vectors.store(row, vectors.at(rows, pixel * spec.depth + start))
+                taps = spec.taps[start : start + DEPTH]
+                served = _served(taps)
+                found = _turned(builder, source, taps) if served is None else _picked(builder, source, taps, served)
+                for pixel, row in enumerate(found):
+                    vectors.store(row, vectors.at(rows, pixel * spec.depth + start))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
 
     return kernel
+
+
+def _turned(builder: Any, source: Any, taps: Sequence[int]) -> Iterator[Any]:
+    """Rows of up to 32 taps for 16 pixels: a vector is eight pixels of taps that lie eight apart, and is transposed."""
+    pieces, zero = Floats(builder, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
+
+    def run(number: int, pixel: int) -> Any:
+        """Eight pixels of a tap."""
+        return pieces.load_as(I16, pieces.at(source, taps[number] + pixel), PIECE) if number < len(taps) else zero
+
+    for first in range(0, LANES, PIECE):
+        lines = [joined(builder, [run(i + j, first) for j in range(0, DEPTH, PIECE)]) for i in range(PIECE)]
+        yield from transposed(builder, lines)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """Taps served by runs of eight pixels, for so many ``pixels``; each run's first and last tap; a tap's run."""
+
+    pixels: int
+    runs: tuple[tuple[int, int], ...]
+    of_tap: tuple[int, ...]
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that hold the runs, and a zero where a row is not full."""
+        return -(-(len(self.runs) + (len(self.of_tap) < DEPTH)) // PER_VECTOR)
+
+    @property
+    def cost(self) -> float:
+        """Of a pixel, in permutations of one vector; runs are brought together by twice as many units."""
+        return self.vectors + len(self.runs) / self.pixels / 2
+
+
+def _served(taps: Sequence[int]) -> _Served | None:
+    """The cheapest way with at most two vectors, if there is one: the more pixels a run serves, the fewer taps."""
+    ways = []
+    for pixels in range(1, PIECE + 1):
+        runs: list[tuple[int, int]] = []
+        for tap in sorted(taps):
+            if not runs or tap - runs[-1][0] > PIECE - pixels:
+                runs.append((tap, tap))
+            runs[-1] = runs[-1][0], tap
+        of_tap = tuple(next(i for i, (low, high) in enumerate(runs) if low <= tap <= high) for tap in taps)
+        ways.append(_Served(pixels, tuple(runs), of_tap))
+    return min((way for way in ways if way.vectors <= 2), key=lambda way: way.cost, default=None)
+
+
+def _picked(builder: Any, source: Any, taps: Sequence[int], served: _Served) -> Iterator[Any]:
+    """The same rows: some pixels' runs lie in a vector or two, and a permutation brings each number to its lane."""
+    pieces, zero = Floats(builder, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
+    for first in range(0, LANES, served.pixels):
+        # Nothing is read behind what the last pixel's taps want.
+        begins = [min(low + first, high + LANES - PIECE) for low, high in served.runs]
+        runs = [pieces.load_as(I16, pieces.at(source, begin), PIECE) for begin in begins]
+        runs += [zero] * (served.vectors * PER_VECTOR - len(runs))
+        one, other = joined(builder, runs[:PER_VECTOR]), joined(builder, runs[-PER_VECTOR:])
+        for pixel in range(first, min(first + served.pixels, LANES)):
+            lanes = [PIECE * run + tap + pixel - begins[run] for tap, run in zip(taps, served.of_tap, strict=True)]
+            lanes += [PIECE * len(served.runs)] * (DEPTH - len(taps))
+            order = ir.Constant(ir.VectorType(I32, DEPTH), [I32(lane) for lane in lanes])
+            yield builder.shuffle_vector(one, other, order)
 
 
 @dataclass(frozen=True)
