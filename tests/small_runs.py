@@ -67,6 +67,7 @@ class Case:
 
     engine: str
     recipe: Recipe
+    threads: int = 1
 
 
 def _recipe(**changes: Any) -> Recipe:
@@ -104,6 +105,11 @@ CASES = {
             precision="fp32-master64",
         ),
     ),
+    "jit-adam-plateau-augment": Case(
+        "jit",
+        _recipe(optimizer=Adam(lr=3e-3), schedule=Plateau(patience=0, threshold=0.5), augment=(Flip(), Crop(1))),
+        threads=2,
+    ),
     "torch-adamw-warmup-ema": Case(
         "torch",
         _recipe(optimizer=AdamW(lr=3e-3), schedule=Warmup("4ba", then=Cosine()), ema=EMA(0.9), augment=(Flip(),)),
@@ -129,7 +135,7 @@ def start(name: str, folder: Path, *callbacks: Callback, checkpoint_every: str =
         MODEL,
         dataset(),
         case.recipe,
-        engine=engine_class(case.engine)(threads=1),
+        engine=engine_class(case.engine)(threads=case.threads),
         out=folder,
         resume=(folder / "run.json").exists(),
         checkpoint_every=checkpoint_every,

@@ -24,14 +24,14 @@ from convolt.engines.jit import JIT
 from convolt.errors import ConfigError, ConvoltError, EngineError, RunError
 from convolt.evaluation import evaluate
 from convolt.history import Epoch
-from convolt.layers import Conv2d, Dense, Dropout, Flatten, ReLU
+from convolt.layers import BatchNorm2d, Conv2d, Dense, Dropout, Flatten, ReLU
 from convolt.loader import Loader
 from convolt.losses import CrossEntropy, Distillation
 from convolt.model import Model
 from convolt.optimizers import EMA, SGD, Adam
 from convolt.recipe import Recipe
 from convolt.run import Run
-from convolt.schedules import Cosine, Plateau
+from convolt.schedules import Cosine, Piecewise, Plateau
 from convolt.train import fit
 
 DATA = dataset()
@@ -70,6 +70,34 @@ def test_the_next_batch_is_made_while_threads_compute(tmp_path, monkeypatch):
     monkeypatch.setattr(Loader, "make", lambda loader, step, make=Loader.make: made.append(step) or make(loader, step))
     trained(tmp_path, engine=JIT(threads=2))
     assert made == list(range(1, STEPS))
+
+
+def test_a_batch_made_ahead_leaves_the_images_that_a_step_reads(tmp_path):
+    """They are more than an engine copies before it begins."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (480, 3, 16, 16), np.uint8)
+    data = Dataset.from_arrays(images, np.arange(480) % CLASSES, valid=None)
+    model = Model((3, 16, 16), (Conv2d(3, 8, 3, padding=1), BatchNorm2d(8), ReLU(), Flatten(), Dense(2048, CLASSES)))
+    recipe = Recipe(epochs=4, batch_size=96, seed=3)
+    alone = JIT(threads=2).executor(model, None, recipe)
+    loader = Loader(data.train, recipe, data.num_classes, Serial())
+    for step in range(20):
+        batch = loader.batch(step)
+        optimizer = recipe.optimizer_at(Time(step, 5, 20))
+        alone.train_step(batch.images, batch.targets, recipe.loss, 1 / batch.size, optimizer, batch.rng)
+    run = trained(tmp_path, recipe, model, data, engine=JIT(threads=2))
+    np.testing.assert_array_equal(run.params.flat, alone.params.flat)
+
+
+def test_what_cannot_be_made_ahead_fails_in_its_own_step(tmp_path):
+    """The third epoch has no rate; two epochs are recorded and saved before that is told."""
+    recipe = replace(RECIPE, schedule=Piecewise((("0ep", 1.0), ("2ep", -1.0)), interpolate=False))
+    with pytest.raises(ConfigError, match="lr must be >= 0"):
+        trained(tmp_path, recipe, engine=JIT(threads=2))
+    assert [epoch.epoch for epoch in Run.load(tmp_path / "run").history] == [1, 2]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())][-1].startswith(
+        f"step-{2 * STEPS_PER_EPOCH:06d}"
+    )
 
 
 def test_it_learns(tmp_path):

@@ -27,7 +27,8 @@ class Augment(Protocol):
     """``augment(images, targets, rng, num_classes) -> (images, targets)``.
 
     images: (N, C, H, W). targets: labels (N,) or probabilities (N, num_classes). per_sample: whether a sample's result
-    depends on that sample alone; where it does not, the whole global batch must be given.
+    depends on that sample alone; where it does not, the whole global batch must be given. What is returned is new, or
+    what was given: a step may still read it while the next batch is made.
     """
 
     per_sample: ClassVar[bool]

@@ -151,8 +151,8 @@ class Executor(ABC):
         """A whole step when nothing stands between gradient and update; an engine may fuse it.
 
         The weights stay untouched when the loss, the gradient or a statistic is not finite; the result then holds a
-        loss that is not. meanwhile: work of the caller's that an engine with other threads may do while they compute,
-        once or not at all; it must not touch what the executor holds.
+        loss that is not. meanwhile: work of the caller's that an engine with threads of its own may do while they
+        compute, once or not at all. It must not raise, nor touch x, y or the executor.
         """
         self.zero_grads()
         result = self.loss_and_grads(x, y, loss, scale, rng)

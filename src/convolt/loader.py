@@ -60,7 +60,7 @@ class Loader:
         return ahead[1] if ahead is not None and ahead[0] == step else self._made(step)
 
     def make(self, step: int) -> None:
-        """Make a batch ahead, so that ``batch`` has it if it is the next one asked for."""
+        """Make a batch ahead, for ``batch`` to give if it is the next one asked for."""
         self._ahead = step, self._made(step)
 
     def _made(self, step: int) -> Batch:

@@ -13,7 +13,7 @@ import signal
 import time as clock
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,11 +227,15 @@ class _Training:
             self.close_step()
 
     def ahead(self) -> None:
-        """Make what the next step needs and what does not depend on this one, which is under way."""
+        """Make what the next step needs and what does not depend on this one, which is under way.
+
+        What fails here fails again when that step comes, and is told then: this one, and what follows it, count.
+        """
         following = self.progress.step + 1
         if following < self.total_steps:
-            self.loader.make(following)
-            self.optimizer_at(self.time(following))
+            with suppress(Exception):
+                self.loader.make(following)
+                self.optimizer_at(self.time(following))
 
     def optimizer_at(self, now: Time) -> Optimizer:
         """The optimizer of a step; the last one asked for is kept."""

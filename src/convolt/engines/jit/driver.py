@@ -33,9 +33,9 @@ from numba.extending import intrinsic
 from convolt.engines.jit.denormals import flush_denormals, restore_mode
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.runtime import (
+    ABSENT,
     ACTIVE,
     ASLEEP,
-    BEGINS,
     CLOCK,
     DONE,
     ENDED,
@@ -235,14 +235,15 @@ def come_back(state: Any, now: Any) -> None:
 
 @inlined
 def start(state: Any, now: Any, program: Any, thread: Any) -> None:
-    """Publish the first phase of a program; thread 0 takes part at once, `BEGINS` does not."""
+    """Publish the first phase of a program; thread 0 takes part at once, an `ABSENT` caller does not."""
     table, timings = words(program), load(state + TIMINGS)
     come_back(state, now)
     if timings != 0:
         words(timings)[load(state + THREADS) * table[1]] = now
     exchange(state + PROGRAM, program)
     exchange(state + ENDED, 0)
-    publish(state, table[2], 0 if thread == 0 else load(state + THREADS))
+    publisher = 0 if thread == 0 else load(state + THREADS)  # of one that takes no chunk, no thread has the number
+    publish(state, table[2], publisher)
 
 
 @inlined
@@ -318,7 +319,7 @@ def step_back(state: Any, until: Any) -> None:
 def driver(waiting: Waiting) -> Callable[..., None]:
     """``driver(state, program, thread)``: thread 0 runs `program` and returns; the others help until told to stop.
 
-    `BEGINS` leaves a program to the others, and thread 0 with program 0 joins them.
+    An `ABSENT` caller leaves a program to the others; as thread 0 with program 0 it joins them.
     """
     yield_after, sleep_after = waiting.yield_after, waiting.sleep_after
     preempted, rest = waiting.preempted, waiting.rest
@@ -331,7 +332,7 @@ def driver(waiting: Waiting) -> Callable[..., None]:
         since, cpu = now, nanoseconds(own + CLOCK, _THREAD_CPU)
         if program != 0:
             start(state, now, program, thread)
-        if thread == BEGINS:
+        if thread == ABSENT:
             restore_mode(mode)
             return
         while True:

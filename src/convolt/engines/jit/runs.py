@@ -69,8 +69,8 @@ def columns(spec: Columns) -> Any:
     """A function for kernels: ``kernel(pixels, target)``, addresses; the rows lie one behind another.
 
     Cost for 32 taps of 16 pixels, beside 16 stores: where two vectors hold all that some pixels want, one permutation
-    of both for each pixel, and a load of 16 bytes for each run, a few for each row of taps; else 64 such loads and 64
-    shuffles and inserts. All other shuffles happen inside of 128 bits.
+    of both for each pixel, and for each group of so many pixels a load of 16 bytes a run; else 64 such loads and 64
+    shuffles and inserts.
     """
 
     @intrinsic
@@ -92,7 +92,10 @@ def columns(spec: Columns) -> Any:
 
 
 def _turned(builder: Any, source: Any, taps: Sequence[int]) -> Iterator[Any]:
-    """Rows of up to 32 taps for 16 pixels: a vector is eight pixels of taps that lie eight apart, and is transposed."""
+    """Rows of up to 32 taps for 16 pixels: vectors of eight pixels of taps that lie eight apart, transposed.
+
+    All shuffles are inside of 128 bits.
+    """
     pieces, zero = Floats(builder, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
 
     def run(number: int, pixel: int) -> Any:

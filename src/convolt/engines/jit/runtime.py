@@ -32,8 +32,8 @@ ASLEEP, SEMAPHORE, CLOCK = 0, 8, 40  # in a thread's line; a sem_t takes 32 byte
 FINISHED = -(1 << 32)
 """The ticket when no program runs: no phase, no chunk."""
 
-BEGINS = -1
-"""In the place of a thread's number: one that begins a program and has something else to do."""
+ABSENT = -1
+"""In the place of a thread's number: a caller that begins a program and has something else to do at first."""
 
 _MAX_CHUNKS = 1 << 31
 
@@ -147,15 +147,16 @@ class Team:
     def run(self, program: Program, meanwhile: Callable[[], None] | None = None) -> None:
         """Run every phase; when this returns, all is written. Raises EngineError after `close`.
 
-        meanwhile: what the caller does first, once the others have begun. What it raises is raised at the end.
+        meanwhile: what the caller does first, once the others have begun; not on this team. What it raises is raised
+        at the end.
         """
         with self._lock:
             self._must_be_open()
             if meanwhile is None:
                 self._driver(self._address, program.address, 0)
                 return
-            self._driver(self._address, program.address, BEGINS)
-            try:
+            try:  # a signal's handler may raise as soon as the program has begun
+                self._driver(self._address, program.address, ABSENT)
                 meanwhile()
             finally:
                 self._driver(self._address, 0, 0)
