@@ -1,6 +1,6 @@
 """Training batches as a pure function of the step.
 
-The data set lies in memory, so a batch is an indexed copy into a buffer that is used again; there is no loader
+The data set lies in memory, so a batch is an indexed copy into one of two buffers in turns; there is no loader
 process, and no state but a batch that was made ahead of its step. The order of an epoch is a permutation by (seed,
 epoch), augmentation and dropout are draws by (seed, epoch, sample index): any step of a run can be made again from two
 integers.
