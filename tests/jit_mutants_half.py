@@ -11,6 +11,7 @@ OVERLAP, UNEVEN, FLAT = "windows that overlap", "an odd number of pixels", "flat
 ODD_POOL = "planes in groups of rows, odd pool"
 IMAGES, DENSE = "kernels/images.py", "kernels/dense_tiles.py"
 GROUPS = "two groups of images, the last with fewer"
+POOL, ON_PLANES = "half_pool.py", "wide filter on planes"
 
 HALF = (
     # what is kept
@@ -83,7 +84,7 @@ HALF = (
         "rows behind the last pool",
     ),
     JitMutant(
-        "pooled pixels apart", TILED, "def finish_group", "target + number * q * K", "target + FLOAT * q * K", DIRECT
+        "pooled pixels apart", TILED, "def finish_group", "target + number * q * K", "target + FLOAT * q * K", GATHERED
     ),
     JitMutant(
         "rows apart",
@@ -209,4 +210,14 @@ HALF = (
         DIRECT,
     ),
     JitMutant("a part of no images", SHIFTED, "def conv_backward", "if last <= chunk * images:", "if False:", DIRECT),
+    # pools on integers, and the bias in the products
+    JitMutant("the neighbor's window", POOL, "def half_pool", "I64(spec.step)", "I64(spec.pixel)", FLAT, unit="amx"),
+    JitMutant(
+        "the first tap always wins", POOL, "def half_pool", "number(tap), winner", "number(0), winner", FLAT, unit="amx"
+    ),
+    JitMutant("no bias before the pool", TILED, "def product", 'start="bias" if', 'start="zero" if', FLAT, unit="amx"),
+    JitMutant(
+        "three times the bias", TILED, "def pack", "rest -= float32_of_bf16(bits)", "rest -= np.float32(0)", ON_PLANES
+    ),
+    JitMutant("no ones behind the taps", "runs.py", "def _ones", "[I16(ONE)]", "[I16(0)]", ON_PLANES),
 )

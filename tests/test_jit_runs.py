@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from convolt.engines.jit.runs import DEPTH, LANES, Columns, columns
+from convolt.engines.jit.runs import DEPTH, LANES, ONE, Columns, columns
 
 NONE = 0  # PROT_NONE, which the module mmap does not name
 PITCH, PLANE = 40, 40 * 50
@@ -50,7 +50,7 @@ def test_columns_are_the_taps_of_16_pixels(size, dilation):
         turned(pixels, target)
 
     numbers = np.arange(1, max(taps) + LANES + 1).astype(np.uint16)
-    expected = np.zeros((LANES, depth), np.uint16)
+    expected = np.full((LANES, depth), ONE, np.uint16)
     expected[:, : len(taps)] = numbers[np.arange(LANES)[:, None] + np.array(taps)]
     for at_end in (True, False):
         pixels, found = Guarded(numbers, at_end), np.full((LANES, depth), 7, np.uint16)

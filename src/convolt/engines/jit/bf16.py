@@ -115,12 +115,18 @@ class Bf16Lanes:
         """`pair` of two rounded vectors of 16 float32 numbers, in two instructions where the CPU converts by itself."""
         if not self.native:
             return self.pair(self.rounded(even), self.rounded(odd))
-        builder, kind = self.floats.builder, ir.VectorType(BFLOAT, 2 * TILE)
-        convert = declare(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, [even.type, odd.type])
-        halves = builder.bitcast(builder.call(convert, [odd, even]), ir.VectorType(I16, 2 * TILE))
+        builder = self.floats.builder
+        halves = narrowed_pair(builder, even, odd)
         order = [I32(lane) for i in range(TILE) for lane in (i, TILE + i)]
         mixed = builder.shuffle_vector(halves, halves, ir.Constant(ir.VectorType(I32, 2 * TILE), order))
         return builder.bitcast(mixed, ir.VectorType(I32, TILE))
+
+
+def narrowed_pair(builder: Any, low: Any, high: Any) -> Any:
+    """Two vectors of 16 float32 numbers as one of 32 bf16 numbers, where the CPU converts by itself."""
+    kind = ir.VectorType(BFLOAT, 2 * TILE)
+    convert = declare(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, [low.type, high.type])
+    return builder.bitcast(builder.call(convert, [high, low]), ir.VectorType(I16, 2 * TILE))
 
 
 def to_bf16(count: int, lanes: int, native: bool) -> Any:

@@ -192,7 +192,7 @@ def packed_filters(plan: Plan, operation: Operation, spec: ConvSpec, weight: Arg
 def _codes(plan: Plan, operation: Operation, spec: ConvSpec) -> Argument:
     """Where a fused pool keeps which tap won; 0 without one."""
     size = plan.capacity * math.prod(operation.output.shape)
-    return plan.address(f"codes {operation.names[0]}", size, np.uint8) if spec.pooled else 0
+    return plan.address(f"codes {operation.names[0]}", size, np.uint8) if spec.pooled and spec.codes else 0
 
 
 def _pack(plan: Plan, label: str, spec: ConvSpec, weight: Argument, packed: Address, turned: bool) -> Task:
@@ -340,16 +340,19 @@ def on_tiles(plan: Plan, operation: Operation) -> bool:
 
 def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     """The same with bf16 products."""
-    spec, name, label = replace(conv_spec(plan, operation), unit=unit), operation.names[0], operation.label
+    spec = replace(conv_spec(plan, operation), unit=unit, codes=plan.training)
+    name, label = operation.names[0], operation.label
     tiles, source, target = TileSpec(spec), operation.inputs[0], operation.output
     taps = spec.window.R * spec.window.S
     weight, bias, folding = filters(plan, operation)
     packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
     codes = _codes(plan, operation, spec)
+    if tiles.pools_halves:
+        operation.because("pooled when rounded, 32 channels at a time")
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
     forward = [
         *folding,
-        _pack_tiles(plan, f"{label} pack", tiles, weight, packed, taps),
+        _pack_tiles(plan, f"{label} pack", tiles, weight, packed, bias, taps),
         plan.by_image(label, "tiles:conv_forward", tiles, *arguments),
     ]
 
@@ -368,7 +371,7 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
             place = turned_filters = plan.address(f"turned filters {name}", size, np.uint16)
             for one in inputs:
                 count = one.conv.window.R * one.conv.window.S
-                tasks.append(_pack_tiles(plan, f"{label} pack turned", one, weight, place, taps, order[:count]))
+                tasks.append(_pack_tiles(plan, f"{label} pack turned", one, weight, place, 0, taps, order[:count]))
                 order, place = order[count:], place + BF16 * one.columns * one.depth
         arguments = (plan.value(source), turned_filters, plan.slope(target), plan.value(target), codes, dx)
         scratch = plan.scratch(back.scratch // FLOAT)
@@ -393,14 +396,16 @@ def _pack_tiles(
     tiles: TileSpec,
     weight: Argument,
     packed: Address,
+    bias: Argument,
     taps: int,
     turned: tuple[int, ...] | None = None,
 ) -> Task:
     """Filters of so many taps packed as blocks of bf16 pairs for these tiles; turned: those taps alone, for dx."""
     conv, chosen = tiles.conv, range(taps) if turned is None else turned
-    sizes = taps, conv.K, conv.x.C, tiles.channels, tiles.depth, len(chosen), *chosen
+    parts = tiles.bias_taps if turned is None else 0
+    sizes = taps, conv.K, conv.x.C, tiles.channels, tiles.depth, parts, len(chosen), *chosen
     spec = PackSpec(turned is not None, native=converts(conv.unit))
-    return plan.whole(label, "tiles:pack", spec, tiles.columns // BLOCK, weight, packed, sizes=sizes)
+    return plan.whole(label, "tiles:pack", spec, tiles.columns // BLOCK, weight, packed, bias, sizes=sizes)
 
 
 def _adding(plan: Plan, spec: ConvSpec, source: Tensor) -> ConvSpec:

@@ -19,6 +19,7 @@ LANES = 16
 DEPTH = 32  # numbers of a tile row
 PIECE = 8  # numbers of 128 bits, inside of which shuffles are cheapest
 PER_VECTOR = DEPTH // PIECE
+ONE = 0x3F80  # the bits of a one in bf16
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ def scaled_row(spec: ScaledRow) -> Any:
 
 @dataclass(frozen=True)
 class Columns:
-    """16 pixels in a row and all ``taps`` (distances in pixels) as rows of ``depth`` bf16 numbers, zero behind."""
+    """16 pixels in a row and all ``taps`` (distances in pixels) as rows of ``depth`` bf16 numbers, ones behind.
+
+    Filters may have their bias there, and zeros.
+    """
 
     taps: tuple[int, ...]
     depth: int
@@ -96,11 +100,11 @@ def _turned(builder: Any, source: Any, taps: Sequence[int]) -> Iterator[Any]:
 
     All shuffles are inside of 128 bits.
     """
-    pieces, zero = Floats(builder, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
+    pieces, ones = Floats(builder, PIECE), _ones()
 
     def run(number: int, pixel: int) -> Any:
         """Eight pixels of a tap."""
-        return pieces.load_as(I16, pieces.at(source, taps[number] + pixel), PIECE) if number < len(taps) else zero
+        return pieces.load_as(I16, pieces.at(source, taps[number] + pixel), PIECE) if number < len(taps) else ones
 
     for first in range(0, LANES, PIECE):
         lines = [joined(builder, [run(i + j, first) for j in range(0, DEPTH, PIECE)]) for i in range(PIECE)]
@@ -117,7 +121,7 @@ class _Served:
 
     @property
     def vectors(self) -> int:
-        """Vectors that hold the runs, and a zero where a row is not full."""
+        """Vectors that hold the runs, and a one where a row is not full."""
         return -(-(len(self.runs) + (len(self.of_tap) < DEPTH)) // PER_VECTOR)
 
     @property
@@ -140,14 +144,19 @@ def _served(taps: Sequence[int]) -> _Served | None:
     return min((way for way in ways if way.vectors <= 2), key=lambda way: way.cost, default=None)
 
 
+def _ones() -> Any:
+    """Eight times the number one in bf16."""
+    return ir.Constant(ir.VectorType(I16, PIECE), [I16(ONE)] * PIECE)
+
+
 def _picked(builder: Any, source: Any, taps: Sequence[int], served: _Served) -> Iterator[Any]:
     """The same rows: some pixels' runs lie in a vector or two, and a permutation brings each number to its lane."""
-    pieces, zero = Floats(builder, PIECE), ir.Constant(ir.VectorType(I16, PIECE), None)
+    pieces = Floats(builder, PIECE)
     for first in range(0, LANES, served.pixels):
         # Nothing is read behind what the last pixel's taps want.
         begins = [min(low + first, high + LANES - PIECE) for low, high in served.runs]
         runs = [pieces.load_as(I16, pieces.at(source, begin), PIECE) for begin in begins]
-        runs += [zero] * (served.vectors * PER_VECTOR - len(runs))
+        runs += [_ones()] * (served.vectors * PER_VECTOR - len(runs))
         one, other = joined(builder, runs[:PER_VECTOR]), joined(builder, runs[-PER_VECTOR:])
         for pixel in range(first, min(first + served.pixels, LANES)):
             lanes = [PIECE * run + tap + pixel - begins[run] for tap, run in zip(taps, served.of_tap, strict=True)]

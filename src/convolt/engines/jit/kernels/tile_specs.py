@@ -12,6 +12,7 @@ from convolt.errors import EngineError
 PLANE_PIXELS = 160  # of a group of output rows: runs and slopes are read once, where one block is the whole gradient
 PLANE_BLOCKS_PIXELS = 256  # with several blocks, which come and go with each group
 PLANE_GROUP = 64  # output pixels whose columns are gathered from planes at a time: they and results fit the L1 cache
+BIAS_PARTS = 3  # bf16 numbers whose sum is a float32 number
 SHIFTED_PIXELS = 1280  # of a group of images
 
 
@@ -33,6 +34,34 @@ class TileSpec:
         """Whether tile rows are read where the image lies: 16 pixels of a row, 32 channels of a tap."""
         conv = self.conv
         return conv.Q > DEPTH // 4 and conv.x.C >= DEPTH // 2 and conv.window.dilation_w == 1
+
+    @property
+    def bias_taps(self) -> int:
+        """How many taps of ones behind the last one carry the bias, in three parts: of planes, where there is room."""
+        conv, window = self.conv, self.conv.window
+        room = self.depth - window.R * window.S * self.channels
+        return BIAS_PARTS if conv.bias and conv.x.planar and room >= BIAS_PARTS else 0
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the bias is still to be added to the products."""
+        return self.conv.bias and not (self.bias_taps or self.starts_with_bias)
+
+    @property
+    def starts_with_bias(self) -> bool:
+        """Whether sums of products begin with the bias, as pools on integers want, whether y is bf16 or not."""
+        return self._pools_blocks and self.conv.bias and not self.bias_taps
+
+    @property
+    def pools_halves(self) -> bool:
+        """Whether outputs are rounded before they are pooled, 32 channels at a time (``half_pool``)."""
+        return self._pools_blocks and self.conv.y.half
+
+    @property
+    def _pools_blocks(self) -> bool:
+        """Whether ReLU and a pool follow whole blocks of filters, on a unit whose CPU rounds to bf16."""
+        conv = self.conv
+        return conv.pool != (1, 1) and conv.slope == 0 and conv.K % BLOCK == 0 and conv.unit == "amx"
 
     @property
     def channels(self) -> int:

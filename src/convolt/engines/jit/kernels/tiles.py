@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from convolt.engines.jit.bf16 import bf16_of_float32, pair_lanes, to_bf16
+from convolt.engines.jit.bf16 import bf16_of_float32, float32_of_bf16, pair_lanes, to_bf16
 from convolt.engines.jit.blocks import BlockGemm, block_gemm, configure, release
 from convolt.engines.jit.epilogue import Finish, MaxOf, finish, max_of
+from convolt.engines.jit.half_pool import HalfPool, half_pool
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.isa import converts
 from convolt.engines.jit.kernels.planes import columns_of_planes
@@ -34,7 +35,10 @@ TILE_ELEMENTS = 16 * DEPTH
 
 
 def product(spec: TileSpec) -> BlockGemm:
-    """32 pixels by 32 filters over the whole depth; ``segments`` is 1 for gathered columns and R for direct ones."""
+    """32 pixels by 32 filters over the whole depth.
+
+    ``segments`` is 1 for gathered columns and R for direct ones.
+    """
     conv, window = spec.conv, spec.conv.window
     whole = spec.depth // DEPTH
     steps = whole // window.R if spec.direct else whole
@@ -52,23 +56,24 @@ def product(spec: TileSpec) -> BlockGemm:
         b_tile=TILE_ELEMENTS,
         b_segment=steps * 2 * TILE_ELEMENTS,
         c_row=BLOCK,
+        start="bias" if spec.starts_with_bias else "zero",
         a_tile=window.stride_h * conv.x.columns * spec.channels if narrow else None,
     )
 
 
 def pack(spec: PackSpec) -> Callable[..., None]:
-    """Filters (K, C, R, S) as (blocks, depth / 32, 2, 16, 16, 2) bf16; arguments: state, w, packed. A chunk is a block.
+    """Filters (K, C, R, S) as (blocks, depth / 32, 2, 16, 16, 2) bf16; arguments: state, w, packed, bias.
 
-    Of any size: the other arguments are the taps of w, K, C, the channels of a tap, the depth, how many taps are packed
-    and which. Turned, K are the inputs of the convolution and C its outputs. Sixteen filters and two channels are taken
-    together; single numbers are those of an odd channel, of fewer filters, and all where a tap has an odd number of
-    channels.
+    A chunk is a block. Of any size: the other arguments are the taps of w, K, C, the channels of a tap, the depth, how
+    many numbers behind the last tap have the bias for their sum, how many taps are packed and which. Turned, K are the
+    inputs of the convolution and C its outputs. Sixteen filters and two channels are taken together; single numbers are
+    those of an odd channel, of fewer filters, and all where a tap has an odd number of channels.
     """
     back, words = spec.turned, pair_lanes(spec.native)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        taps, K, C, channels, depth = arguments[3], arguments[4], arguments[5], arguments[6], arguments[7]
-        count = arguments[8]
+        taps, K, C, channels, depth = arguments[4], arguments[5], arguments[6], arguments[7], arguments[8]
+        parts, count = arguments[9], arguments[10]
         filters, next_channel = (taps, K * taps) if back else (C * taps, taps)  # how far they lie apart
         block = arguments[2] + BF16 * chunk * depth * BLOCK
         packed = view(block, (depth // DEPTH, 2, 16, 16, 2), np.uint16)
@@ -79,7 +84,7 @@ def pack(spec: PackSpec) -> Callable[..., None]:
                 for i in range(count):
                     place = i * channels + c
                     step, pair, odd = place // DEPTH, (place % DEPTH) // 2, place % 2
-                    w = arguments[1] + FLOAT * (k * filters + c * next_channel + arguments[9 + i])
+                    w = arguments[1] + FLOAT * (k * filters + c * next_channel + arguments[11 + i])
                     if c >= paired:
                         for j in range(16):
                             value = np.float32(0)
@@ -88,6 +93,12 @@ def pack(spec: PackSpec) -> Callable[..., None]:
                             packed[step, tile, pair, j, odd] = bf16_of_float32(value)
                     elif not odd:
                         words(w, filters, next_channel, block + 2 * BF16 * 16 * ((step * 2 + tile) * 16 + pair))
+            for j in range(16 if parts else 0):
+                rest = view(arguments[3] + FLOAT * (k + j), (1,), np.float32)[0] if k + j < K else np.float32(0)
+                for place in range(count * channels, count * channels + parts):
+                    bits = bf16_of_float32(rest)
+                    packed[place // DEPTH, tile, place % DEPTH // 2, j, place % 2] = bits
+                    rest -= float32_of_bf16(bits)
 
     return kernel
 
@@ -134,7 +145,7 @@ def conv_forward(spec: TileSpec) -> Callable[..., None]:
                         gather(picture + (image - first) * picture_bytes, columns, p, image - first)
                 for block in range(whole + (1 if rest else 0)):
                     filters = arguments[2] + block * filters_bytes
-                    multiply(picture, columns, filters, result, p, end - first)
+                    multiply(picture, columns, filters, result, p, end - first, arguments[3] + FLOAT * BLOCK * block)
                     for place in range(end - first):
                         image = place if windows else first + place
                         if block < whole:
@@ -198,8 +209,8 @@ def gather_rows(spec: TileSpec) -> Callable[[int, int, int, int], None]:
     return gather
 
 
-def multiply_group(spec: TileSpec) -> Callable[[int, int, int, int, int, int], None]:
-    """Products of a group with a block of filters: ``multiply(image, columns, filters, result, p, images)``."""
+def multiply_group(spec: TileSpec) -> Callable[[int, int, int, int, int, int, int], None]:
+    """Products of a group with a block of filters: ``multiply(image, columns, filters, result, p, images, bias)``."""
     conv, window, channels = spec.conv, spec.conv.window, spec.channels
     kernel = block_gemm(product(spec))
     direct, R, P, Q, rows, row_pixels = spec.direct, window.R, conv.P, conv.Q, spec.group_rows, spec.row_pixels
@@ -209,16 +220,16 @@ def multiply_group(spec: TileSpec) -> Callable[[int, int, int, int, int, int], N
     rows_a_call = 2 if Q <= DEPTH // 2 else 1
 
     @inlined
-    def multiply(image: int, columns: int, filters: int, result: int, p: int, images: int) -> None:
+    def multiply(image: int, columns: int, filters: int, result: int, p: int, images: int, bias: int) -> None:
         if direct:
             for i in range(0, min(rows, P - p), rows_a_call):
                 row = image + BF16 * (corner + (p + i) * stride_h * pitch) * channels
                 target = result + FLOAT * i * row_pixels * BLOCK
                 for q in range(0, Q, BLOCK):
-                    kernel(row + BF16 * q * stride_w * channels, filters, target + FLOAT * q * BLOCK, 0, R)
+                    kernel(row + BF16 * q * stride_w * channels, filters, target + FLOAT * q * BLOCK, bias, R)
         else:
             for pixel in range(0, images * rows * Q, BLOCK):
-                kernel(columns + BF16 * pixel * depth, filters, result + FLOAT * pixel * BLOCK, 0, 1)
+                kernel(columns + BF16 * pixel * depth, filters, result + FLOAT * pixel * BLOCK, bias, 1)
 
     return multiply
 
@@ -229,12 +240,13 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
     pool_h, pool_w = conv.pool
     K, P, Q, rows, row_pixels = conv.K, conv.P, conv.Q, spec.group_rows, spec.row_pixels
     PP, QQ = P // pool_h, Q // pool_w
-    pooled, bias, relu = conv.pool != (1, 1), conv.bias, conv.slope == 0
+    pooled, halves, bias, relu = conv.pool != (1, 1), spec.pools_halves, spec.adds_bias, conv.slope == 0
     y_size, y_origin, y_pitch, adds = y.size, y.origin, spec.step[0] * y.pitch, conv.add
 
     places = tuple((i * row_pixels + j) * BLOCK for i in range(pool_h) for j in range(pool_w))
-    half, native, number = y.half, converts(conv.unit), y.number
-    pool = max_of(MaxOf(columns, places, DEAD, LANES, bias, relu, half=half, native=native))
+    half, native, number, codes = y.half, converts(conv.unit), y.number, conv.codes
+    pool = max_of(MaxOf(columns, places, DEAD, LANES, bias, relu, codes, half, native))
+    at_once = half_pool(HalfPool(places, pool_w * BLOCK, K, DEAD, codes))
 
     @inlined
     def finish_pooled(arguments: Any, result: int, image: int, place: int, p: int, channel: int) -> None:
@@ -244,6 +256,8 @@ def finish_group(spec: TileSpec, columns: int) -> Callable[..., None]:
             values = result + FLOAT * (place * rows + i * pool_h) * row_pixels * BLOCK
             target = arguments[4] + number * (image * y_size + y_origin + pp * y_pitch + channel)
             code = arguments[5] + (image * PP + pp) * QQ * K + channel
+            if halves and not at_once(values, target, code, QQ):
+                continue
             for q in range(QQ):
                 pool(values + FLOAT * q * pool_w * BLOCK, offset, target + number * q * K, code + q * K)
 
@@ -281,7 +295,7 @@ def framed_convolution(tiles: TileSpec, image_bytes: int) -> Callable[[int, int,
                 for image in range(images):
                     gather(frames + image * image_bytes, scratch, h, image)
             for block in range((whole + (1 if rest else 0)) * one):
-                multiply(frames, scratch, filters + block * filters_bytes, result, h, images)
+                multiply(frames, scratch, filters + block * filters_bytes, result, h, images, 0)
                 for image in range(images):
                     if block < whole:
                         full(arguments, result, image, image, h, block * BLOCK)
