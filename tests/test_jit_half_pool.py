@@ -9,7 +9,7 @@ from numba import njit
 
 from convolt.engines import JIT
 from convolt.engines.jit.half_pool import HalfPool, half_pool
-from convolt.layers import AvgPool2d, Conv2d, Dense, Flatten, MaxPool2d, ReLU
+from convolt.layers import Conv2d, Dense, Flatten, MaxPool2d, ReLU
 from convolt.model import Model
 from convolt.params import Params
 
@@ -104,10 +104,11 @@ def test_what_is_no_number_does_not_vanish_in_a_pool(unit, weight):
 @pytest.mark.parametrize(("kernel", "channels"), [(5, 1), (3, 3), (3, 1), (7, 2), (4, 2)])
 def test_the_bias_is_not_rounded(unit, kernel, channels):
     """Where there is room behind the taps it is three more of them; 4x4 of two planes has none."""
-    layers = (Conv2d(channels, 40, kernel), ReLU(), AvgPool2d(4), Flatten())
-    model = Model((channels, kernel + 3, kernel + 3), layers)
+    layers = (Conv2d(channels, 40, kernel), ReLU(), Flatten())
+    model = Model((channels, kernel, kernel), layers)
     params = Params.init(model, seed=0)
     params["0.weight"][...] = 0
     params["0.bias"][...] = np.random.default_rng(3).uniform(1, 1000, 40)
+    params["0.bias"][:3] = np.inf, 3.4e38, -np.inf
     found = predictions(model, params, np.ones((2, *model.input_shape), np.float32), unit)
-    np.testing.assert_allclose(found, np.tile(params["0.bias"], (2, 1)), rtol=3e-7)
+    np.testing.assert_allclose(found, np.tile(np.maximum(params["0.bias"], 0), (2, 1)), rtol=3e-7)

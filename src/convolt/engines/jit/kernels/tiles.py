@@ -28,7 +28,7 @@ from convolt.engines.jit.kernels.planes import columns_of_planes
 from convolt.engines.jit.kernels.pooling import pool_behind
 from convolt.engines.jit.kernels.specs import BF16, BLOCK, DEAD, DEPTH, FLOAT, Frame, PackSpec
 from convolt.engines.jit.kernels.tile_specs import TileSpec
-from convolt.engines.jit.memory import copy, view
+from convolt.engines.jit.memory import bits_of_float32, copy, view
 
 LANES = 16  # of a block; LLVM cuts vectors into what the registers hold
 TILE_ELEMENTS = 16 * DEPTH
@@ -96,9 +96,12 @@ def pack(spec: PackSpec) -> Callable[..., None]:
             for j in range(16 if parts else 0):
                 rest = view(arguments[3] + FLOAT * (k + j), (1,), np.float32)[0] if k + j < K else np.float32(0)
                 for place in range(count * channels, count * channels + parts):
-                    bits = bf16_of_float32(rest)
+                    bits = np.uint16(bits_of_float32(rest) >> np.uint32(16))  # what is cut off fits the next parts
+                    if not np.isfinite(rest):
+                        bits, rest = bf16_of_float32(rest), np.float32(0)
+                    else:
+                        rest -= float32_of_bf16(bits)
                     packed[place // DEPTH, tile, place % DEPTH // 2, j, place % 2] = bits
-                    rest -= float32_of_bf16(bits)
 
     return kernel
 
