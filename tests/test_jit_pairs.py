@@ -43,7 +43,7 @@ def engine(threads: int = 2) -> JIT:
     return JIT(threads=threads, unit="dot")
 
 
-@some(PAIRS)
+@some(PAIRS, quick=(TAPS, TILES, "whole tiles"))
 def test_pairs_equal_float64_of_the_same_operands(name):
     equals_float64(PAIRS[name], "dot")
 

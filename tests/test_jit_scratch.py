@@ -23,7 +23,6 @@ QUICK = (
     ("norm and maximum", "fma"),
     ("tiles in pairs", "dot"),
     ("winograd, blocks of whole images", None),
-    ("pool, images together", "fma"),
 )
 
 
