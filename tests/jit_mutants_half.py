@@ -213,7 +213,13 @@ HALF = (
     # pools on integers, and the bias in the products
     JitMutant("the neighbor's window", POOL, "def half_pool", "I64(spec.step)", "I64(spec.pixel)", FLAT, unit="amx"),
     JitMutant(
-        "the first tap always wins", POOL, "def half_pool", "number(tap), winner", "number(0), winner", FLAT, unit="amx"
+        "the first tap always wins",
+        POOL,
+        "def half_pool",
+        "number_of(wide, tap), winner",
+        "number_of(wide, 0), winner",
+        FLAT,
+        unit="amx",
     ),
     JitMutant("no bias before the pool", TILED, "def product", 'start="bias" if', 'start="zero" if', FLAT, unit="amx"),
     JitMutant(

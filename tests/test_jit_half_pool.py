@@ -9,11 +9,12 @@ from numba import njit
 
 from convolt.engines import JIT
 from convolt.engines.jit.half_pool import HalfPool, half_pool
+from convolt.engines.jit.kernels.specs import DEAD
 from convolt.layers import Conv2d, Dense, Flatten, MaxPool2d, ReLU
 from convolt.model import Model
 from convolt.params import Params
 
-CHANNELS, DEAD = 32, 255
+CHANNELS = 32
 converts = pytest.mark.skipif(not {"amx", "dot"} & set(UNITS), reason="this CPU does not convert to bf16")
 
 

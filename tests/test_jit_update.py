@@ -21,6 +21,7 @@ precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("optimizer", "precision"),
     [
+        # Every run meets one optimizer in each precision.
         pytest.param(optimizer, precision, marks=() if number == 11 * turn else pytest.mark.slow)
         for turn, precision in enumerate(("fp32", "bf16"))
         for number, optimizer in enumerate(OPTIMIZERS)

@@ -112,7 +112,7 @@ class State:
         self.shadow = None if ema is None else executor.params.flat.copy()
 
     def average(self, now: Time) -> None:
-        """Move the average towards the weights, if there is one, when it is due."""
+        """Move the average towards the weights, where there is one and it is due."""
         if self.ema is not None and self.shadow is not None and due(self.ema.every, now):
             self.ema.update(self.shadow, self.executor.params.flat)
 

@@ -220,8 +220,7 @@ class _Training:
             if result is None:
                 self.progress.skipped += 1
             else:
-                if self.state.shadow is not None:
-                    self.state.average(self.time(self.progress.step))
+                self.state.average(self.time(self.progress.step))
                 seconds = clock.perf_counter() - began - (self.executor.compile_seconds - compiled)
                 self.progress.count(result.loss, result.right, batch.size, seconds)
             self.tell(batch, math.nan if result is None else result.loss)

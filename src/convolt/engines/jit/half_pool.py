@@ -21,6 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import narrowed_pair
+from convolt.engines.jit.pixels import number_of
 from convolt.engines.jit.vectors import I8, I16, I64, Floats, carried_loop, declare
 
 LANES = 32
@@ -60,16 +61,13 @@ def half_pool(spec: HalfPool) -> Any:
             def larger(x: Any, y: Any, sign: str) -> Any:
                 return builder.call(declare(builder, f"llvm.{sign}max.v{LANES}i16", kind, [kind, kind]), [x, y])
 
-            def number(tap: int) -> Any:
-                return ir.Constant(ir.VectorType(I8, LANES), [I8(tap)] * LANES)
-
             def pixel(q: Any, held: list[Any]) -> list[Any]:
                 first, top = floats.at(source, builder.mul(q, I64(spec.step))), held[0]
-                best, winner = zero, number(spec.dead)
+                best, winner = zero, number_of(wide, spec.dead)
                 for tap, place in enumerate(spec.places):
                     low, high = (floats.load(floats.at(first, place, half)) for half in (0, LANES // 2))
                     value = narrowed_pair(builder, low, high)
-                    winner = builder.select(builder.icmp_signed(">", value, best), number(tap), winner)
+                    winner = builder.select(builder.icmp_signed(">", value, best), number_of(wide, tap), winner)
                     best, top = larger(value, best, "s"), larger(value, top, "u")
                 place = builder.mul(q, I64(spec.pixel))
                 wide.store(best, builder.gep(output, [place]))
