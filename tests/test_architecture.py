@@ -29,7 +29,7 @@ losses optimizers schedules metrics augment precision
 data datasets
 explanation engine chain workers engines
 comms launch
-recipe parallel loader teacher evaluation step progress elastic preconditions train follower callbacks early_stopping signals run directory environment checkpoint history plots
+recipe parallel loader teacher evaluation step progress course elastic preconditions train follower callbacks early_stopping signals run directory environment checkpoint history plots
 compress export ensemble
 profile contenders bench ladder scaling
 search study studies report

@@ -72,7 +72,7 @@ def test_a_batch_made_ahead_is_the_batch_and_leaves_the_one_in_use(steps):
     used, fresh = loader(augment=(Flip(), Crop(1))), loader(augment=(Flip(), Crop(1)))
     for step, ahead in steps:
         batch = used.batch(step)
-        used.make(ahead)
+        used.make(ahead, 1)
         expected = fresh.batch(step)
         np.testing.assert_array_equal(batch.images, expected.images)
         np.testing.assert_array_equal(batch.targets, expected.targets)
@@ -83,7 +83,7 @@ def test_a_batch_made_ahead_is_the_batch_and_leaves_the_one_in_use(steps):
 def test_what_was_made_ahead_is_not_made_again(monkeypatch):
     batches, taken = loader(), []
     monkeypatch.setattr(np, "take", lambda *args, take=np.take, **kwargs: taken.append(1) or take(*args, **kwargs))
-    batches.make(3)
+    batches.make(3, 1)
     assert who(batches.batch(3)) == who(loader().batch(3))
     assert len(taken) == 2
 

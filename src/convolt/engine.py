@@ -11,7 +11,7 @@ a last batch that is smaller.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -45,6 +45,16 @@ class StepResult(NamedTuple):
     right: int | None = None
 
 
+class StepInput(NamedTuple):
+    """What a training step works on: images, targets, 1/(global batch), what moves the weights, which samples."""
+
+    x: Array
+    y: Any
+    scale: float
+    optimizer: Optimizer
+    rng: SampleRng | None = None
+
+
 class StageTime(NamedTuple):
     """Wall seconds of one kernel of a step.
 
@@ -62,12 +72,14 @@ class Executor(ABC):
     """One model made ready on one engine.
 
     params: the master weights, on the host. grads: the same names and shapes; backward adds into it.
-    dropout: whether Dropout acts in training; the recipe may leave it off for the first epochs.
+    dropout: whether Dropout acts in training; the recipe may leave it off for the first epochs. fuses_steps: whether
+    it gains by ``train_steps``.
     """
 
     params: Params
     grads: Params
     dropout: bool = True
+    fuses_steps: bool = False
 
     @abstractmethod
     def predict(self, x: Array) -> Array:
@@ -160,6 +172,22 @@ class Executor(ABC):
             return StepResult(math.nan, result.logits)
         self.update(optimizer)
         return result
+
+    def train_steps(
+        self, steps: Sequence[StepInput], loss: Loss, meanwhile: Callable[[], None] | None = None
+    ) -> list[StepResult]:
+        """Whole steps, one behind another, up to the first that is not finite; an engine may make them one call.
+
+        The same bits as by ``train_step``. meanwhile: as there; once for all of them.
+        """
+        results: list[StepResult] = []
+        for step in steps:
+            result = self.train_step(step.x, step.y, loss, step.scale, step.optimizer, step.rng, meanwhile)
+            results.append(result)
+            meanwhile = None
+            if not math.isfinite(result.loss):
+                break
+        return results
 
     def move(self, weights: Array, gradient: Array) -> bool:
         """Keep the flat weights and the flat gradient in this memory from now on.

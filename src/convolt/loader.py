@@ -1,7 +1,7 @@
 """Training batches as a pure function of the step.
 
-The data set lies in memory, so a batch is an indexed copy into one of two buffers in turns; there is no loader
-process, and no state but a batch that was made ahead of its step. The order of an epoch is a permutation by (seed,
+The data set lies in memory, so a batch is an indexed copy into one of two sets of buffers in turns; there is no loader
+process, and no state but batches that were made ahead of their steps. The order of an epoch is a permutation by (seed,
 epoch), augmentation and dropout are draws by (seed, epoch, sample index): any step of a run can be made again from two
 integers.
 """
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 class Batch:
     """One rank's part of a global batch.
 
-    images (n, C, H, W), valid until the next but one is made; targets for the loss; labels (n,) for the accuracy;
+    images (n, C, H, W), valid until batches are made twice more; targets for the loss; labels (n,) for the accuracy;
     rng: the identity of the samples; size: of the global batch.
     """
 
@@ -49,21 +49,33 @@ class Loader:
     def __init__(self, split: Split, recipe: Recipe, num_classes: int, comm: Communicator) -> None:
         self.steps_per_epoch = -(-len(split) // recipe.batch_size)
         self._split, self._recipe, self._classes, self._comm = split, recipe, num_classes, comm
-        shape = (min(recipe.batch_size, len(split)), *split.images.shape[1:])
-        self._buffers = [np.empty(shape, split.images.dtype) for _ in range(2)]  # the last one is of the last batch
-        self._ahead: tuple[int, Batch] | None = None
+        self._shape = (min(recipe.batch_size, len(split)), *split.images.shape[1:])
+        self._buffers: list[list[Array]] = [[], []]  # the last set holds what was made last
+        self._ahead: tuple[int, list[Batch]] = 0, []
         self._order: SampleRng | None = None  # of an epoch
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of that step; the last batch of an epoch may be smaller."""
-        ahead, self._ahead = self._ahead, None
-        return ahead[1] if ahead is not None and ahead[0] == step else self._made(step)
+        return self.batches(step, 1)[0]
 
-    def make(self, step: int) -> None:
-        """Make a batch ahead, for ``batch`` to give if it is the next one asked for."""
-        self._ahead = step, self._made(step)
+    def batches(self, first: int, count: int) -> list[Batch]:
+        """The batches of so many steps from that one on."""
+        start, ahead = self._ahead
+        if start != first or len(ahead) < count:
+            self.make(first, count)
+            ahead = self._ahead[1]
+        self._ahead = 0, []
+        return ahead[:count]
 
-    def _made(self, step: int) -> Batch:
+    def make(self, first: int, count: int) -> None:
+        """Make batches ahead, for ``batches`` to give if they are the next ones asked for."""
+        self._buffers.reverse()
+        buffers = self._buffers[-1]
+        while len(buffers) < count:
+            buffers.append(np.empty(self._shape, self._split.images.dtype))
+        self._ahead = first, [self._made(first + i, buffers[i]) for i in range(count)]
+
+    def _made(self, step: int, buffer: Array) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order.epoch != epoch:
             seed = self._recipe.seed
@@ -72,13 +84,12 @@ class Loader:
         samples = self._order[position * size : (position + 1) * size]
         mine = shard(len(samples), self._comm)
         if all(augment.per_sample for augment in self._recipe.augment):
-            return self._augmented(samples[mine], len(samples))
-        whole = self._augmented(samples, len(samples))
+            return self._augmented(samples[mine], len(samples), buffer)
+        whole = self._augmented(samples, len(samples), buffer)
         return Batch(whole.images[mine], whole.targets[mine], whole.labels[mine], whole.rng[mine], whole.size)
 
-    def _augmented(self, rng: SampleRng, size: int) -> Batch:
-        self._buffers.reverse()
-        indices, images = rng.indices, self._buffers[-1][: len(rng)]
+    def _augmented(self, rng: SampleRng, size: int, buffer: Array) -> Batch:
+        indices, images = rng.indices, buffer[: len(rng)]
         np.take(self._split.images, indices, axis=0, out=images, mode="clip")  # "clip" writes without a second buffer
         labels = self._split.labels[indices]
         targets: Array = labels

@@ -1,4 +1,4 @@
-"""One optimizer step on the global batch, by one process or by many.
+"""Optimizer steps on global batches, by one process or by many.
 
 With ranks a step has four parts, which `Seconds` keeps apart: each rank computes the gradient of its samples, whose
 parts may leave on the way; a handful of numbers is added up (loss, correct answers, BatchNorm's statistics, whether a
@@ -9,14 +9,14 @@ not finite and when to stop.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from convolt.comms import Array, Communicator
-from convolt.engine import Executor, StepResult
+from convolt.engine import Executor, StepInput, StepResult
 from convolt.errors import RanksLost
 from convolt.loader import Batch
 from convolt.metrics import correct
@@ -84,31 +84,56 @@ class Stepper:
                 self.executor.prepare(pieces[0].images)
             self.comm.barrier()
 
-    # ---------------------------------------------------------------------------------------------------- one step
+    # ------------------------------------------------------------------------------------------------------- steps
 
-    def step(self, batch: Batch, optimizer: Optimizer, meanwhile: Callable[[], None] | None = None) -> Outcome:
-        """One step; weights and statistics stay as they are when loss, gradient or a statistic is not finite.
+    def steps(
+        self, batches: Sequence[Batch], optimizers: Sequence[Optimizer], meanwhile: Callable[[], None] | None = None
+    ) -> list[Outcome]:
+        """One step, or as many as there are batches if it ``fuses``; up to the first that is not finite.
 
-        So they do when it raises RanksLost. meanwhile: see ``Executor.train_step``.
+        Weights and statistics stay as they are in a step whose loss, gradient or statistic is not finite, and when this
+        raises RanksLost. meanwhile: see ``Executor.train_step``.
         """
-        recipe, executor = self.recipe, self.executor
+        executor = self.executor
         statistics = executor.statistics()
-        clipped = recipe.clip_norm is not None or recipe.clip_value is not None
-        whole = recipe.micro_batch_size is None or recipe.micro_batch_size >= batch.size
-        if self._serial and whole and not clipped:
-            scale = 1 / batch.size
-            what = batch.images, batch.targets, recipe.loss, scale, optimizer, batch.rng
-            result = executor.train_step(*what, meanwhile)
-            outcome = Outcome(result.loss, right_of(result, batch))
+        if self._direct(batches[0].size):
+            outcomes = self._taken(batches, optimizers, meanwhile)
         else:
             try:
-                outcome = self._accumulated(batch, optimizer, statistics)
+                outcomes = [self._accumulated(batches[0], optimizers[0], statistics)]
             except RanksLost:
                 executor.restore_statistics(statistics)
                 raise
-        if not math.isfinite(outcome.loss):
+        if not math.isfinite(outcomes[-1].loss):
             executor.restore_statistics(statistics)
-        return outcome
+        return outcomes
+
+    def step(self, batch: Batch, optimizer: Optimizer) -> Outcome:
+        """One step."""
+        return self.steps([batch], [optimizer])[0]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether ``steps`` takes more than one, which the engine gains by."""
+        return self.executor.fuses_steps and self._direct(self.recipe.batch_size)
+
+    def _direct(self, size: int) -> bool:
+        """Whether nothing stands between the gradient of a batch and the update."""
+        recipe = self.recipe
+        clipped = recipe.clip_norm is not None or recipe.clip_value is not None
+        whole = recipe.micro_batch_size is None or recipe.micro_batch_size >= size
+        return self._serial and whole and not clipped
+
+    def _taken(
+        self, batches: Sequence[Batch], optimizers: Sequence[Optimizer], meanwhile: Callable[[], None] | None
+    ) -> list[Outcome]:
+        works = [
+            StepInput(batch.images, batch.targets, 1 / batch.size, optimizer, batch.rng)
+            for batch, optimizer in zip(batches, optimizers, strict=True)
+        ]
+        results = self.executor.train_steps(works, self.recipe.loss, meanwhile)
+        pairs = zip(results, batches, strict=False)  # fewer results where one is not finite
+        return [Outcome(result.loss, right_of(result, batch)) for result, batch in pairs]
 
     def _accumulated(self, batch: Batch, optimizer: Optimizer, statistics: dict[str, Array]) -> Outcome:
         executor = self.executor

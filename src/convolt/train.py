@@ -13,7 +13,8 @@ import signal
 import time as clock
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ import numpy as np
 from convolt.callbacks import Callback, StepEvent
 from convolt.checkpoint import Checkpoint
 from convolt.comms import Communicator, Serial, whereabouts
+from convolt.course import Course
 from convolt.data import Dataset
 from convolt.datasets.spec import DataSpec
-from convolt.duration import Time, due, length
+from convolt.duration import due
 from convolt.elastic import regroup
 from convolt.engine import Engine, Executor
 from convolt.engines import default_engine
@@ -41,10 +43,9 @@ from convolt.preconditions import check_fit, check_kinds
 from convolt.progress import Progress, State
 from convolt.recipe import Recipe, plain
 from convolt.run import Run
-from convolt.schedules import watched
 from convolt.signals import StopAsked, StopRequest
-from convolt.step import Stepper
-from convolt.teacher import teacher_of, with_teacher
+from convolt.step import Outcome, Stepper
+from convolt.teacher import teacher_of
 
 
 def fit(
@@ -117,7 +118,7 @@ def fit(
         training = _Training(
             run, data, recipe, executor, loader, stepper, tuple(callbacks), checkpoint_every, keep_last
         )
-        training.teacher = teacher
+        training.course.teacher = teacher
         closing.callback(training.close)
         try:
             training.start(checkpoint, from_given=params is not None)
@@ -130,8 +131,6 @@ def fit(
 
 class _Training:
     """One run under way."""
-
-    teacher: Executor | None = None
 
     def __init__(
         self,
@@ -148,12 +147,11 @@ class _Training:
         self.run, self.data, self.recipe, self.executor, self.loader = run, data, recipe, executor, loader
         self.stepper, self.comm, self.callbacks = stepper, stepper.comm, callbacks
         self.checkpoint_every, self.keep_last = checkpoint_every, keep_last
-        self.total_steps = recipe.epochs * loader.steps_per_epoch
         self.state = State(executor, recipe.ema)
+        self.course = Course(recipe, loader, stepper, self.state, checkpoint_every)
         self.saved_step: int | None = None
         self.asked = 0  # the signal that ends the run
         self.training_is_over = False
-        self._optimizer: tuple[tuple[Time, float], Optimizer] | None = None
 
     def close(self) -> None:
         """Give the run's folder back, whether it was this rank's from the start or not."""
@@ -201,53 +199,42 @@ class _Training:
 
     def loop(self) -> None:
         """Steps until the epochs are done, or early stopping. Raises StopAsked, TrainingError, CheckpointError."""
-        recipe = self.recipe
         if self.epoch_is_over:  # a signal came in its validation
             self.close_step()
-        while self.progress.step < self.total_steps and not self.stopped_early:
-            began, compiled = clock.perf_counter(), self.executor.compile_seconds
-            now = self.time(self.progress.step)
-            self.executor.dropout = now.step >= length(recipe.dropout_from, now)
-            optimizer = self.optimizer_at(now)
-            batch = self.batch(now.step)
-            result = None if now.step in self.progress.left_out else self.stepper.step(batch, optimizer, self.ahead)
-            if result is not None and not math.isfinite(result.loss):
-                if self.rolled_back():
-                    continue
-                result = None
-            self.progress.step += 1
-            self.progress.lr = optimizer.lr
-            if result is None:
-                self.progress.skipped += 1
+        while self.progress.step < self.course.total_steps and not self.stopped_early:
+            batches, optimizers, outcomes, seconds = self.take_steps()
+            for batch, optimizer, outcome in zip(batches, optimizers, outcomes, strict=False):  # up to one not finite
+                taken, progress = math.isfinite(outcome.loss), self.progress
+                if not taken and progress.step not in progress.left_out and self.rolled_back():
+                    break
+                progress.step += 1
+                progress.lr = optimizer.lr
+                if taken:
+                    progress.count(outcome.loss, outcome.right, batch.size, seconds)
+                else:
+                    progress.skipped += 1
+                self.tell(batch, outcome.loss if taken else math.nan)
             else:
-                self.state.average(self.time(self.progress.step))
-                seconds = clock.perf_counter() - began - (self.executor.compile_seconds - compiled)
-                self.progress.count(result.loss, result.right, batch.size, seconds)
-            self.tell(batch, math.nan if result is None else result.loss)
-            self.close_step()
+                self.close_step()
 
-    def ahead(self) -> None:
-        """Make what the next step needs and what does not depend on this one, which is under way.
+    def take_steps(self) -> tuple[list[Batch], list[Optimizer], list[Outcome], float]:
+        """Take the next step, or several in one call: their parts, what they gave, and the seconds of each.
 
-        What fails here fails again when that step comes, and is told then: this one, and what follows it, count.
+        Nothing comes of a step that is left out. The last one may be one that is not finite, and has changed nothing.
         """
-        following = self.progress.step + 1
-        if following < self.total_steps:
-            with suppress(Exception):
-                self.loader.make(following)
-                self.optimizer_at(self.time(following))
-
-    def optimizer_at(self, now: Time) -> Optimizer:
-        """The optimizer of a step; the last one asked for is kept."""
-        key = now, self.progress.lr_factor
-        if self._optimizer is None or self._optimizer[0] != key:
-            self._optimizer = key, self.recipe.optimizer_at(*key)
-        return self._optimizer[1]
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, with the teacher's answer where the loss wants it."""
-        batch = self.loader.batch(step)
-        return batch if self.teacher is None else with_teacher(batch, self.teacher.predict(batch.images))
+        began, compiled = clock.perf_counter(), self.executor.compile_seconds
+        first = self.progress.step
+        count = self.course.stretch(first)
+        self.executor.dropout = self.course.dropout(first)
+        batches, optimizers = self.course.batches(first, count), self.course.optimizers(first, count)
+        if first in self.progress.left_out:
+            return batches, optimizers, [Outcome(math.nan, 0)], 0.0
+        outcomes = self.stepper.steps(batches, optimizers, partial(self.course.ahead, first + count))
+        if math.isfinite(outcomes[-1].loss):
+            self.state.average(self.course.time(first + len(outcomes)))
+        seconds = (clock.perf_counter() - began - (self.executor.compile_seconds - compiled)) / len(outcomes)
+        self.course.pace = seconds
+        return batches, optimizers, outcomes, seconds
 
     def rolled_back(self) -> bool:
         """Apply the policy to a step that is not finite. Raises TrainingError; True when an earlier step comes next."""
@@ -283,8 +270,8 @@ class _Training:
         if self.epoch_is_over or step % self.stepper.parallel.local_steps == 0:
             self.state.meet(self.stepper)
         improved = self.epoch_is_over and self.close_epoch()
-        done = step == self.total_steps or self.stopped_early
-        if improved or done or due(self.checkpoint_every, self.time(step)):
+        done = step == self.course.total_steps or self.stopped_early
+        if improved or done or due(self.checkpoint_every, self.course.time(step)):
             self.save(best=improved)
         self.heed()
 
@@ -346,7 +333,7 @@ class _Training:
         if self.saved_step != self.progress.step:
             self.save(best=False)
         self.comm.barrier()
-        done = f"{signal.Signals(asked).name} after step {self.progress.step} of {self.total_steps}"
+        done = f"{signal.Signals(asked).name} after step {self.progress.step} of {self.course.total_steps}"
         raise Interrupted(f"{done}, saved; go on with: {self.way_on()}")
 
     def way_on(self) -> str:
@@ -355,12 +342,6 @@ class _Training:
             return f"fit(..., out={str(self.run.folder)!r}, resume=True)"
         ranks = f" --ranks {self.comm.size}" if self.comm.size > 1 else ""
         return f"convolt train --resume {self.run.folder}{ranks}"
-
-    def time(self, step: int) -> Time:
-        """Where the run stands after ``step`` steps, with what Plateau watches."""
-        monitor = watched(self.recipe.schedule)
-        metrics = self.progress.monitored[monitor] if monitor else ()
-        return Time(step, self.loader.steps_per_epoch, self.total_steps, tuple(metrics))
 
     def tell(self, batch: Batch, loss: float) -> None:
         """Tell the callbacks of a step."""
@@ -388,7 +369,7 @@ class _Training:
         self.comm.broadcast(found)
         if found[0]:
             self.restore(checkpoint)
-        elif from_given or self.recipe.non_finite.policy == "rollback" or not self.total_steps:
+        elif from_given or self.recipe.non_finite.policy == "rollback" or not self.course.total_steps:
             self.save(best=False)
         self.comm.barrier()  # passed by all or by none: from here on the loss of a rank is an affair of `go_on`
         for callback in self.callbacks:

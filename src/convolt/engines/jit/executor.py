@@ -10,21 +10,22 @@ first needs it and kept; a smaller batch runs in the same buffers.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from convolt.engine import Executor, OnReady, StageTime, StepResult
+from convolt.engine import Executor, OnReady, StageTime, StepInput, StepResult
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import FP32, Isa, Units
 from convolt.engines.jit.kernels.loss_specs import MOVED, UNBOUNDED, UNLABELED
 from convolt.engines.jit.plan import Segments
-from convolt.engines.jit.programs import Programs
+from convolt.engines.jit.programs import Programs, Step
 from convolt.engines.jit.runtime import Program, Team
 from convolt.engines.jit.update import Moves, Updater
 from convolt.errors import ConfigError
+from convolt.layers import Dropout, walk
 from convolt.losses import CrossEntropy, Loss
 from convolt.model import Model
 from convolt.optimizers import Optimizer
@@ -60,6 +61,9 @@ class JitExecutor(Executor):
         self._version = 0  # of the weights: copies of them (packed, folded, in bf16) belong to one
         self._statistics = 0  # the same of BatchNorm's running statistics
         self._moves: Moves | None = None  # with which the last step was one program
+        self.fuses_steps = not params.buffers and not any(
+            isinstance(layer, Dropout) for _, layer, _, _ in walk(model.layers, model.input_shape)
+        )
         self._updater = Updater(params, self.grads, isa, self._compiler, self._team)
 
     def predict(self, x: Array) -> Array:
@@ -108,34 +112,79 @@ class JitExecutor(Executor):
         meanwhile: Callable[[], None] | None = None,
     ) -> StepResult:
         """A whole step in one call into compiled code, for cross-entropy on labels; else as any executor does it."""
+        results = self._at_once([StepInput(x, y, scale, optimizer, rng)], loss, meanwhile)
+        return results[0] if results else Executor.train_step(self, x, y, loss, scale, optimizer, rng, meanwhile)
+
+    def train_steps(
+        self, steps: Sequence[StepInput], loss: Loss, meanwhile: Callable[[], None] | None = None
+    ) -> list[StepResult]:
+        """All of them in one call, where one step is."""
+        return self._at_once(steps, loss, meanwhile) or Executor.train_steps(self, steps, loss, meanwhile)
+
+    def _at_once(
+        self, steps: Sequence[StepInput], loss: Loss, meanwhile: Callable[[], None] | None
+    ) -> list[StepResult]:
+        """Steps as one program, up to the first that may not move weights; nothing is done if they cannot be one."""
         began = not self._updater.state
-        fits = not self._add_ranks and self._are_labels(y, len(x))
-        criterion = loss if fits and type(loss) is CrossEntropy else None
-        moves = None if criterion is None else self._updater.moves(optimizer)
-        if criterion is None or moves is None:
-            return Executor.train_step(self, x, y, loss, scale, optimizer, rng, meanwhile)
-        programs = self._loaded(x, rng)
-        programs.labels[: len(x)] = y
-        programs.scale[0] = scale
-        self._updater.set_numbers(optimizer, self._updater.step + 1)
-        step, self._moves = programs.step(criterion, self._updater, moves), moves
-        self._team.run(step.program, meanwhile)
+        first, moves = steps[0], self._moves_of(steps, loss)
+        if moves is None or not isinstance(loss, CrossEntropy):
+            return []
+        programs = self._loaded(first.x, first.rng)
+        programs.tell(first.y, first.scale)
+        self._updater.set_numbers(first.optimizer, self._updater.step + 1)
+        whole, self._moves = programs.step(loss, self._updater, moves), moves
+        results = []
+        if len(steps) == 1:
+            self._team.run(whole.program, meanwhile)
+        else:
+            stretch = programs.stretch(loss, self._updater, moves, len(steps))
+            for number, step in enumerate(steps[1:], 1):
+                self._updater.set_numbers(
+                    step.optimizer, self._updater.step + 1 + number, stretch.desks.numbers[number]
+                )
+                stretch.write(number, step.x, step.y, step.scale, renews=not whole.rounds_all)
+            self._team.run(stretch.program, meanwhile)
+            results = [StepResult(*stretch.read(i, len(steps[i].x))) for i in range(stretch.begun)]
+            self._moved(len(results), programs, whole)
         self._count_batches()
-        (total, right, _, verdict), logits = programs.findings.tolist(), programs.logits[: len(x)].copy()
+        last = steps[len(results)]
+        return [*results, self._judged(programs, whole, last, loss, began and last is first)]
+
+    def _moves_of(self, steps: Sequence[StepInput], loss: Loss) -> Moves | None:
+        """How the kernels of one program move the weights in all of these steps; None where they cannot be one."""
+        fits = type(loss) is CrossEntropy and not self._add_ranks
+        if not fits or not all(self._are_labels(step.y, len(step.x)) for step in steps):
+            return None
+        first, *others = [self._updater.moves(step.optimizer) for step in steps]
+        if others:
+            for step in steps:
+                self._check(step.x)
+            plans = {id(self._ready(step.x, training=True)) for step in steps}
+            if not self.fuses_steps or len(plans) > 1 or any(other is not first for other in others):
+                return None
+        return first
+
+    def _moved(self, steps: int, programs: Programs, whole: Step) -> None:
+        """So many steps have moved the weights."""
+        self._updater.step += steps
+        self._version += steps
+        if steps and whole.rounds_all:  # the kernel that moves these weights has rounded them as well
+            programs.version = self._version
+
+    def _judged(self, programs: Programs, whole: Step, step: StepInput, loss: Loss, began: bool) -> StepResult:
+        """What came of the last step that was begun; ``began``: of all. Raises what the loss does."""
+        (total, right, _, verdict), logits = programs.findings.tolist(), programs.logits[: len(step.x)].copy()
         if verdict == MOVED:
-            self._updater.step += 1
-            self._version += 1
-            if step.rounds_all:  # the kernel that moves these weights has rounded them as well
-                programs.version = self._version
+            self._moved(1, programs, whole)
             return StepResult(total, logits, int(right))
         if began:  # as if it had not been tried
             self.load_optimizer_state({"step": np.array(self._updater.step)})
         if verdict == UNLABELED:
-            loss(logits, y)  # raises, and tells which label is none
-        if verdict == UNBOUNDED and step.late is not None:
-            self._team.run(step.late)
+            loss(logits, step.y)  # raises, and tells which label is none
+        if verdict == UNBOUNDED and whole.late is not None:
+            self._team.run(whole.late)
             if math.isfinite(self.grad_norm()):
-                self.update(optimizer)
+                self.update(step.optimizer)
                 return StepResult(total, logits, int(right))
         return StepResult(math.nan, logits)
 

@@ -14,13 +14,14 @@ from convolt.engines.jit.graph import Operation, learning, operations
 from convolt.engines.jit.half import keep_half
 from convolt.engines.jit.isa import Isa, Units
 from convolt.engines.jit.kernels.loss_specs import FINDINGS, LossSpec
-from convolt.engines.jit.kernels.specs import UpdateSpec
+from convolt.engines.jit.kernels.specs import ONE, UpdateSpec
 from convolt.engines.jit.matrices import reads_half, reads_pixels
 from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
 from convolt.engines.jit.serve import input_tasks, serve
+from convolt.engines.jit.stretch import Desk, Stretch
 from convolt.engines.jit.update import Moves, Updater
 from convolt.errors import ConfigError
 from convolt.explanation import Stage
@@ -114,12 +115,13 @@ class Programs:
         kind = np.dtype(np.uint8 if byte_input else np.float32)
         self._copies = capacity * math.prod(model.input_shape) * kind.itemsize <= SMALL
         self._images = np.zeros((capacity if self._copies else 0, *model.input_shape), kind)
-        self._state[1] = address_of(self._images)
+        self._address = address_of(self._images)
         outputs = math.prod(self._output.shape)
         self.logits = self._array(f"value {self._output.name}", outputs)
         self.dlogits = self._array(f"slope {self._output.name}", outputs)
         self.labels, self.findings, self.scale = np.zeros(capacity, np.int64), np.zeros(FINDINGS), np.zeros(1)
         self._steps: dict[tuple[float, Moves | None], Step] = {}
+        self._stretches: dict[tuple[float, Moves, int], Stretch] = {}
         self._whole: dict[bool, Segments] = {}
         self._slices: dict[bool, list[tuple[Segments, slice]]] = {}
         self.version = -1
@@ -144,10 +146,15 @@ class Programs:
             self._images[: len(x)] = x
         else:
             self._images = np.ascontiguousarray(x, self._images.dtype)
-            self._state[1] = address_of(self._images)
-        self._state[0] = len(x)
+            self._address = address_of(self._images)
+        self._state[0], self._state[1] = len(x), self._address
         self._state[2] = version != self.version
         self.version = version
+
+    def tell(self, y: Array, scale: float) -> None:
+        """The targets of that batch, and what its loss is scaled by."""
+        self.labels[: len(y)] = y
+        self.scale[0] = scale
 
     def check_norms(self, count: int) -> None:
         """Refuse to train on so few images that a BatchNorm would see one value a channel. Raises ConfigError."""
@@ -312,9 +319,19 @@ class Programs:
             self._steps[key] = Step(program, late, bool(deferred) and len(copied) == len(deferred))
         return self._steps[key]
 
+    def stretch(self, loss: CrossEntropy, updater: Updater, moves: Moves, count: int) -> Stretch:
+        """So many steps, one behind another, for a model without masks, which the host draws."""
+        key = loss.label_smoothing, moves, count
+        if key not in self._stretches:
+            desk = Desk(self.plan.state[:ONE], self.labels, self.scale, updater.numbers, self.findings, self.logits)
+            step = self.step(loss, updater, moves).program
+            self._stretches[key] = Stretch(self.plan, step, desk, self._images.dtype, count, self._compiler)
+        return self._stretches[key]
+
     def forget_steps(self) -> None:
         """The optimizer's state, which they move, is another one."""
         self._steps.clear()
+        self._stretches.clear()
 
     def requests(self, tasks: Tasks) -> list[tuple[str, Any]]:
         """What the compiler is asked for."""

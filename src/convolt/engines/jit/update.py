@@ -45,7 +45,7 @@ class Updater:
         self.program: Program | None = None
         self._params, self._grads, self._compiler, self._team = params, grads, compiler, team
         self._plan = Plan(params, grads, 1, isa, 1, set())
-        self._numbers = np.zeros(NUMBERS)
+        self.numbers = np.zeros(NUMBERS)
         self._norms: dict[tuple[str, ...], tuple[Task, Array, Array]] = {}
         self._made_for: tuple[Moves, slice | None] | None = None
         self._moves: dict[tuple[Any, ...], Moves | None] = {}
@@ -103,10 +103,10 @@ class Updater:
         self.set_numbers(optimizer, self.step)
         self._team.run(self.program)
 
-    def set_numbers(self, optimizer: Optimizer, step: int) -> None:
-        """Tell the kernels the scalars of a step."""
+    def set_numbers(self, optimizer: Optimizer, step: int, place: Array | None = None) -> None:
+        """Tell the kernels the scalars of a step, or write them down in another place."""
         numbers = _numbers(optimizer, step)
-        self._numbers[: len(numbers)] = numbers
+        (self.numbers if place is None else place)[: len(numbers)] = numbers
 
     def norm_task(self, without: tuple[str, ...] = ()) -> tuple[Task, Array]:
         """The squares of the gradient, without some parameters', summed run by run; and the array of these sums."""
@@ -138,7 +138,7 @@ class Updater:
         vectors += [address_of(self._params.flat)] * (3 - len(vectors))
         parts = [part] if part is not None else self._around(tuple(one.name for one in deferred))
         runs = self._cut(moves.decays_all, parts)
-        numbers = address_of(self._numbers)
+        numbers = address_of(self.numbers)
         arguments = address_of(self._params.flat), address_of(self._grads.flat), *vectors, numbers, address_of(runs)
         task = self._plan.whole("update", "weights:update", moves.spec, len(runs), *arguments)
         fused = [

@@ -1,0 +1,27 @@
+"""What is done between two steps of a stretch: numbers are copied."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convolt.engines.jit.memory import view
+
+
+@dataclass(frozen=True)
+class CopySpec:
+    """Copies that the arguments describe: nothing is compiled for one model."""
+
+
+def copies(spec: CopySpec) -> Callable[..., None]:
+    """Arguments: state, rows (int64: from, to, how many words of 32 bits), how many rows. One chunk."""
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        rows = view(arguments[1], (arguments[2], 3), np.int64)
+        for i in range(len(rows)):
+            source, target = view(rows[i, 0], (rows[i, 2],), np.int32), view(rows[i, 1], (rows[i, 2],), np.int32)
+            for j in range(len(source)):
+                target[j] = source[j]
+
+    return kernel
