@@ -44,11 +44,12 @@ from jit_mutants_fp32 import FP32
 from jit_mutants_fp32 import ONE_PASS as ONE_PASS_FP32
 from jit_mutants_half import HALF
 from jit_mutants_pairs import PAIRS as OF_PAIRS
-from jit_mutants_steps import REFUSALS, STEPS
+from jit_mutants_steps import IN_BF16, REFUSALS, STEPS, STRETCHES
 from jit_mutants_windows import WINDOWS
 from jit_scratch import needs_no_scratch_of_others
 from pool_cases import POOLS
 from step_cases import refuses
+from stretch_cases import stretches_are_steps
 
 from convolt.engines import JIT
 from convolt.engines.jit.compiler import Compiler
@@ -115,6 +116,8 @@ JUDGES: dict[str, Callable[[str], None]] = {
     },
     ONE_PASS_FP32: _once(one_pass_gives_the_bits_of_two, Adam(lr=0.01), "fp32"),
     REFUSALS: _once(refuses, next(entry for entry in ENGINES if entry.name == "jit")),
+    STRETCHES: _once(stretches_are_steps, "fp32"),
+    IN_BF16: _once(stretches_are_steps, "bf16"),
     OVERFLOW: _once(overflow_leaves_the_weights, "bf16"),
     FEW_IN_BF16: few_predictions_equal_float64,
     FASTEST: _once(unit_is_the_fastest),

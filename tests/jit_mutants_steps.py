@@ -1,8 +1,10 @@
-"""Mistakes in the look at a step, behind which it ends or weights are moved."""
+"""Mistakes in the look at a step, behind which it ends or weights are moved, and in calls of several steps."""
 
 from jit_mutant import JitMutant
 
 LOSS, DRIVER, REFUSALS = "kernels/loss.py", "driver.py", "refusals"
+COPIES, STRETCH, EXECUTOR = "kernels/stretch.py", "stretch.py", "executor.py"
+STRETCHES, IN_BF16 = "several steps in one call", "several steps in one call, bf16"
 
 STEPS = (
     JitMutant("numbers below all labels", LOSS, "def cross_entropy", "labels[n] < 0 or ", "", REFUSALS),
@@ -12,4 +14,21 @@ STEPS = (
     JitMutant("any gradient", LOSS, "def look", "total += squares[i]", "pass", REFUSALS),
     JitMutant("a program without end", DRIVER, "def run(", "load(state + ENDED) != 0", "False", REFUSALS),
     JitMutant("ended for ever", DRIVER, "def start(", "exchange(state + ENDED, 0)", "pass", REFUSALS),
+    JitMutant("a row uncopied", COPIES, "def copies", "range(len(rows))", "range(len(rows) - 1)", STRETCHES),
+    JitMutant("a word uncopied", COPIES, "def copies", "range(len(source))", "range(len(source) - 1)", STRETCHES),
+    JitMutant("half of the numbers", STRETCH, "class Stretch", "b.nbytes // 4", "b.nbytes // 8", STRETCHES),
+    JitMutant("findings a row late", STRETCH, "class Stretch", "row[number - 1]", "row[number]", STRETCHES),
+    JitMutant("the first of all begun", STRETCH, "class Stretch", "numbers[number:]", "numbers", STRETCHES),
+    JitMutant("begun for ever", STRETCH, "class Stretch", "self._begun[0] = 0", "pass", STRETCHES),
+    JitMutant("everybody's scale", STRETCH, "class Stretch", "desks.scale[number] = scale", "pass", STRETCHES),
+    JitMutant(
+        "batches of one size", STRETCH, "class Stretch", "= len(x), addr", "= len(desks.labels[0]), addr", STRETCHES
+    ),
+    JitMutant("results that are lent", STRETCH, "class Stretch", ":images].copy()", ":images]", STRETCHES),
+    JitMutant("one rate for two steps", EXECUTOR, "def _at_once", "step + 1 + number", "step + number", STRETCHES),
+    JitMutant("steps uncounted", EXECUTOR, "def _moved", "_updater.step += steps", "_updater.step += 1", STRETCHES),
+    JitMutant(
+        "copies of old weights", EXECUTOR, "def _at_once", "renews=not whole.rounds_all", "renews=False", IN_BF16
+    ),
+    JitMutant("copies for new ones", EXECUTOR, "def _moved", "self._version += steps", "self._version += 0", IN_BF16),
 )

@@ -116,14 +116,15 @@ def main(folder: Path, attempt: str, faults: str, *settings: str) -> None:
                 callbacks.append(AtStart(death.begin))
             else:
                 death.begin()
-    load = Loader.batch
+    load = Loader.batches
 
-    def told(self: Loader, step: int) -> Batch:
-        batch = load(self, step)
-        books.write(takes=step, samples=batch.images[:, 0, 0, 0].tolist(), rank=comm.rank, size=comm.size)
-        return batch
+    def told(self: Loader, first: int, count: int) -> list[Batch]:
+        batches = load(self, first, count)
+        for step, batch in enumerate(batches, first):
+            books.write(takes=step, samples=batch.images[:, 0, 0, 0].tolist(), rank=comm.rank, size=comm.size)
+        return batches
 
-    Loader.batch = told
+    Loader.batches = told
     fit(
         MODEL,
         numbered(),

@@ -44,6 +44,8 @@ MODEL = Model(
         Dense(4 * SIZE * SIZE // 4, CLASSES),
     ),
 )
+#: Without statistics and masks, which the host would look after between two steps.
+PLAIN = Model((1, SIZE, SIZE), (Conv2d(1, 4, 3, padding=1), ReLU(), Flatten(), Dense(4 * SIZE * SIZE, CLASSES)))
 
 
 def dataset(dtype: type = np.uint8) -> Dataset:
@@ -63,11 +65,12 @@ def dataset(dtype: type = np.uint8) -> Dataset:
 
 @dataclass(frozen=True)
 class Case:
-    """An engine and a recipe."""
+    """An engine, a recipe and a network."""
 
     engine: str
     recipe: Recipe
     threads: int = 1
+    model: Model = MODEL
 
 
 def _recipe(**changes: Any) -> Recipe:
@@ -110,6 +113,9 @@ CASES = {
         _recipe(optimizer=Adam(lr=3e-3), schedule=Plateau(patience=0, threshold=0.5), augment=(Flip(), Crop(1))),
         threads=2,
     ),
+    "jit-several-steps-in-one-call": Case(
+        "jit", _recipe(optimizer=Adam(lr=3e-3), schedule=Cosine(), epochs=EPOCHS + 1), threads=2, model=PLAIN
+    ),
     "torch-adamw-warmup-ema": Case(
         "torch",
         _recipe(optimizer=AdamW(lr=3e-3), schedule=Warmup("4ba", then=Cosine()), ema=EMA(0.9), augment=(Flip(),)),
@@ -132,7 +138,7 @@ def start(name: str, folder: Path, *callbacks: Callback, checkpoint_every: str =
     """Begin the run of a case, or go on with it if its folder is there."""
     case = CASES[name]
     return fit(
-        MODEL,
+        case.model,
         dataset(),
         case.recipe,
         engine=engine_class(case.engine)(threads=case.threads),

@@ -55,25 +55,26 @@ def sick(request, monkeypatch):
 
 
 def spoil_images(monkeypatch, steps: tuple[int, ...], value: float) -> None:
-    batch = Loader.batch
+    batches = Loader.batches
 
-    def spoiled(loader: Loader, step: int):
-        made = batch(loader, step)
-        if step in steps:
-            made.images[0, 0, 3, 3] = value
+    def spoiled(loader: Loader, first: int, count: int):
+        made = batches(loader, first, count)
+        for step, batch in enumerate(made, first):
+            if step in steps:
+                batch.images[0, 0, 3, 3] = value
         return made
 
-    monkeypatch.setattr(Loader, "batch", spoiled)
+    monkeypatch.setattr(Loader, "batches", spoiled)
 
 
 def spoil_gradients(monkeypatch, steps: tuple[int, ...]) -> None:
     """The loss stays finite; which step it is, the loader knows."""
-    batch, loss_and_grads = Loader.batch, TableExecutor.loss_and_grads
+    batches, loss_and_grads = Loader.batches, TableExecutor.loss_and_grads
     current = [0]
 
-    def counted(loader: Loader, step: int):
-        current[0] = step
-        return batch(loader, step)
+    def counted(loader: Loader, first: int, count: int):
+        current[0] = first
+        return batches(loader, first, count)
 
     def spoiled(executor: Executor, *args, **options) -> StepResult:
         result = loss_and_grads(executor, *args, **options)
@@ -81,7 +82,7 @@ def spoil_gradients(monkeypatch, steps: tuple[int, ...]) -> None:
             executor.grads.flat[7] = math.nan
         return result
 
-    monkeypatch.setattr(Loader, "batch", counted)
+    monkeypatch.setattr(Loader, "batches", counted)
     monkeypatch.setattr(TableExecutor, "loss_and_grads", spoiled)
 
 
@@ -225,15 +226,15 @@ def test_rollback_over_an_epoch_takes_its_record_back(sick, tmp_path):
 
 def test_statistic_that_overflows_is_not_finite(tmp_path, monkeypatch):
     """The variance is infinite, so the normalized values are 0, and loss and gradient are finite."""
-    batch = Loader.batch
+    batches = Loader.batches
 
-    def bright(loader: Loader, step: int):
-        made = batch(loader, step)
-        if step == SICK:
-            made.images[...] *= 1e25
+    def bright(loader: Loader, first: int, count: int):
+        made = batches(loader, first, count)
+        if first == SICK:
+            made[0].images[...] *= 1e25
         return made
 
-    monkeypatch.setattr(Loader, "batch", bright)
+    monkeypatch.setattr(Loader, "batches", bright)
     run = fit(MODEL, DATA, recipe("skip"), engine=ENGINE, out=tmp_path / "run", checkpoint_every="1ba")
     assert [event["step"] for event in events(run.folder)] == [SICK + 1]
     assert_sound(run)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import BATCH, CLASSES, EPOCHS, MODEL, STEPS, STEPS_PER_EPOCH, dataset
+from small_runs import BATCH, CLASSES, EPOCHS, MODEL, PLAIN, STEPS, STEPS_PER_EPOCH, dataset
 
 from convolt import train
 from convolt.augment import Crop
@@ -37,9 +37,6 @@ from convolt.train import fit
 DATA = dataset()
 ENGINE = Im2col(threads=1)
 RECIPE = Recipe(epochs=EPOCHS, batch_size=BATCH, seed=3, optimizer=SGD(lr=0.05, momentum=0.9), schedule=Cosine())
-PLAIN = Model(
-    (1, 8, 8), (Conv2d(1, 4, 3, padding=1), ReLU(), Flatten(), Dense(256, CLASSES))
-)  # no BatchNorm, no Dropout
 
 
 def trained(folder: Path, recipe: Recipe = RECIPE, model: Model = MODEL, data: Dataset = DATA, **options) -> Run:
@@ -67,9 +64,11 @@ def test_fit_is_the_loop_written_out(engine, tmp_path):
 
 def test_the_next_batch_is_made_while_threads_compute(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(Loader, "make", lambda loader, step, make=Loader.make: made.append(step) or make(loader, step))
+    monkeypatch.setattr(
+        Loader, "make", lambda loader, *what, make=Loader.make: made.append(what) or make(loader, *what)
+    )
     trained(tmp_path, engine=JIT(threads=2))
-    assert made == list(range(1, STEPS))
+    assert made == [(0, 1)] * 2 + [(step, 1) for step in range(STEPS)], "twice before the first step"
 
 
 def test_a_batch_made_ahead_leaves_the_images_that_a_step_reads(tmp_path):

@@ -7,6 +7,7 @@ sets in, and soon enough for a signal to be heeded. How long it is changes nothi
 """
 
 from contextlib import suppress
+from typing import NamedTuple
 
 from convolt.duration import Time, length, period
 from convolt.engine import Executor
@@ -20,6 +21,15 @@ from convolt.teacher import with_teacher
 
 MOST_STEPS = 8  # in a stretch; what is saved grows no more, and batches ahead take memory
 LONGEST = 0.05  # seconds of a stretch, which a signal waits for
+
+
+class _Ahead(NamedTuple):
+    """Optimizers of steps to come, and all that they depend on besides the recipe."""
+
+    first: int
+    now: Time
+    lr_factor: float
+    optimizers: list[Optimizer]
 
 
 class Course:
@@ -41,8 +51,7 @@ class Course:
         self.checkpoint_every = checkpoint_every
         self.total_steps = recipe.epochs * loader.steps_per_epoch
         self.pace: float | None = None
-        self._planned = 0, 0  # the first of the steps that are made ahead, and how many
-        self._optimizers: dict[tuple[Time, float], Optimizer] = {}  # theirs
+        self._ahead: _Ahead | None = None
 
     def time(self, step: int) -> Time:
         """Where the run stands after ``step`` steps, with what Plateau watches."""
@@ -52,8 +61,8 @@ class Course:
 
     def stretch(self, first: int) -> int:
         """How many steps, from that one on, may be taken before the host has something to do between two of them."""
-        if self._planned[0] == first and self._planned[1]:
-            return self._planned[1]
+        if self._ahead is not None and self._ahead.first == first:
+            return len(self._ahead.optimizers)
         recipe, epoch = self.recipe, self.loader.steps_per_epoch
         alone = recipe.ema is not None or self.teacher is not None or first in self.state.progress.left_out
         if alone or self.pace is None or not self.stepper.fuses:
@@ -78,21 +87,21 @@ class Course:
 
     def optimizers(self, first: int, count: int) -> list[Optimizer]:
         """The optimizers of so many steps."""
-        return [self._optimizers.get(key) or self.recipe.optimizer_at(*key) for key in self._keys(first, count)]
+        now, factor, ahead = self.time(first), self.state.progress.lr_factor, self._ahead
+        if ahead is not None and (ahead.now, ahead.lr_factor, len(ahead.optimizers)) == (now, factor, count):
+            return ahead.optimizers
+        return [self.recipe.optimizer_at(self.time(step), factor) for step in range(first, first + count)]
 
     def ahead(self, first: int) -> None:
         """Make what the next steps need and what does not depend on those before, which are under way.
 
         What fails here fails again when that step comes, and is told then: those before it count.
         """
+        self._ahead = None
         if first >= self.total_steps:
             return
         with suppress(Exception):
             count = self.stretch(first)
             self.loader.make(first, count)
-            self._planned = first, count
-            self._optimizers = {key: self.recipe.optimizer_at(*key) for key in self._keys(first, count)}
-
-    def _keys(self, first: int, count: int) -> list[tuple[Time, float]]:
-        """All that optimizers depend on."""
-        return [(self.time(step), self.state.progress.lr_factor) for step in range(first, first + count)]
+            optimizers = self.optimizers(first, count)
+            self._ahead = _Ahead(first, self.time(first), self.state.progress.lr_factor, optimizers)

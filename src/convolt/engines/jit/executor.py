@@ -157,7 +157,7 @@ class JitExecutor(Executor):
             return None
         first, *others = [self._updater.moves(step.optimizer) for step in steps]
         if others:
-            for step in steps:
+            for step in steps:  # all, before a plan is made for the first
                 self._check(step.x)
             plans = {id(self._ready(step.x, training=True)) for step in steps}
             if not self.fuses_steps or len(plans) > 1 or any(other is not first for other in others):
@@ -256,7 +256,7 @@ class JitExecutor(Executor):
             "optimizer state": sum(array.nbytes for array in self._updater.state.values()),
         }
         for programs in self._plans.values():
-            for kind, size in programs.plan.memory().items():
+            for kind, size in programs.memory().items():
                 found[kind] = found.get(kind, 0) + size
         return found
 

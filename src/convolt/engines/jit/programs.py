@@ -156,6 +156,11 @@ class Programs:
         self.labels[: len(y)] = y
         self.scale[0] = scale
 
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind: the plan's buffers, and the tables of calls of several steps."""
+        tables = sum(array.nbytes for stretch in self._stretches.values() for array in vars(stretch.desks).values())
+        return {**self.plan.memory(), **({"tables of steps": tables} if tables else {})}
+
     def check_norms(self, count: int) -> None:
         """Refuse to train on so few images that a BatchNorm would see one value a channel. Raises ConfigError."""
         for name, pixels in self._norms if self.plan.add_ranks is None else ():
