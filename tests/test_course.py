@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import BATCH, PLAIN, STEPS, STEPS_PER_EPOCH, SignalAt, dataset, fingerprint
 
-from convolt import course
+from convolt import course, train
 from convolt.augment import Mixup
 from convolt.callbacks import Callback, StepEvent
 from convolt.course import LONGEST, MOST_STEPS, Course
@@ -51,6 +51,15 @@ def calls(monkeypatch) -> list[int]:
         return train_steps(executor, steps, loss, meanwhile)
 
     monkeypatch.setattr(JitExecutor, "train_steps", told)
+    return asked
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[tuple[int, int]]:
+    """Of which steps batches were made: the first, and how many."""
+    asked: list[tuple[int, int]] = []
+    make = Loader.make
+    monkeypatch.setattr(Loader, "make", lambda loader, *what: asked.append(what) or make(loader, *what))
     return asked
 
 
@@ -117,10 +126,21 @@ def test_nothing_is_due_within_a_stretch(steps_per_epoch, epochs, checkpoint_eve
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_fast_step_is_one_of_many_in_a_call(calls, tmp_path):
-    """The second one was made ahead when nobody knew how fast they are."""
+def test_a_fast_step_is_one_of_many_in_a_call(calls, made, tmp_path):
+    """The second one was made ahead when nobody knew how fast they are. No batch is made twice."""
     fit(PLAIN, dataset(), recipe(), engine=ENGINE, out=tmp_path / "run")
     assert calls == [1, 1, STEPS_PER_EPOCH - 2, STEPS_PER_EPOCH, STEPS_PER_EPOCH]
+    assert made[:2] == [(0, 1)] * 2, "before the first step"
+    assert made[2:] == list(zip([0, 1, 2, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH], calls, strict=True))
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_step_takes_its_part_of_a_calls_time(tmp_path, monkeypatch):
+    """By a clock that a second passes on with each look: three calls in the first epoch, and one in the others."""
+    monkeypatch.setattr(train, "clock", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
+    monkeypatch.setattr(JitExecutor, "compile_seconds", 0.0)
+    run = fit(PLAIN, dataset(), recipe(), engine=ENGINE, out=tmp_path / "run")
+    np.testing.assert_allclose([epoch.train_seconds for epoch in run.history], [3, 1, 1])
 
 
 def test_a_slow_step_is_a_call(calls, tmp_path, monkeypatch):
@@ -134,9 +154,10 @@ def test_a_slow_step_is_a_call(calls, tmp_path, monkeypatch):
     [{"ema": EMA(0.9)}, {"clip_norm": 1.0}, {"clip_value": 0.1}, {"micro_batch_size": 5}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_the_host_does_between_two_steps_is_done_there(changes, calls, tmp_path, monkeypatch):
+def test_what_the_host_does_between_two_steps_is_done_there(changes, calls, made, tmp_path, monkeypatch):
     fit(PLAIN, dataset(), recipe(**changes), engine=ENGINE, out=tmp_path / "run")
     assert set(calls) <= {1}
+    assert {count for _, count in made} == {1}
     singly(monkeypatch)
     fit(PLAIN, dataset(), recipe(**changes), engine=ENGINE, out=tmp_path / "singly")
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "singly")
