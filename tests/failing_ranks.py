@@ -18,7 +18,7 @@ from convolt.launch import placement
 from convolt.step import Stepper
 
 where = placement()
-correct_step, correct_gradient = Stepper.step, Stepper._gradient
+correct_steps, correct_gradient = Stepper.steps, Stepper._gradient
 taken: list[int] = []
 
 
@@ -39,14 +39,14 @@ def fail(fault: str) -> None:
                 raise ValueError("a defect")
             if what in ("kill", "term"):
                 os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
-        return correct_step(self, *arguments)
+        return correct_steps(self, *arguments)
 
     def not_finite(self: Stepper, *arguments: Any) -> Any:
         """The loss of this rank's samples is not a number, once."""
         results = correct_gradient(self, *arguments)
         return [result._replace(loss=math.nan) for result in results] if len(taken) == step else results
 
-    Stepper.step = failing
+    Stepper.steps = failing
     if what == "nan":
         Stepper._gradient = not_finite
 

@@ -402,8 +402,8 @@ FP32 = (
         "size of the last batch",
         "programs.py",
         "    def load(self, x",
-        "self._state[0] = len(x)",
-        "self._state[0] = self.plan.capacity",
+        "= len(x), self._address",
+        "= self.plan.capacity, self._address",
         NORMED,
     ),
 )

@@ -8,22 +8,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from engine_cases import ENGINES
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import BATCH, PLAIN, STEPS, STEPS_PER_EPOCH, SignalAt, dataset, fingerprint
+from small_runs import BATCH, MODEL, PLAIN, STEPS, STEPS_PER_EPOCH, SignalAt, dataset, fingerprint
 
 from convolt import course, train
 from convolt.augment import Mixup
 from convolt.callbacks import Callback, StepEvent
+from convolt.comms import Serial
 from convolt.course import LONGEST, MOST_STEPS, Course
 from convolt.duration import Time, due, length
-from convolt.engine import Executor
+from convolt.engine import Executor, StepInput
 from convolt.engines.im2col import Im2col
 from convolt.engines.jit import JIT
 from convolt.engines.jit.executor import JitExecutor
 from convolt.errors import Interrupted, TrainingError
 from convolt.loader import Loader
-from convolt.losses import MSE
+from convolt.losses import MSE, CrossEntropy
 from convolt.optimizers import EMA, SGD, Adam
 from convolt.progress import Progress
 from convolt.recipe import NonFinite, Recipe
@@ -33,6 +35,7 @@ from convolt.train import fit
 
 ENGINE = JIT(threads=2)
 FLOATS = dataset(np.float32)
+LOSS = CrossEntropy()
 
 
 def recipe(**changes) -> Recipe:
@@ -278,11 +281,34 @@ def test_an_engine_that_gains_nothing_takes_one_step_at_a_time(tmp_path, monkeyp
     assert asked == [1] * STEPS
 
 
+@pytest.mark.parametrize("entry", ENGINES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("model", [PLAIN, MODEL], ids=["plain", "norms and dropout"])
+def test_steps_are_one_behind_another_up_to_one_that_is_not_finite(entry, model):
+    executor, other = (entry.make(1).executor(model, None, Recipe(precision=entry.finest)) for _ in range(2))
+    loader, optimizer, done = Loader(FLOATS.train, recipe(), FLOATS.num_classes, Serial()), SGD(lr=0.1), []
+    steps = [
+        StepInput(batch.images, batch.targets, 1 / batch.size, optimizer, batch.rng) for batch in loader.batches(0, 4)
+    ]
+    results = executor.train_steps(
+        [*steps[:2], steps[2]._replace(scale=np.nan), steps[3]], LOSS, lambda: done.append(1)
+    )
+    assert [math.isfinite(result.loss) for result in results] == [True, True, False]
+    assert done in ([], [1])
+    for step, result in zip(steps[:2], results, strict=False):
+        alone = other.train_step(step.x, step.y, LOSS, step.scale, optimizer, step.rng)
+        assert result.loss == alone.loss
+        np.testing.assert_array_equal(result.logits, alone.logits)
+    np.testing.assert_array_equal(executor.params.flat, other.params.flat)
+    assert int(executor.optimizer_state()["step"]) == 2
+    for one in (executor, other):
+        one.close()
+
+
 def test_course_is_of_every_step_once():
     """What is ahead of a step that was rolled back from is not taken for what comes next."""
     state = SimpleNamespace(progress=Progress())
     given = recipe(epochs=1)
-    loader = Loader(FLOATS.train, given, FLOATS.num_classes, SimpleNamespace(rank=0, size=1))
+    loader = Loader(FLOATS.train, given, FLOATS.num_classes, Serial())
     planned = Course(given, loader, SimpleNamespace(fuses=True), state, "100ep")
     planned.pace = 1e-3
     planned.ahead(2)

@@ -12,7 +12,7 @@ from engine_checks import assert_near
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from convolt import engines, zoo
-from convolt.engine import Executor, StepInput
+from convolt.engine import Executor
 from convolt.engines.im2col import Im2col, windows
 from convolt.errors import ConfigError, EngineError
 from convolt.layers import (
@@ -281,25 +281,6 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_alone(entry, pre
     for name in ("step", "momentum_buffer"):
         np.testing.assert_array_equal(executor.optimizer_state()[name], state[name])
     assert np.isfinite(train(executor, batch).loss)
-
-
-@every_precision
-@pytest.mark.parametrize("model", [NET, NORMS], ids=["net", "norms"])
-def test_several_steps_are_one_behind_another_up_to_one_that_is_not_finite(entry, precision_name, model):
-    executor, other = (executor_of(entry, model, precision_name) for _ in range(2))
-    optimizer, done = SGD(lr=0.1, momentum=0.9), []
-    batches = [Batch(model, seed=seed) for seed in range(4)]
-    steps = [StepInput(each.x, each.y, 1 / each.size, optimizer, each.rng) for each in batches]
-    steps[2] = steps[2]._replace(scale=np.nan)
-    results = executor.train_steps(steps, CrossEntropy(), lambda: done.append(1))
-    assert [bool(np.isfinite(result.loss)) for result in results] == [True, True, False]
-    assert done in ([], [1])
-    for batch, result in zip(batches[:2], results, strict=False):
-        alone = train(other, batch, optimizer)
-        assert result.loss == alone.loss
-        np.testing.assert_array_equal(result.logits, alone.logits)
-    np.testing.assert_array_equal(executor.params.flat, other.params.flat)
-    assert int(executor.optimizer_state()["step"]) == 2
 
 
 @every_engine

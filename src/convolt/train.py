@@ -1,11 +1,11 @@
 """Training: one loop for every engine, every optimizer and any number of ranks.
 
-``fit`` prepares a run, ``_Training.loop`` is the loop, on one screen; everything that changes the mathematics is a
-field of the recipe and a visible line in it. Callbacks only observe.
+``fit`` prepares a run, ``_Training.loop`` and ``take_steps`` are the loop, on one screen; everything that changes the
+mathematics is a field of the recipe and a visible line in it. Callbacks only observe.
 
-A signal is heeded between two steps and between two batches of a validation, never elsewhere: there the state is
-whole, so what is saved then goes on with the same bits (progress.py). A checkpoint that cannot be written ends the
-run: to go on would only be to compute what the next interruption loses.
+A signal is heeded between two calls of an engine and between two batches of a validation, never elsewhere: there the
+state is whole, so what is saved then goes on with the same bits (progress.py). A checkpoint that cannot be written ends
+the run: to go on would only be to compute what the next interruption loses.
 """
 
 import math

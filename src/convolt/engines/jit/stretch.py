@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.kernels.stretch import CopySpec
 from convolt.engines.jit.plan import Plan, address_of
 from convolt.engines.jit.runtime import Program
 
@@ -65,7 +64,7 @@ class Stretch:
             copied += [(row[number], array) for array, row in zip(desk.given, self.desks.given, strict=True)]
             copied += [(numbers[number:], self._begun)]
             rows = np.array([(address_of(a), address_of(b), b.nbytes // 4) for a, b in copied], np.int64)
-            task = plan.whole("next step", "stretch:copies", CopySpec(), 1, address_of(rows), len(rows))
+            task = plan.whole("next step", "stretch:copies", None, 1, address_of(rows), len(rows))
             between = plan.program([task], compiler)
             keep += [rows, between]
             phases += [*between.phases, *step.phases]

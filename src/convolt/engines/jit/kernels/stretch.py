@@ -1,7 +1,6 @@
 """What is done between two steps of a stretch: numbers are copied."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,13 +8,11 @@ import numpy as np
 from convolt.engines.jit.memory import view
 
 
-@dataclass(frozen=True)
-class CopySpec:
-    """Copies that the arguments describe: nothing is compiled for one model."""
+def copies(spec: None) -> Callable[..., None]:
+    """Arguments: state, rows (int64: from, to, how many words of 32 bits), how many rows. One chunk.
 
-
-def copies(spec: CopySpec) -> Callable[..., None]:
-    """Arguments: state, rows (int64: from, to, how many words of 32 bits), how many rows. One chunk."""
+    All is told by the arguments: nothing is compiled for one model.
+    """
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         rows = view(arguments[1], (arguments[2], 3), np.int64)
