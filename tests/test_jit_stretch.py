@@ -41,7 +41,10 @@ def executor_of(model: Model = SMALL) -> Executor:
 @precisions
 @pytest.mark.parametrize(
     "optimizer",
-    [Adam(lr=0.01), SGD(lr=0.1, momentum=0.9, dampening=0.5), AdamW(lr=0.01), RMSprop(lr=0.01, momentum=0.5)],
+    [
+        *(Adam(lr=0.01), SGD(lr=0.1, momentum=0.9, dampening=0.5)),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (AdamW(lr=0.01), RMSprop(lr=0.01, momentum=0.5))),
+    ],
     ids=lambda optimizer: type(optimizer).__name__,
 )
 @pytest.mark.parametrize("model", [SMALL, DEFERRED], ids=["small", "deferred"])

@@ -155,14 +155,13 @@ class JitExecutor(Executor):
         fits = type(loss) is CrossEntropy and not self._add_ranks
         if not fits or not all(self._are_labels(step.y, len(step.x)) for step in steps):
             return None
-        first, *others = [self._updater.moves(step.optimizer) for step in steps]
-        if others:
+        if len(steps) > 1:
             for step in steps:  # all, before a plan is made for the first
                 self._check(step.x)
-            plans = {id(self._ready(step.x, training=True)) for step in steps}
-            if not self.fuses_steps or len(plans) > 1 or any(other is not first for other in others):
+            if not self.fuses_steps or len({id(self._ready(step.x, training=True)) for step in steps}) > 1:
                 return None
-        return first
+        first, *others = [self._updater.moves(step.optimizer) for step in steps]
+        return first if all(other is first for other in others) else None
 
     def _moved(self, steps: int, programs: Programs, whole: Step) -> None:
         """So many steps have moved the weights."""
