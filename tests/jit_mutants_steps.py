@@ -19,13 +19,19 @@ STEPS = (
     JitMutant("half of the numbers", STRETCH, "class Stretch", "b.nbytes // 4", "b.nbytes // 8", STRETCHES),
     JitMutant("findings a row late", STRETCH, "class Stretch", "row[number - 1]", "row[number]", STRETCHES),
     JitMutant("the first of all begun", STRETCH, "class Stretch", "numbers[number:]", "numbers", STRETCHES),
-    JitMutant("begun for ever", STRETCH, "class Stretch", "self._begun[0] = 0", "pass", STRETCHES),
+    JitMutant("begun for ever", EXECUTOR, "def _at_once", "stretch.begun[0] = 0", "pass", STRETCHES),
     JitMutant("everybody's scale", STRETCH, "class Stretch", "desks.scale[number] = scale", "pass", STRETCHES),
     JitMutant(
-        "batches of one size", STRETCH, "class Stretch", "= len(x), addr", "= len(desks.labels[0]), addr", STRETCHES
+        "batches of one size",
+        STRETCH,
+        "class Stretch",
+        "= len(images), addr",
+        "= len(desks.labels[0]), addr",
+        STRETCHES,
     ),
     JitMutant("results that are lent", STRETCH, "class Stretch", ":images].copy()", ":images]", STRETCHES),
     JitMutant("one rate for two steps", EXECUTOR, "def _at_once", "step + 1 + number", "step + number", STRETCHES),
+    JitMutant("a state of before", EXECUTOR, "def _at_once", "began and not results", "began", STRETCHES),
     JitMutant("steps uncounted", EXECUTOR, "def _moved", "_updater.step += steps", "_updater.step += 1", STRETCHES),
     JitMutant(
         "copies of old weights", EXECUTOR, "def _at_once", "renews=not whole.rounds_all", "renews=False", IN_BF16

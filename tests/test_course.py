@@ -23,14 +23,14 @@ from convolt.engine import Executor, StepInput
 from convolt.engines.im2col import Im2col
 from convolt.engines.jit import JIT
 from convolt.engines.jit.executor import JitExecutor
-from convolt.errors import Interrupted, TrainingError
+from convolt.errors import ConfigError, DataError, Interrupted, TrainingError
 from convolt.loader import Loader
 from convolt.losses import MSE, CrossEntropy
 from convolt.optimizers import EMA, SGD, Adam
 from convolt.progress import Progress
 from convolt.recipe import NonFinite, Recipe
 from convolt.run import Run
-from convolt.schedules import Cosine, Plateau
+from convolt.schedules import Cosine, Piecewise, Plateau
 from convolt.train import fit
 
 ENGINE = JIT(threads=2)
@@ -110,7 +110,7 @@ def test_nothing_is_due_within_a_stretch(steps_per_epoch, epochs, checkpoint_eve
     given = recipe(epochs=epochs, dropout_from=dropout_from)
     state = SimpleNamespace(progress=Progress(left_out=left_out))
     loader, stepper = SimpleNamespace(steps_per_epoch=steps_per_epoch), SimpleNamespace(fuses=True)
-    planned = Course(given, loader, stepper, state, checkpoint_every)
+    planned = Course(given, loader, stepper, state, checkpoint_every, None)
     planned.pace = pace
     step = 0
     while step < planned.total_steps:
@@ -154,7 +154,10 @@ def test_a_slow_step_is_a_call(calls, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"ema": EMA(0.9)}, {"clip_norm": 1.0}, {"clip_value": 0.1}, {"micro_batch_size": 5}],
+    [
+        *({"ema": EMA(0.9)}, {"clip_norm": 1.0}, {"clip_value": 0.1}, {"micro_batch_size": 5}),
+        *({"loss": MSE()}, {"augment": (Mixup(),)}),
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_the_host_does_between_two_steps_is_done_there(changes, calls, made, tmp_path, monkeypatch):
@@ -175,11 +178,9 @@ def test_what_the_host_does_between_two_steps_is_done_there(changes, calls, made
         {},
         {"optimizer": SGD(lr=0.05, momentum=0.9, dampening=0.5), "precision": "bf16"},
         {"schedule": Plateau(patience=0, threshold=0.5)},
-        {"augment": (Mixup(),)},
-        {"loss": MSE()},
         {"batch_size": 90},
     ],
-    ids=["adam", "momentum-bf16", "plateau", "mixup", "mse", "a last batch that is small"],
+    ids=["adam", "momentum-bf16", "plateau", "a last batch that is small"],
 )
 @pytest.mark.parametrize("checkpoint_every", ["1ep", "4ba"])
 @pytest.mark.usefixtures("patient")
@@ -250,6 +251,28 @@ def test_a_step_that_is_not_finite_ends_the_run_if_it_shall(tmp_path, monkeypatc
     assert Run.load(tmp_path / "run").checkpoints.steps[-1] == STEPS_PER_EPOCH
 
 
+@pytest.mark.parametrize("what", ["schedule", "augment"])
+@pytest.mark.usefixtures("patient")
+def test_what_cannot_be_made_is_told_when_its_step_comes(what, tmp_path, monkeypatch):
+    """Steps before it are taken, one by one, and told."""
+    sick = 2 * STEPS_PER_EPOCH + 3
+    if what == "schedule":
+        given = recipe(schedule=Piecewise((("0ep", 1.0), (f"{sick}ba", -1.0)), interpolate=False))
+    else:
+        given, made = recipe(), Loader._made
+
+        def limited(loader, step, buffer):
+            if step == sick:
+                raise DataError("no such picture")
+            return made(loader, step, buffer)
+
+        monkeypatch.setattr(Loader, "_made", limited)
+    told = Told()
+    with pytest.raises((ConfigError, DataError), match=r"lr must be >= 0|no such picture"):
+        fit(PLAIN, FLOATS, given, engine=ENGINE, out=tmp_path / "run", callbacks=(told,))
+    assert [event.step for event in told.steps] == list(range(1, sick + 1))
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
@@ -309,13 +332,17 @@ def test_course_is_of_every_step_once():
     state = SimpleNamespace(progress=Progress())
     given = recipe(epochs=1)
     loader = Loader(FLOATS.train, given, FLOATS.num_classes, Serial())
-    planned = Course(given, loader, SimpleNamespace(fuses=True), state, "100ep")
+    planned = Course(given, loader, SimpleNamespace(fuses=True), state, "100ep", None)
     planned.pace = 1e-3
+    assert planned.ready(2) == 1
     planned.ahead(2)
-    assert planned.stretch(2) == STEPS_PER_EPOCH - 2
+    assert planned.ready(2) == planned.stretch(2) == STEPS_PER_EPOCH - 2
+    assert planned.ready(3) == 1
     planned.ahead(STEPS_PER_EPOCH)  # behind the last one
+    assert planned.ready(2) == 1
     state.progress.left_out = [4]
     assert [planned.stretch(step) for step in (2, 4, 5)] == [2, 1, 1]
+    planned.ahead(2)
     lr = [optimizer.lr for optimizer in planned.optimizers(2, 2)]
     state.progress.lr_factor = 0.5
     assert [optimizer.lr for optimizer in planned.optimizers(2, 2)] == [rate / 2 for rate in lr]

@@ -39,7 +39,7 @@ class Callback(Protocol):
         """Before the first step; the run's history holds the epochs before a resume."""
 
     def on_step(self, step: StepEvent) -> None:
-        """After every step; of several that were one call, one behind another after it."""
+        """After every step; where several steps were one call, after it, for each of them in turn."""
 
     def on_epoch(self, epoch: Epoch) -> None:
         """After an epoch's validation, when it stands in the history."""

@@ -24,9 +24,8 @@ LONGEST = 0.05  # seconds of a stretch, for which a signal waits
 
 
 class _Ahead(NamedTuple):
-    """Optimizers of steps to come, and all that they depend on besides the recipe."""
+    """Optimizers of steps to come, and all that they depend on besides the recipe: ``now`` is before the first."""
 
-    first: int
     now: Time
     lr_factor: float
     optimizers: list[Optimizer]
@@ -45,7 +44,7 @@ class Course:
         stepper: Stepper,
         state: State,
         checkpoint_every: str,
-        teacher: Executor | None = None,
+        teacher: Executor | None,
     ) -> None:
         self.recipe, self.loader, self.stepper, self.state, self.teacher = recipe, loader, stepper, state, teacher
         self.checkpoint_every = checkpoint_every
@@ -59,10 +58,13 @@ class Course:
         metrics = self.state.progress.monitored[monitor] if monitor else ()
         return Time(step, self.loader.steps_per_epoch, self.total_steps, tuple(metrics))
 
+    def ready(self, first: int) -> int:
+        """How many steps, from that one on, are made ahead to be taken in one call; else one."""
+        ahead = self._ahead
+        return len(ahead.optimizers) if ahead is not None and ahead.now.step == first else 1
+
     def stretch(self, first: int) -> int:
         """How many steps, from that one on, may be taken before the host has something to do between two of them."""
-        if self._ahead is not None and self._ahead.first == first:
-            return len(self._ahead.optimizers)
         recipe, epoch = self.recipe, self.loader.steps_per_epoch
         alone = recipe.ema is not None or self.teacher is not None or first in self.state.progress.left_out
         if alone or self.pace is None or not self.stepper.fuses:
@@ -95,7 +97,7 @@ class Course:
     def ahead(self, first: int) -> None:
         """Make what the next steps need and what does not depend on those before, which are under way.
 
-        What fails here fails again when that step comes, and is told then: those before it count.
+        If something of it fails, they are taken one by one, and it is told when that step comes: those before it count.
         """
         self._ahead = None
         if first >= self.total_steps:
@@ -104,4 +106,4 @@ class Course:
             count = self.stretch(first)
             self.loader.make(first, count)
             optimizers = self.optimizers(first, count)
-            self._ahead = _Ahead(first, self.time(first), self.state.progress.lr_factor, optimizers)
+            self._ahead = _Ahead(self.time(first), self.state.progress.lr_factor, optimizers)

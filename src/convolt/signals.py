@@ -1,8 +1,8 @@
-"""Stopping in good order: a signal asks, the training loop answers at the next step.
+"""Stopping in good order: a signal asks, the training loop answers behind the steps that are under way.
 
-A handler runs between any two bytecodes, so it only sets a flag; the loop looks at it once per batch, in training and
-in validation, saves a checkpoint and ends with `ExitCode.INTERRUPTED`. A second signal ends the process at once: the
-checkpoint being written is then lost, the one before it is not.
+A handler runs between any two bytecodes, so it only sets a flag; the loop looks at it behind each call of an engine, in
+training and in validation, saves a checkpoint and ends with `ExitCode.INTERRUPTED`. A second signal ends the process at
+once: the checkpoint being written is then lost, the one before it is not.
 
 | code | meaning |
 |---|---|

@@ -115,7 +115,8 @@ class Stepper:
     @property
     def fuses(self) -> bool:
         """Whether ``steps`` takes more than one, which the engine gains by."""
-        return self.executor.fuses_steps and self._direct(self.recipe.batch_size)
+        executor = self.executor
+        return executor.fuses_steps and not executor.params.buffers and self._direct(self.recipe.batch_size)
 
     def _direct(self, size: int) -> bool:
         """Whether nothing stands between the gradient of a batch and the update."""

@@ -116,9 +116,8 @@ def fit(
         stepper = Stepper(executor, recipe, comm, parallel, stop)
         stepper.prepare(loader.batch(0))
         training = _Training(
-            run, data, recipe, executor, loader, stepper, tuple(callbacks), checkpoint_every, keep_last
+            run, data, recipe, executor, loader, stepper, tuple(callbacks), checkpoint_every, keep_last, teacher
         )
-        training.course.teacher = teacher
         closing.callback(training.close)
         try:
             training.start(checkpoint, from_given=params is not None)
@@ -143,12 +142,13 @@ class _Training:
         callbacks: tuple[Callback, ...],
         checkpoint_every: str,
         keep_last: int,
+        teacher: Executor | None,
     ) -> None:
         self.run, self.data, self.recipe, self.executor, self.loader = run, data, recipe, executor, loader
         self.stepper, self.comm, self.callbacks = stepper, stepper.comm, callbacks
         self.checkpoint_every, self.keep_last = checkpoint_every, keep_last
         self.state = State(executor, recipe.ema)
-        self.course = Course(recipe, loader, stepper, self.state, checkpoint_every)
+        self.course = Course(recipe, loader, stepper, self.state, checkpoint_every, teacher)
         self.saved_step: int | None = None
         self.asked = 0  # the signal that ends the run
         self.training_is_over = False
@@ -224,7 +224,7 @@ class _Training:
         """
         began, compiled = clock.perf_counter(), self.executor.compile_seconds
         first = self.progress.step
-        count = self.course.stretch(first)
+        count = self.course.ready(first)
         self.executor.dropout = self.course.dropout(first)
         batches, optimizers = self.course.batches(first, count), self.course.optimizers(first, count)
         if first in self.progress.left_out:

@@ -86,7 +86,9 @@ class JitExecutor(Executor):
         fresh: bool = False,
     ) -> StepResult:
         """Forward program, loss, backward program."""
-        programs = self._loaded(x, rng)
+        self._check(x)
+        programs = self._ready(x, training=True)
+        self._load(programs, x, rng)
         self._run(programs.forward)
         self._count_batches()
         logits = programs.logits[: len(x)].copy()
@@ -112,56 +114,69 @@ class JitExecutor(Executor):
         meanwhile: Callable[[], None] | None = None,
     ) -> StepResult:
         """A whole step in one call into compiled code, for cross-entropy on labels; else as any executor does it."""
-        results = self._at_once([StepInput(x, y, scale, optimizer, rng)], loss, meanwhile)
-        return results[0] if results else Executor.train_step(self, x, y, loss, scale, optimizer, rng, meanwhile)
+        return self.train_steps([StepInput(x, y, scale, optimizer, rng)], loss, meanwhile)[0]
 
     def train_steps(
         self, steps: Sequence[StepInput], loss: Loss, meanwhile: Callable[[], None] | None = None
     ) -> list[StepResult]:
-        """All of them in one call, where one step is."""
-        return self._at_once(steps, loss, meanwhile) or Executor.train_steps(self, steps, loss, meanwhile)
+        """As many of them in one call as fit into one program."""
+        results: list[StepResult] = []
+        while len(results) < len(steps) and (not results or math.isfinite(results[-1].loss)):
+            rest, began = steps[len(results) :], not self._updater.state
+            count = self._together(rest, loss)
+            if count and isinstance(loss, CrossEntropy):
+                results += self._at_once(rest[:count], loss, began, meanwhile)
+            else:
+                x, y, scale, optimizer, rng = rest[0]
+                results.append(Executor.train_step(self, x, y, loss, scale, optimizer, rng, meanwhile))
+            meanwhile = None
+        return results
+
+    def _together(self, steps: Sequence[StepInput], loss: Loss) -> int:
+        """How many of these, from the first on, one program can do; 0 where a step is more than one."""
+        for step in steps:  # all, before one of them moves anything
+            self._check(step.x)
+        first, kind = steps[0], self._updater.kind(steps[0].optimizer)
+        if type(loss) is not CrossEntropy or self._add_ranks or not self._are_labels(first.y, len(first.x)):
+            return 0
+        if self._updater.moves(first.optimizer) is None:
+            return 0
+        programs, count = self._ready(first.x, training=True), 1
+        while count < len(steps) and self.fuses_steps:
+            x, y, _, optimizer, _ = steps[count]
+            labeled = self._are_labels(y, len(x)) and self._updater.kind(optimizer) == kind
+            if not labeled or self._ready(x, training=True) is not programs:
+                break
+            count += 1
+        return count
 
     def _at_once(
-        self, steps: Sequence[StepInput], loss: Loss, meanwhile: Callable[[], None] | None
+        self, steps: Sequence[StepInput], loss: CrossEntropy, began: bool, meanwhile: Callable[[], None] | None
     ) -> list[StepResult]:
-        """Steps as one program, up to the first that may not move weights; nothing is done if they cannot be one."""
-        began = not self._updater.state
-        first, moves = steps[0], self._moves_of(steps, loss)
-        if moves is None or not isinstance(loss, CrossEntropy):
-            return []
-        programs = self._loaded(first.x, first.rng)
+        """Steps as one program, up to the first that may not move weights; ``began``: there was no state before."""
+        first, moves = steps[0], self._updater.moves(steps[0].optimizer)
+        assert moves is not None
+        programs = self._ready(first.x, training=True)
         programs.tell(first.y, first.scale)
         self._updater.set_numbers(first.optimizer, self._updater.step + 1)
-        whole, self._moves = programs.step(loss, self._updater, moves), moves
-        results = []
+        whole, results = programs.step(loss, self._updater, moves), []
         if len(steps) == 1:
+            self._load(programs, first.x, first.rng)
             self._team.run(whole.program, meanwhile)
         else:
             stretch = programs.stretch(loss, self._updater, moves, len(steps))
-            for number, step in enumerate(steps[1:], 1):
-                self._updater.set_numbers(
-                    step.optimizer, self._updater.step + 1 + number, stretch.desks.numbers[number]
-                )
-                stretch.write(number, step.x, step.y, step.scale, renews=not whole.rounds_all)
+            kept = []  # the images are where they must not move from, until the program has run
+            for number, (x, y, scale, optimizer, _) in enumerate(steps[1:], 1):
+                kept.append(stretch.write(number, x, y, scale, renews=not whole.rounds_all))
+                self._updater.set_numbers(optimizer, self._updater.step + 1 + number, stretch.desks.numbers[number])
+            stretch.begun[0] = 0
+            self._load(programs, first.x, first.rng)
             self._team.run(stretch.program, meanwhile)
-            results = [StepResult(*stretch.read(i, len(steps[i].x))) for i in range(stretch.begun)]
+            results = [StepResult(*stretch.read(i, len(steps[i].x))) for i in range(stretch.begun[0])]
             self._moved(len(results), programs, whole)
+        self._moves = moves
         self._count_batches()
-        last = steps[len(results)]
-        return [*results, self._judged(programs, whole, last, loss, began and last is first)]
-
-    def _moves_of(self, steps: Sequence[StepInput], loss: Loss) -> Moves | None:
-        """How the kernels of one program move the weights in all of these steps; None where they cannot be one."""
-        fits = type(loss) is CrossEntropy and not self._add_ranks
-        if not fits or not all(self._are_labels(step.y, len(step.x)) for step in steps):
-            return None
-        if len(steps) > 1:
-            for step in steps:  # all, before a plan is made for the first
-                self._check(step.x)
-            if not self.fuses_steps or len({id(self._ready(step.x, training=True)) for step in steps}) > 1:
-                return None
-        first, *others = [self._updater.moves(step.optimizer) for step in steps]
-        return first if all(other is first for other in others) else None
+        return [*results, self._judged(programs, whole, steps[len(results)], loss, began and not results)]
 
     def _moved(self, steps: int, programs: Programs, whole: Step) -> None:
         """So many steps have moved the weights."""
@@ -304,15 +319,12 @@ class JitExecutor(Executor):
         if x.shape[1:] != self.model.input_shape:
             raise ConfigError(f"images must have shape (N, {str(self.model.input_shape)[1:-1]}); got {x.shape}")
 
-    def _loaded(self, x: Array, rng: SampleRng | None) -> Programs:
-        """Programs with a training batch in place."""
-        self._check(x)
-        programs = self._ready(x, training=True)
+    def _load(self, programs: Programs, x: Array, rng: SampleRng | None) -> None:
+        """Put a training batch in place, just before a program runs: it makes the copies of weights that are old."""
         programs.check_norms(len(x))
-        programs.load(x, self._version)
-        self._statistics += 1
         self._draw(programs, rng)
-        return programs
+        self._statistics += 1
+        programs.load(x, self._version)
 
     def _ready(self, x: Array, training: bool) -> Programs:
         """Programs for a batch: those of the smallest capacity that holds it without waste, or new ones."""

@@ -325,7 +325,7 @@ class Programs:
         return self._steps[key]
 
     def stretch(self, loss: CrossEntropy, updater: Updater, moves: Moves, count: int) -> Stretch:
-        """So many steps, one behind another, for a model without masks, which the host draws."""
+        """So many steps, one behind another."""
         key = loss.label_smoothing, moves, count
         if key not in self._stretches:
             desk = Desk(self.plan.state[:ONE], self.labels, self.scale, updater.numbers, self.findings, self.logits)

@@ -49,20 +49,19 @@ class Stretch:
     """``count`` times a step of a plan, which speaks with the host through ``desk``; kind: of the images' numbers.
 
     desks: what the host writes before (of the first step, on the desk itself) and reads behind (of the last step that
-    was begun, there too).
+    was begun, there too). begun: the number of that one, from 0: so many have moved the weights before it.
     """
 
     def __init__(self, plan: Plan, step: Program, desk: Desk, kind: DTypeLike, count: int, compiler: Compiler) -> None:
         self.desks = Desk(*(np.zeros((count, *array.shape), array.dtype) for array in vars(desk).values()))
-        self._begun, numbers = np.zeros(1, np.int64), np.arange(count)
-        self._images: dict[int, Array] = {}
+        self.begun, numbers = np.zeros(1, np.int64), np.arange(count)
         self._kind = kind
         phases = list(step.phases)
-        keep: list[Any] = [step, desk, self.desks, self._begun, numbers]
+        keep: list[Any] = [step, desk, self.desks, self.begun, numbers]
         for number in range(1, count):
             copied = [(array, row[number - 1]) for array, row in zip(desk.found, self.desks.found, strict=True)]
             copied += [(row[number], array) for array, row in zip(desk.given, self.desks.given, strict=True)]
-            copied += [(numbers[number:], self._begun)]
+            copied += [(numbers[number:], self.begun)]
             rows = np.array([(address_of(a), address_of(b), b.nbytes // 4) for a, b in copied], np.int64)
             task = plan.whole("next step", "stretch:copies", None, 1, address_of(rows), len(rows))
             between = plan.program([task], compiler)
@@ -70,22 +69,16 @@ class Stretch:
             phases += [*between.phases, *step.phases]
         self.program = Program(phases, keep)
 
-    @property
-    def begun(self) -> int:
-        """The number of the last step that was begun, counted from 0: so many have moved the weights before it."""
-        return int(self._begun[0])
-
-    def write(self, number: int, x: Array, y: Array, scale: float, renews: bool) -> None:
-        """Write down what a step but the first works on; x must not change until the program has run.
+    def write(self, number: int, x: Array, y: Array, scale: float, renews: bool) -> Array:
+        """Write down what a step but the first works on; the images, which must not change until the program has run.
 
         renews: whether copies of the weights must be made again.
         """
-        self._images[number] = np.ascontiguousarray(x, self._kind)
-        desks = self.desks
-        desks.state[number] = len(x), address_of(self._images[number]), renews
+        images, desks = np.ascontiguousarray(x, self._kind), self.desks
+        desks.state[number] = len(images), address_of(images), renews
         desks.labels[number, : len(y)] = y
         desks.scale[number] = scale
-        self._begun[0] = 0
+        return images
 
     def read(self, number: int, images: int) -> tuple[float, Array, int]:
         """What a step found, behind which another one was begun: loss, logits, how many of these name their label."""

@@ -63,9 +63,13 @@ class Updater:
         self._norms.clear()
         self._moves.clear()
 
+    def kind(self, optimizer: Optimizer) -> tuple[Any, ...]:
+        """Optimizers of one kind move weights by the same kernels; their steps differ in numbers."""
+        return (type(optimizer), *(bool(getattr(optimizer, name, False)) for name in FLAGS))
+
     def moves(self, optimizer: Optimizer) -> Moves | None:
         """A step of this optimizer as kernels know it, with its state; None where it is one for NumPy."""
-        kind = (type(optimizer), *(bool(getattr(optimizer, name, False)) for name in FLAGS))
+        kind = self.kind(optimizer)
         if kind not in self._moves:
             self._moves[kind] = self._moves_of(optimizer)
         return self._moves[kind]
