@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from convolt.augment import Crop, Flip, Mixup
 from convolt.callbacks import Callback, StepEvent
@@ -19,6 +20,7 @@ from convolt.data import Dataset
 from convolt.early_stopping import EarlyStopping
 from convolt.engines import engine_class
 from convolt.layers import BatchNorm2d, Conv2d, Dense, Dropout, Flatten, MaxPool2d, ReLU, Residual
+from convolt.loader import Batch, Loader
 from convolt.losses import CrossEntropy
 from convolt.model import Model
 from convolt.optimizers import EMA, SGD, Adam, AdamW, RMSprop
@@ -61,6 +63,20 @@ def dataset(dtype: type = np.uint8) -> Dataset:
 
     train, valid, test = split(STEPS_PER_EPOCH * BATCH - 4), split(40), split(40)
     return Dataset.from_arrays(*train, valid=valid, test=test, name="bands")
+
+
+def spoil_images(monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], value: float) -> None:
+    """From now on a pixel of the first image of these steps, counted from 0, has this value."""
+    batches = Loader.batches
+
+    def spoiled(loader: Loader, first: int, count: int) -> list[Batch]:
+        made = batches(loader, first, count)
+        for step, batch in enumerate(made, first):
+            if step in steps:
+                batch.images[0, 0, 3, 3] = value
+        return made
+
+    monkeypatch.setattr(Loader, "batches", spoiled)
 
 
 @dataclass(frozen=True)

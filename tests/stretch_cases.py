@@ -82,7 +82,7 @@ def one_call_gives_the_bits_of_many(
     engine: JIT = WIDEST,
     scales: dict[int, float] | None = None,
 ) -> None:
-    """Three times five steps, predictions behind them; in the second a step may be refused: up to it, then the rest."""
+    """Three times five steps, predictions behind them; scales: of losses in the second five, which may be refused."""
     recipe = Recipe(precision=precision)
     together, apart = (engine.executor(model, None, recipe) for _ in range(2))
     assert together.fuses_steps

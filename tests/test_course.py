@@ -3,7 +3,6 @@
 import itertools
 import math
 import signal
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from engine_cases import ENGINES
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import BATCH, MODEL, PLAIN, STEPS, STEPS_PER_EPOCH, SignalAt, dataset, fingerprint
+from small_runs import BATCH, MODEL, PLAIN, STEPS, STEPS_PER_EPOCH, SignalAt, dataset, fingerprint, spoil_images
 
 from convolt import course, train
 from convolt.augment import Mixup
@@ -61,8 +60,8 @@ def calls(monkeypatch) -> list[int]:
 def made(monkeypatch) -> list[tuple[int, int]]:
     """Of which steps batches were made: the first, and how many."""
     asked: list[tuple[int, int]] = []
-    make = Loader.make
-    monkeypatch.setattr(Loader, "make", lambda loader, *what: asked.append(what) or make(loader, *what))
+    batches = Loader.batches
+    monkeypatch.setattr(Loader, "batches", lambda loader, *what: asked.append(what) or batches(loader, *what))
     return asked
 
 
@@ -70,25 +69,6 @@ def made(monkeypatch) -> list[tuple[int, int]]:
 def patient(monkeypatch) -> None:
     """However slow this machine is."""
     monkeypatch.setattr(course, "LONGEST", 1e9)
-
-
-@dataclass
-class Spoiled:
-    """A loader's batches with a NaN in some steps."""
-
-    steps: tuple[int, ...]
-
-    def begin(self, monkeypatch) -> None:
-        batches = Loader.batches
-
-        def spoiled(loader: Loader, first: int, count: int):
-            made = batches(loader, first, count)
-            for step, batch in enumerate(made, first):
-                if step in self.steps:
-                    batch.images[0, 0, 3, 3] = math.nan
-            return made
-
-        monkeypatch.setattr(Loader, "batches", spoiled)
 
 
 def singly(monkeypatch) -> None:
@@ -152,6 +132,7 @@ def test_a_slow_step_is_a_call(calls, tmp_path, monkeypatch):
     assert calls == [1] * STEPS
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -228,7 +209,7 @@ def test_every_step_is_told_in_its_turn(tmp_path, monkeypatch):
 )
 def test_a_step_that_is_not_finite_is_met_as_one_by_one(policy, steps, tmp_path, monkeypatch):
     given = recipe(non_finite=NonFinite(policy, limit=4))
-    Spoiled(steps).begin(monkeypatch)
+    spoil_images(monkeypatch, steps, math.nan)
     told = [Told(), Told()]
     fit(PLAIN, FLOATS, given, engine=ENGINE, out=tmp_path / "together", callbacks=told[:1])
     singly(monkeypatch)
@@ -243,7 +224,7 @@ def test_a_step_that_is_not_finite_is_met_as_one_by_one(policy, steps, tmp_path,
 
 @pytest.mark.usefixtures("patient")
 def test_a_step_that_is_not_finite_ends_the_run_if_it_shall(tmp_path, monkeypatch):
-    Spoiled((STEPS_PER_EPOCH + 2,)).begin(monkeypatch)
+    spoil_images(monkeypatch, (STEPS_PER_EPOCH + 2,), math.nan)
     told = Told()
     with pytest.raises(TrainingError, match=f"^step {STEPS_PER_EPOCH + 3}: the loss, the gradient"):
         fit(PLAIN, FLOATS, recipe(), engine=ENGINE, out=tmp_path / "run", callbacks=(told,))
@@ -327,23 +308,30 @@ def test_steps_are_one_behind_another_up_to_one_that_is_not_finite(entry, model)
         one.close()
 
 
-def test_course_is_of_every_step_once():
-    """What is ahead of a step that was rolled back from is not taken for what comes next."""
+def test_what_is_ahead_is_for_the_steps_that_it_was_made_for(monkeypatch):
+    """Not for what comes behind a rollback; a batch that fits is not made again, an optimizer is by another factor."""
     state = SimpleNamespace(progress=Progress())
-    given = recipe(epochs=1)
+    given, taken, asked = recipe(epochs=1), [], Loader.batches
+    monkeypatch.setattr(Loader, "batches", lambda loader, *what: taken.append(what) or asked(loader, *what))
     loader = Loader(FLOATS.train, given, FLOATS.num_classes, Serial())
     planned = Course(given, loader, SimpleNamespace(fuses=True), state, "100ep", None)
     planned.pace = 1e-3
-    assert planned.ready(2) == 1
     planned.ahead(2)
-    assert planned.ready(2) == planned.stretch(2) == STEPS_PER_EPOCH - 2
-    assert planned.ready(3) == 1
-    planned.ahead(STEPS_PER_EPOCH)  # behind the last one
-    assert planned.ready(2) == 1
+    batches, optimizers = planned.parts(2)
+    assert len(batches) == len(optimizers) == planned.stretch(2) == STEPS_PER_EPOCH - 2
+    assert taken == [(2, STEPS_PER_EPOCH - 2)]
+    fresh = Loader(FLOATS.train, given, FLOATS.num_classes, Serial())
+    for step, batch in enumerate(batches, 2):
+        np.testing.assert_array_equal(batch.images, fresh.batch(step).images)
+    assert [len(part) for part in planned.parts(2)] == [1, 1], "they are given once"
+    planned.ahead(2)
+    assert [len(part) for part in planned.parts(1)] == [1, 1], "it is another step"
+    before = len(taken)
+    planned.ahead(STEPS_PER_EPOCH)
+    assert len(taken) == before, "nothing is behind the last one"
     state.progress.left_out = [4]
     assert [planned.stretch(step) for step in (2, 4, 5)] == [2, 1, 1]
     planned.ahead(2)
-    lr = [optimizer.lr for optimizer in planned.optimizers(2, 2)]
     state.progress.lr_factor = 0.5
-    assert [optimizer.lr for optimizer in planned.optimizers(2, 2)] == [rate / 2 for rate in lr]
-    assert all(one > other for one, other in itertools.pairwise(lr))
+    assert [optimizer.lr for optimizer in planned.parts(2)[1]] == [optimizer.lr / 2 for optimizer in optimizers[:2]]
+    assert all(one.lr > other.lr for one, other in itertools.pairwise(optimizers))

@@ -39,6 +39,13 @@ def executor_of(model: Model = SMALL) -> Executor:
     return WIDEST.executor(model, None, Recipe())
 
 
+def assert_alike(executor: Executor, other: Executor) -> None:
+    """Weights, state and predictions, to the bit, at the end."""
+    assert state(executor) == state(other)
+    for one in (executor, other):
+        one.close()
+
+
 @precisions
 @pytest.mark.parametrize(
     "optimizer",
@@ -110,9 +117,7 @@ def test_what_raises_before_a_program_runs_leaves_old_copies_old():
     with pytest.raises(ValueError, match="could not convert"):
         executor.train_steps([steps[0], steps[1]._replace(scale="much")], LOSS)
     assert_same(executor.train_steps(steps, LOSS), one_by_one(other, steps, LOSS))
-    assert state(executor) == state(other)
-    for one in (executor, other):
-        one.close()
+    assert_alike(executor, other)
 
 
 def test_a_step_that_is_refused_as_the_first_of_all_leaves_no_state():
@@ -130,9 +135,7 @@ def test_what_is_no_label_is_told_and_the_steps_before_it_stand():
     with pytest.raises(DataError, match="labels must be"):
         executor.train_steps(steps, LOSS)
     one_by_one(other, steps[:3], LOSS)
-    assert state(executor) == state(other)
-    for one in (executor, other):
-        one.close()
+    assert_alike(executor, other)
 
 
 def test_results_are_nobody_elses():
@@ -164,9 +167,7 @@ def test_state_from_a_checkpoint_is_what_the_next_call_goes_on_from():
         one.weights_changed()
         one.load_optimizer_state(saved)
         one.train_steps(steps, LOSS)
-    assert state(executor) == state(other)
-    for one in (executor, other):
-        one.close()
+    assert_alike(executor, other)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +192,7 @@ def test_what_fits_into_no_program_of_others_is_done_apart(what, programs, monke
     assert len(calls) >= programs
     assert len(calls) == programs or what in ("loss", "targets")
     assert_same(got, one_by_one(other, steps, loss))
-    assert state(executor) == state(other)
-    for one in (executor, other):
-        one.close()
+    assert_alike(executor, other)
 
 
 @pytest.mark.parametrize("layer", [BatchNorm2d(1), Dropout(0.5)], ids=lambda layer: type(layer).__name__)
@@ -206,9 +205,7 @@ def test_networks_that_the_host_looks_after_are_done_step_by_step(layer):
         for number, step in enumerate(inputs(model, Adam()))
     ]
     assert_same(executor.train_steps(steps, LOSS), one_by_one(other, steps, LOSS))
-    assert state(executor) == state(other)
-    for one in (executor, other):
-        one.close()
+    assert_alike(executor, other)
 
 
 def test_images_of_another_shape_are_refused_before_anything_moves():

@@ -68,24 +68,16 @@ def test_a_batch_depends_on_its_step_alone(steps):
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), min_size=1, max_size=6))
-def test_a_batch_made_ahead_is_the_batch_and_leaves_the_one_in_use(steps):
+def test_a_batch_made_after_it_leaves_the_one_in_use(steps):
     used, fresh = loader(augment=(Flip(), Crop(1))), loader(augment=(Flip(), Crop(1)))
     for step, ahead in steps:
         batch = used.batch(step)
-        used.make(ahead, 1)
+        used.batch(ahead)
         expected = fresh.batch(step)
         np.testing.assert_array_equal(batch.images, expected.images)
         np.testing.assert_array_equal(batch.targets, expected.targets)
         np.testing.assert_array_equal(batch.rng.indices, expected.rng.indices)
         assert (batch.rng.epoch, batch.size) == (expected.rng.epoch, expected.size)
-
-
-def test_what_was_made_ahead_is_not_made_again(monkeypatch):
-    batches, taken = loader(), []
-    monkeypatch.setattr(np, "take", lambda *args, take=np.take, **kwargs: taken.append(1) or take(*args, **kwargs))
-    batches.make(3, 1)
-    assert who(batches.batch(3)) == who(loader().batch(3))
-    assert len(taken) == 2
 
 
 def test_two_buffers_are_used_in_turns_and_the_data_stays_as_it_is():

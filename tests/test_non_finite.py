@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import BATCH, MODEL, STEPS, STEPS_PER_EPOCH, dataset
+from small_runs import BATCH, MODEL, STEPS, STEPS_PER_EPOCH, dataset, spoil_images
 
 from convolt import train
 from convolt.callbacks import Callback, StepEvent
@@ -52,19 +52,6 @@ def sick(request, monkeypatch):
             spoil_images(monkeypatch, steps, math.nan if request.param == "image" else math.inf)
 
     return make
-
-
-def spoil_images(monkeypatch, steps: tuple[int, ...], value: float) -> None:
-    batches = Loader.batches
-
-    def spoiled(loader: Loader, first: int, count: int):
-        made = batches(loader, first, count)
-        for step, batch in enumerate(made, first):
-            if step in steps:
-                batch.images[0, 0, 3, 3] = value
-        return made
-
-    monkeypatch.setattr(Loader, "batches", spoiled)
 
 
 def spoil_gradients(monkeypatch, steps: tuple[int, ...]) -> None:

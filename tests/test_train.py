@@ -64,9 +64,8 @@ def test_fit_is_the_loop_written_out(engine, tmp_path):
 
 def test_the_next_batch_is_made_while_threads_compute(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(
-        Loader, "make", lambda loader, *what, make=Loader.make: made.append(what) or make(loader, *what)
-    )
+    batches = Loader.batches
+    monkeypatch.setattr(Loader, "batches", lambda loader, *what: made.append(what) or batches(loader, *what))
     trained(tmp_path, engine=JIT(threads=2))
     assert made == [(0, 1)] * 2 + [(step, 1) for step in range(STEPS)], "twice before the first step"
 

@@ -24,10 +24,11 @@ LONGEST = 0.05  # seconds of a stretch, for which a signal waits
 
 
 class _Ahead(NamedTuple):
-    """Optimizers of steps to come, and all that they depend on besides the recipe: ``now`` is before the first."""
+    """Steps to come, and what their optimizers depend on besides the recipe: ``now`` is before the first."""
 
     now: Time
     lr_factor: float
+    batches: list[Batch]
     optimizers: list[Optimizer]
 
 
@@ -58,11 +59,6 @@ class Course:
         metrics = self.state.progress.monitored[monitor] if monitor else ()
         return Time(step, self.loader.steps_per_epoch, self.total_steps, tuple(metrics))
 
-    def ready(self, first: int) -> int:
-        """How many steps, from that one on, are made ahead to be taken in one call; else one."""
-        ahead = self._ahead
-        return len(ahead.optimizers) if ahead is not None and ahead.now.step == first else 1
-
     def stretch(self, first: int) -> int:
         """How many steps, from that one on, may be taken before the host has something to do between two of them."""
         recipe, epoch = self.recipe, self.loader.steps_per_epoch
@@ -80,30 +76,34 @@ class Course:
         """Whether Dropout acts in a step."""
         return step >= length(self.recipe.dropout_from, self.time(step))
 
-    def batches(self, first: int, count: int) -> list[Batch]:
-        """The batches of so many steps, with the teacher's answers where the loss wants them."""
-        batches, teacher = self.loader.batches(first, count), self.teacher
-        if teacher is None:
-            return batches
-        return [with_teacher(batch, teacher.predict(batch.images)) for batch in batches]
+    def parts(self, first: int) -> tuple[list[Batch], list[Optimizer]]:
+        """Batches and optimizers of the steps that were made ahead, if that one is the first of them; else of it alone.
 
-    def optimizers(self, first: int, count: int) -> list[Optimizer]:
-        """The optimizers of so many steps."""
-        now, factor, ahead = self.time(first), self.state.progress.lr_factor, self._ahead
-        if ahead is not None and (ahead.now, ahead.lr_factor, len(ahead.optimizers)) == (now, factor, count):
-            return ahead.optimizers
-        return [self.recipe.optimizer_at(self.time(step), factor) for step in range(first, first + count)]
+        With the teacher's answers where the loss wants them.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.now.step != first:
+            batches, optimizers = self.loader.batches(first, 1), self._optimizers(first, 1)
+        elif (ahead.now, ahead.lr_factor) != (self.time(first), self.state.progress.lr_factor):
+            batches, optimizers = ahead.batches, self._optimizers(first, len(ahead.batches))
+        else:
+            batches, optimizers = ahead.batches, ahead.optimizers
+        if self.teacher is not None:
+            batches = [with_teacher(batch, self.teacher.predict(batch.images)) for batch in batches]
+        return batches, optimizers
 
     def ahead(self, first: int) -> None:
         """Make what the next steps need and what does not depend on those before, which are under way.
 
         If something of it fails, they are taken one by one, and it is told when that step comes: those before it count.
         """
-        self._ahead = None
         if first >= self.total_steps:
             return
         with suppress(Exception):
-            count = self.stretch(first)
-            self.loader.make(first, count)
-            optimizers = self.optimizers(first, count)
-            self._ahead = _Ahead(self.time(first), self.state.progress.lr_factor, optimizers)
+            count, factor = self.stretch(first), self.state.progress.lr_factor
+            batches, optimizers = self.loader.batches(first, count), self._optimizers(first, count)
+            self._ahead = _Ahead(self.time(first), factor, batches, optimizers)
+
+    def _optimizers(self, first: int, count: int) -> list[Optimizer]:
+        factor = self.state.progress.lr_factor
+        return [self.recipe.optimizer_at(self.time(step), factor) for step in range(first, first + count)]

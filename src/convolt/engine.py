@@ -73,7 +73,7 @@ class Executor(ABC):
 
     params: the master weights, on the host. grads: the same names and shapes; backward adds into it.
     dropout: whether Dropout acts in training; the recipe may leave it off for the first epochs. fuses_steps: whether
-    it gains by ``train_steps``, of a model without buffers: who calls it puts them back behind a step that is refused.
+    it gains by ``train_steps``.
     """
 
     params: Params

@@ -1,9 +1,8 @@
 """Training batches as a pure function of the step.
 
 The data set lies in memory, so a batch is an indexed copy into one of two sets of buffers in turns; there is no loader
-process, and no state but batches that were made ahead of their steps. The order of an epoch is a permutation by (seed,
-epoch), augmentation and dropout are draws by (seed, epoch, sample index): any step of a run can be made again from two
-integers.
+process and no state. The order of an epoch is a permutation by (seed, epoch), augmentation and dropout are draws by
+(seed, epoch, sample index): any step of a run can be made again from two integers.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ Array = NDArray[Any]
 class Batch:
     """One rank's part of a global batch.
 
-    images (n, C, H, W), valid until batches are made twice more; targets for the loss; labels (n,) for the accuracy;
+    images (n, C, H, W), valid until the loader is asked twice more; targets for the loss; labels (n,) for the accuracy;
     rng: the identity of the samples; size: of the global batch.
     """
 
@@ -51,7 +50,6 @@ class Loader:
         self._split, self._recipe, self._classes, self._comm = split, recipe, num_classes, comm
         self._shape = (min(recipe.batch_size, len(split)), *split.images.shape[1:])
         self._buffers: list[list[Array]] = [[], []]  # the last set holds what was made last
-        self._ahead: tuple[int, list[Batch]] = 0, []
         self._order: SampleRng | None = None  # of an epoch
 
     def batch(self, step: int) -> Batch:
@@ -60,20 +58,11 @@ class Loader:
 
     def batches(self, first: int, count: int) -> list[Batch]:
         """The batches of so many steps from that one on."""
-        start, ahead = self._ahead
-        if start != first or len(ahead) < count:
-            self.make(first, count)
-            ahead = self._ahead[1]
-        self._ahead = 0, []
-        return ahead[:count]
-
-    def make(self, first: int, count: int) -> None:
-        """Make batches ahead, for ``batches`` to give if they are the next ones asked for."""
         self._buffers.reverse()
         buffers = self._buffers[-1]
         while len(buffers) < count:
             buffers.append(np.empty(self._shape, self._split.images.dtype))
-        self._ahead = first, [self._made(first + i, buffers[i]) for i in range(count)]
+        return [self._made(first + i, buffers[i]) for i in range(count)]
 
     def _made(self, step: int, buffer: Array) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)

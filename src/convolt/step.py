@@ -114,7 +114,10 @@ class Stepper:
 
     @property
     def fuses(self) -> bool:
-        """Whether ``steps`` takes more than one, which the engine gains by."""
+        """Whether ``steps`` takes more than one, which the engine gains by.
+
+        Not where there are statistics: they are put back as they were before the first.
+        """
         executor = self.executor
         return executor.fuses_steps and not executor.params.buffers and self._direct(self.recipe.batch_size)
 

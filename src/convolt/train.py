@@ -224,12 +224,11 @@ class _Training:
         """
         began, compiled = clock.perf_counter(), self.executor.compile_seconds
         first = self.progress.step
-        count = self.course.ready(first)
         self.executor.dropout = self.course.dropout(first)
-        batches, optimizers = self.course.batches(first, count), self.course.optimizers(first, count)
+        batches, optimizers = self.course.parts(first)
         if first in self.progress.left_out:
             return batches, optimizers, [Outcome(math.nan, 0)], 0.0
-        outcomes = self.stepper.steps(batches, optimizers, partial(self.course.ahead, first + count))
+        outcomes = self.stepper.steps(batches, optimizers, partial(self.course.ahead, first + len(batches)))
         if math.isfinite(outcomes[-1].loss):
             self.state.average(self.course.time(first + len(outcomes)))
         seconds = (clock.perf_counter() - began - (self.executor.compile_seconds - compiled)) / len(outcomes)

@@ -11,7 +11,7 @@ from convolt.engines.jit.memory import view
 def copies(spec: None) -> Callable[..., None]:
     """Arguments: state, rows (int64: from, to, how many words of 32 bits), how many rows. One chunk.
 
-    All is told by the arguments: nothing is compiled for one model.
+    All is told by the arguments: nothing is compiled for one model. Every word is read once and written once.
     """
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
