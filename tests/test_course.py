@@ -26,10 +26,13 @@ from convolt.errors import ConfigError, DataError, Interrupted, TrainingError
 from convolt.loader import Loader
 from convolt.losses import MSE, CrossEntropy
 from convolt.optimizers import EMA, SGD, Adam
+from convolt.parallel import Parallel
 from convolt.progress import Progress
 from convolt.recipe import NonFinite, Recipe
 from convolt.run import Run
 from convolt.schedules import Cosine, Piecewise, Plateau
+from convolt.signals import StopRequest
+from convolt.step import Stepper
 from convolt.train import fit
 
 ENGINE = JIT(threads=2)
@@ -283,6 +286,15 @@ def test_an_engine_that_gains_nothing_takes_one_step_at_a_time(tmp_path, monkeyp
     monkeypatch.setattr(Executor, "train_steps", told)
     fit(PLAIN, dataset(), recipe(), engine=Im2col(threads=1), out=tmp_path / "run")
     assert asked == [1] * STEPS
+
+
+@pytest.mark.parametrize(("model", "fuses"), [(PLAIN, True), (MODEL, False)], ids=["plain", "norms and dropout"])
+def test_statistics_are_put_back_one_step_at_a_time_whatever_an_engine_gains(model, fuses):
+    """Those of before a call of several steps would be too old."""
+    executor = Im2col(threads=1).executor(model, None, recipe())
+    executor.fuses_steps = True
+    assert Stepper(executor, recipe(), Serial(), Parallel(), StopRequest()).fuses == fuses
+    executor.close()
 
 
 @pytest.mark.parametrize("entry", ENGINES, ids=lambda entry: entry.name)
