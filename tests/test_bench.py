@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 
 from convolt import bench as benchmark
-from convolt import engines, zoo
+from convolt import course, engines
 from convolt.bench import Workload, bench, to_plain
 from convolt.contenders import Contender, assemble, contender
 from convolt.durable import encode_json
 from convolt.engine import Engine, StageTime, StepResult
 from convolt.engines import Im2col
-from convolt.engines.torch import Torch
 from convolt.errors import ConfigError, EngineError, MissingDependency
-from convolt.flops import layer_work, training_flops
-from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Normalize, ReLU, Residual
+from convolt.flops import layer_work
+from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, ReLU
 from convolt.load import Load, LoadMeter
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam
@@ -166,41 +165,6 @@ def test_reference_is_found_without_pytorch(monkeypatch):
     assert "needs torch, which is not installed" in absent["torch-bf16"]
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "engine", "precision", "products"),
-    [
-        ("im2col", Im2col(threads=2), "fp32", "fp32"),
-        ("im2col-conv=fft-fp64", Im2col(threads=2, conv="fft"), "fp64", "fp64"),
-        ("torch-channels_last-bf16", Torch(threads=2, channels_last=True), "bf16", "bf16"),
-        ("torch-bf16-channels_last", Torch(threads=2, channels_last=True), "bf16", "bf16"),
-        ("torch-fp32_precision=bf16", Torch(threads=2, fp32_precision="bf16"), "fp32", "bf16"),
-    ],
-)
-def test_name_says_engine_options_and_precision(name, engine, precision, products):
-    assert contender(name, 2) == Contender(name, engine, precision, products)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["troch"], "unknown name 'troch'; did you mean 'torch'"),
-        (["torch-chanels_last"], "unknown word 'chanels_last'; did you mean 'channels_last'"),
-        (["im2col-conv=ftt"], "unknown word 'ftt'; did you mean 'fft'"),
-        (["torch", "torch"], "contenders must be different; got torch, torch"),
-    ],
-)
-def test_wrong_name_is_answered_with_the_nearest(names, message):
-    with pytest.raises(ConfigError, match=message):
-        assemble(names, 1)
-
-
-def test_default_contenders_are_names():
-    assert {c.engine.NAME for c in map(contender, engines.CONTENDERS, itertools.repeat(1))} < set(engines.names())
-
-
 # -- turns ------------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +194,60 @@ def test_steps_take_turns_with_the_batches(clock):
     bench(WORKLOAD, [altered("a", log)], rounds=1, slice_seconds=9)
     pixels = [pixel for _, pixel, _ in log[1:]]
     assert pixels == [WORKLOAD.batches[i % benchmark.BATCHES][0][0, 0, 0, 0] for i in range(10)]
+
+
+def fusing(log, most=math.inf):
+    """Calls of several steps, of which no more than ``most`` are finite; ``log`` gets the first pixel of each step."""
+
+    def change(executor, method):
+        def logged(steps, loss):
+            log.append([step.x[0, 0, 0, 0] for step in steps])
+            return method(steps, loss)[: int(min(most, len(steps)))]
+
+        return logged
+
+    return {"fuses_steps": lambda executor, method: True, "train_steps": change}
+
+
+@pytest.fixture
+def fine_clock(monkeypatch):
+    """A clock that ticks 128 times a second, once a look."""
+    ticks = itertools.count()
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 128))
+
+
+def test_steps_that_training_would_take_in_one_call_are_timed_in_one(fine_clock):
+    calls = []
+    report = bench(WORKLOAD, [altered("a", **fusing(calls))], rounds=2, slice_seconds=2 / 128)
+    (result,) = report.results
+    together = int(course.LONGEST * 128)
+    assert 1 < together == result.at_once < course.MOST_STEPS
+    steps = [1] * (1 + benchmark.BATCHES) + [together] * 6  # two slices: a call that does not count, and two that do
+    assert list(map(len, calls)) == steps
+    pixels = [x[0, 0, 0, 0] for x, _ in WORKLOAD.batches]
+    for first in (-6, -3):
+        taken = list(itertools.chain(*calls[first : first + 3 or None]))
+        assert taken == [pixels[i % benchmark.BATCHES] for i in range(len(taken))]
+    assert result.seconds == (1 / 128 / together,) * 2
+    assert report.remarks() == (f"a: {together} steps are one call, as in training",)
+
+
+def test_steps_behind_one_that_is_not_finite_do_not_count(fine_clock):
+    result = result_of(altered("a", **fusing([], most=2)))
+    assert result.seconds == (1 / 128 / 2,)
+
+
+def test_predictions_are_timed_one_by_one(fine_clock):
+    calls = []
+    result = result_of(altered("a", **fusing(calls)), replace(WORKLOAD, inference=True))
+    assert (result.at_once, calls) == (1, [])
+
+
+def test_jit_is_timed_as_it_trains():
+    result = result_of(contender("jit-fp32", 1))
+    assert (result.status, result.at_once) == ("timed", course.MOST_STEPS)
+    normalized = Workload(replace(MODEL, layers=(BatchNorm2d(1), *MODEL.layers)), batch_size=6)
+    assert result_of(contender("jit-fp32", 1), normalized).at_once == 1
 
 
 def test_every_contender_gets_the_same_images_and_weights():
@@ -315,38 +333,6 @@ def test_wrong_numbers_are_refused(arguments):
 
 
 # -- work and stages --------------------------------------------------------------------------------------------------
-
-
-def test_flops_of_a_training_step():
-    """mnist-cnn by hand: the first convolution has no dx, the dense layers have."""
-    conv, relu, pool = 28 * 28 * 32 * (2 * 25 + 1), 28 * 28 * 32, 14 * 14 * 32 * 4
-    dense = 128 * (2 * 6272 + 1), 128, 10 * (2 * 128 + 1)
-    model = zoo.build("mnist-cnn", (1, 28, 28), 10)
-    works = {work.name: work for work in layer_work(model)}
-    assert (works["0"].forward_flops, works["0"].backward_flops) == (conv, conv)
-    assert works["1"].backward_flops == relu
-    assert works["4"].backward_flops == 2 * dense[0]
-    pooled = works["2"].forward_flops
-    assert pooled > 0
-    assert pool >= pooled
-    assert training_flops(model) == 2 * (conv + relu + pooled) + 3 * dense[0] + 2 * dense[1] + 3 * dense[2]
-    assert model.flops == conv + relu + pooled + sum(dense)
-
-
-def test_no_gradient_before_the_first_parameters():
-    layers = (Normalize((0.5,), (0.5,)), ReLU(), Conv2d(1, 2, 1))
-    assert [(work.backward_flops > 0, work.has_dx) for work in layer_work(Model((1, 4, 4), layers))] == [
-        *((False, False), (False, False), (True, False)),
-    ]
-
-
-def test_branches_are_both_counted():
-    body, shortcut = (Conv2d(2, 2, 1), BatchNorm2d(2)), (Conv2d(2, 2, 1),)
-    works = {work.name: work for work in layer_work(Model((2, 4, 4), (Residual(body, shortcut), ReLU())))}
-    assert list(works) == ["0.body.0", "0.body.1", "0.shortcut.0", "0", "1"]
-    assert [works[name].has_dx for name in ("0.body.0", "0.body.1", "0.shortcut.0", "1")] == [False, True, False, True]
-    model = Model((2, 4, 4), (Residual(body, shortcut), ReLU()))
-    assert sum(work.forward_flops for work in works.values()) == model.flops
 
 
 def test_rates_of_stages():

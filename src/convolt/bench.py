@@ -26,7 +26,8 @@ import numpy as np
 
 from convolt import engines
 from convolt.contenders import TOLERANCES, Contender, Tolerance
-from convolt.engine import Array, Executor, StepResult
+from convolt.course import steps_of_a_call
+from convolt.engine import Array, Executor, StepInput, StepResult
 from convolt.errors import ConfigError, ConvoltError, EngineError, MissingDependency
 from convolt.flops import needed_part, training_flops
 from convolt.load import Load, LoadMeter
@@ -121,7 +122,7 @@ class Result:
     how many times faster than the fastest peer (PyTorch, ONNX Runtime), in pairs of slices; ratio_alike: than the
     fastest one that multiplies in the same format, whose name is peer_alike. first_step: seconds from nothing to the
     end of the first step. peak_part: of the measured peak. impossible: above it, Winograd's algorithm granted.
-    memory: bytes held, by kind, where the engine tells.
+    at_once: training steps in a call. memory: bytes held, by kind, where the engine tells.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Result:
     peak_part: float | None = None
     impossible: bool = False
     stages: tuple[StageRate, ...] = ()
+    at_once: int = 1
     memory: dict[str, int] = field(default_factory=dict)
 
 
@@ -170,13 +172,18 @@ class Report:
         return "timed" in states and "wrong" not in states
 
     def remarks(self) -> tuple[str, ...]:
-        """Why a part of the peak may be above 100 %, where one is and it is possible."""
+        """What was timed as several steps, and why a part of the peak may be above 100 %, where one is and can be."""
+        calls = [
+            f"{result.name}: {result.at_once} steps are one call, as in training"
+            for result in self.results
+            if result.at_once > 1
+        ]
         above = any((result.peak_part or 0.0) > 1 and not result.impossible for result in self.results)
         text = (
             "of peak: FLOPs are those of products tap by tap; by Winograd's algorithm this model needs "
             f"{self.needed_part:.0%} of them, so up to {1 / self.needed_part:.0%} of the peak is possible"
         )
-        return (text,) if above else ()
+        return (*calls, text) if above else tuple(calls)
 
     def warnings(self) -> tuple[str, ...]:
         """What a reader must know before believing a figure."""
@@ -217,6 +224,8 @@ def bench(
             if isinstance(entrant, Entrant):
                 ready.append(entrant)
         racing = [entrant for entrant in ready if results[entrant.contender.name].status == "timed"]
+        for entrant in racing:
+            entrant.at_once = _steps_at_once(entrant.executor, workload)
         meter = LoadMeter()
         order = _race(racing, workload, rounds, slice_seconds, tell)
         load = meter.read()
@@ -245,12 +254,13 @@ def bench(
 
 @dataclass
 class Entrant:
-    """A contender made ready, and the seconds of a step in each of its slices."""
+    """A contender made ready, how many steps it takes in a call, and the seconds of a step in each of its slices."""
 
     contender: Contender
     executor: Executor
     first: StepResult
     first_step: float
+    at_once: int = 1
     errors: Errors | None = None
     seconds: list[float] = field(default_factory=list)
 
@@ -270,7 +280,7 @@ def _enter(workload: Workload, each: Contender) -> Entrant | Result:
     recipe = Recipe(precision=each.precision, seed=workload.seed, batch_size=workload.batch_size)
     try:
         executor = each.engine.executor(workload.model, workload.weights, recipe)
-        first = _step(executor, workload, 0)
+        (first,) = _call(executor, workload, 0)
     except ConvoltError as error:
         return Result(each.name, "unavailable", str(error), each.precision)
     except RuntimeError as error:
@@ -279,12 +289,24 @@ def _enter(workload: Workload, each: Contender) -> Entrant | Result:
     return Entrant(each, executor, first, time.perf_counter() - start)
 
 
-def _step(executor: Executor, workload: Workload, number: int) -> StepResult:
-    """What is timed: a training step with its update, or a prediction."""
-    x, y = workload.batches[number % BATCHES]
+def _call(executor: Executor, workload: Workload, first: int, count: int = 1) -> list[StepResult]:
+    """What is timed: training steps with their updates, up to one that is not finite, or a prediction."""
+    batches = [workload.batches[number % BATCHES] for number in range(first, first + count)]
     if workload.inference:
-        return StepResult(math.nan, executor.predict(x))
-    return executor.train_step(x, y, LOSS, 1 / len(x), OPTIMIZER, workload.samples)
+        return [StepResult(math.nan, executor.predict(batches[0][0]))]
+    return executor.train_steps([StepInput(x, y, 1 / len(x), OPTIMIZER, workload.samples) for x, y in batches], LOSS)
+
+
+def _steps_at_once(executor: Executor, workload: Workload) -> int:
+    """How many steps training would take in a call, by the fastest of a few."""
+    if workload.inference or not executor.fuses_steps:
+        return 1
+    paces = []
+    for number in range(BATCHES):
+        start = time.perf_counter()
+        _call(executor, workload, number)
+        paces.append(time.perf_counter() - start)
+    return steps_of_a_call(min(paces))
 
 
 def _begin_again(executor: Executor, workload: Workload) -> None:
@@ -351,19 +373,19 @@ def _race(
         tell(f"round {number + 1}", number, rounds)
         order = [racing[i] for i in permutation(workload.seed, number, len(racing))]
         for entrant in order:
-            entrant.seconds.append(_slice(entrant.executor, workload, slice_seconds))
+            entrant.seconds.append(_slice(entrant, workload, slice_seconds))
         orders.append(tuple(entrant.contender.name for entrant in order))
     return tuple(orders)
 
 
-def _slice(executor: Executor, workload: Workload, seconds: float) -> float:
-    """Mean seconds of a step over about so many seconds, of one step at least."""
+def _slice(entrant: Entrant, workload: Workload, seconds: float) -> float:
+    """Mean seconds of a step over about so many seconds, of one call at least."""
+    executor, count = entrant.executor, entrant.at_once
     _begin_again(executor, workload)
-    _step(executor, workload, 0)
+    _call(executor, workload, 0, count)
     steps, start = 0, time.perf_counter()
     while True:
-        steps += 1
-        _step(executor, workload, steps)
+        steps += len(_call(executor, workload, count + steps, count))
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
             return elapsed / steps
@@ -379,7 +401,7 @@ def _fastest_peer(racing: Sequence[Entrant], products: str | None = None) -> Ent
 def _profiled(entrant: Entrant, workload: Workload) -> tuple[StageRate, ...]:
     x, _ = workload.batches[0]
     _begin_again(entrant.executor, workload)
-    _step(entrant.executor, workload, 0)
+    _call(entrant.executor, workload, 0)
     return profile(entrant.executor, workload.model, x, OPTIMIZER, not workload.inference)
 
 
@@ -411,6 +433,7 @@ def _result(
         peak_part=None if peak is None else gflops / peak,
         impossible=peak is not None and gflops * workload.needed_part > peak,
         stages=stages,
+        at_once=entrant.at_once,
         memory=entrant.executor.memory(),
     )
 

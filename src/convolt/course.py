@@ -23,6 +23,11 @@ MOST_STEPS = 16  # in a stretch; of 32 mnist-cnn gains no more, and batches ahea
 LONGEST = 0.05  # seconds of a stretch, for which a signal waits
 
 
+def steps_of_a_call(pace: float) -> int:
+    """How many steps of so many seconds may follow one another in a call."""
+    return max(1, min(MOST_STEPS, int(LONGEST / max(pace, 1e-6))))
+
+
 class _Ahead(NamedTuple):
     """Steps to come, and what their optimizers depend on besides the recipe: ``now`` is before the first."""
 
@@ -67,7 +72,7 @@ class Course:
             return 1
         now = self.time(first)
         saved = period(self.checkpoint_every, now)
-        ends = [first + max(1, int(LONGEST / max(self.pace, 1e-6))), first + MOST_STEPS]
+        ends = [first + steps_of_a_call(self.pace)]
         ends += [(first // every + 1) * every for every in (epoch, saved)]
         ends += [step for step in (length(recipe.dropout_from, now), *self.state.progress.left_out) if step > first]
         return min(ends) - first
