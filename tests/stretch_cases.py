@@ -63,12 +63,13 @@ def assert_same(got: Sequence[StepResult], want: Sequence[StepResult]) -> None:
 
 
 def counted(patch: pytest.MonkeyPatch) -> list[int]:
-    """The phases of every program that is run from now on."""
+    """The phases of every program that is run from now on, but those that bring matrices into another order."""
     calls: list[int] = []
     run = Team.run
 
     def told(team: Team, program: Any, meanwhile: Any = None) -> None:
-        calls.append(len(program.phases))
+        if not all(phase.name.endswith(" order") for phase in program.phases):
+            calls.append(len(program.phases))
         run(team, program, meanwhile)
 
     patch.setattr(Team, "run", told)

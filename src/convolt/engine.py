@@ -71,7 +71,8 @@ class StageTime(NamedTuple):
 class Executor(ABC):
     """One model made ready on one engine.
 
-    params: the master weights, on the host. grads: the same names and shapes; backward adds into it.
+    params: the master weights, on the host; where an engine has them in places of its own, asking brings them, so what
+    was asked for before a step is not what it has made. grads: the same names and shapes; backward adds into it.
     dropout: whether Dropout acts in training; the recipe may leave it off for the first epochs. fuses_steps: whether
     it gains by ``train_steps``.
     """
@@ -243,6 +244,10 @@ class EngineRecipe(Protocol):
     @property
     def seed(self) -> int:
         """Seed of the first weights."""
+
+    @property
+    def ema(self) -> object | None:
+        """Not None where weights are averaged, for which somebody looks at them after every step."""
 
 
 class Engine(ABC):

@@ -119,7 +119,7 @@ class Stepper:
         Not where there are statistics: they are put back as they were before the first.
         """
         executor = self.executor
-        return executor.fuses_steps and not executor.params.buffers and self._direct(self.recipe.batch_size)
+        return executor.fuses_steps and not executor.statistics() and self._direct(self.recipe.batch_size)
 
     def _direct(self, size: int) -> bool:
         """Whether nothing stands between the gradient of a batch and the update."""

@@ -35,7 +35,7 @@ class JIT(Engine):
     one of "amx", "dot" (AVX512-BF16), "fma" (float32, everywhere); None takes the fastest for convolutions and for
     dense layers, or float32 where that is faster, and says so. checkpoint_segments: cut the model into so many parts
     whose inner activations are not kept but computed again in backward: less memory, a forward pass more, the same
-    bits; 0 keeps everything. Raises EngineError.
+    bits (but for the order of a sum where a Flatten is among them); 0 keeps everything. Raises EngineError.
     """
 
     threads: int = 0
@@ -56,7 +56,8 @@ class JIT(Engine):
         own = self.initial_params(model, params, recipe)
         isa = detect(self.isa)
         units = self._units(recipe.precision, isa)
-        return JitExecutor(model, own, isa, self.threads, units, self.checkpoint_segments)
+        looked_at = recipe.ema is not None
+        return JitExecutor(model, own, isa, self.threads, units, self.checkpoint_segments, looked_at)
 
     def explain(self, model: Model, precision: str = "fp32", batch_size: int = 128) -> Explanation:
         """Which kernel serves each stage, forward and backward, and why: the plan's own reasons. Raises EngineError."""

@@ -20,6 +20,7 @@ from convolt.engine import Executor, OnReady, StageTime, StepInput, StepResult
 from convolt.engines.jit.compiler import Compiler
 from convolt.engines.jit.isa import FP32, Isa, Units
 from convolt.engines.jit.kernels.loss_specs import MOVED, UNBOUNDED, UNLABELED
+from convolt.engines.jit.order import Order
 from convolt.engines.jit.plan import Segments
 from convolt.engines.jit.programs import Programs, Step
 from convolt.engines.jit.runtime import Program, Team
@@ -39,7 +40,11 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie far apart, modulo 1
 
 
 class JitExecutor(Executor):
-    """One model on compiled kernels. units: what multiplies in bf16."""
+    """One model on compiled kernels.
+
+    units: what multiplies in bf16. looked_at: whether somebody asks for the weights after every step; they then always
+    have their own order.
+    """
 
     def __init__(
         self,
@@ -49,11 +54,12 @@ class JitExecutor(Executor):
         threads: int,
         units: Units = FP32,
         segments: int = 0,
+        looked_at: bool = False,
     ) -> None:
-        self.model, self.params = model, params
+        self.model, self._params = model, params
         self.grads = Params(model, params.dtype)
         self._isa, self._threads = isa, threads
-        self._units, self._segments = units, segments
+        self._units, self._segments, self._looked_at = units, segments, looked_at
         self._compiler = Compiler(isa, processes=threads, begin=os.getpid() * GOLDEN % 1)
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
@@ -65,6 +71,13 @@ class JitExecutor(Executor):
             isinstance(layer, Dropout) for _, layer, _, _ in walk(model.layers, model.input_shape)
         )
         self._updater = Updater(params, self.grads, isa, self._compiler, self._team)
+        self._order = Order(params, self.grads, self._updater, isa, threads, self._compiler, self._team)
+
+    @property
+    def params(self) -> Params:  # type: ignore[override]  # whole steps keep matrices in another order
+        """The master weights and the statistics, in their own order."""
+        self._in_order(state=False)
+        return self._params
 
     def predict(self, x: Array) -> Array:
         """Logits (N, classes)."""
@@ -88,6 +101,7 @@ class JitExecutor(Executor):
         """Forward program, loss, backward program."""
         self._check(x)
         programs = self._ready(x, training=True)
+        self._in_order(state=False)
         self._load(programs, x, rng)
         self._run(programs.forward)
         self._count_batches()
@@ -157,6 +171,7 @@ class JitExecutor(Executor):
         first, moves = steps[0], self._updater.moves(steps[0].optimizer)
         assert moves is not None
         programs = self._ready(first.x, training=True)
+        self._version += self._order.bring(programs.of_pixels)
         programs.tell(first.y, first.scale)
         self._updater.set_numbers(first.optimizer, self._updater.step + 1)
         whole, results = programs.step(loss, self._updater, moves), []
@@ -197,6 +212,7 @@ class JitExecutor(Executor):
             loss(logits, step.y)  # raises, and tells which label is none
         if verdict == UNBOUNDED and whole.late is not None:
             self._team.run(whole.late)
+            self._order.restore_gradient(programs.of_pixels)
             if math.isfinite(self.grad_norm()):
                 self.update(step.optimizer)
                 return StepResult(total, logits, int(right))
@@ -204,6 +220,7 @@ class JitExecutor(Executor):
 
     def update(self, optimizer: Optimizer, part: slice | None = None) -> None:
         """The optimizer's step in compiled code; one that the kernels do not know runs in NumPy."""
+        self._in_order()
         self._updater.update(optimizer, part)
         self._version += 1
         self._moves = None
@@ -212,18 +229,24 @@ class JitExecutor(Executor):
         """Copies of the weights are made again."""
         self._version += 1
 
+    def statistics(self) -> dict[str, Array]:
+        """A copy of the buffers."""
+        return self._params.statistics()
+
     def restore_statistics(self, statistics: dict[str, Array]) -> None:
         """Put back what ``statistics`` gave; filters take them in again."""
-        super().restore_statistics(statistics)
+        self._params.restore_statistics(statistics)
         self._statistics += 1
 
     def optimizer_state(self) -> dict[str, Array]:
         """The optimizer's flat arrays and ``step``."""
+        self._in_order()
         return {**self._updater.state, "step": np.array(self._updater.step)}
 
     def load_optimizer_state(self, state: dict[str, Array]) -> None:
         """Go on from a checkpoint's optimizer state."""
         self._updater.load(state)
+        self._order.forget_state()
         self._moves = None
         for programs in self._plans.values():
             programs.forget_steps()
@@ -235,6 +258,10 @@ class JitExecutor(Executor):
         gradient's norm as update.
         """
         programs = self._ready(x, training)
+        if training and self._moves is not None:
+            self._version += self._order.bring(programs.of_pixels)
+        else:
+            self._in_order()
         programs.load(x, self._version)
         segments = [("forward", segment) for segment in programs.forward]
         if training and self._add_ranks:
@@ -263,19 +290,20 @@ class JitExecutor(Executor):
 
     def memory(self) -> dict[str, int]:
         """Bytes of everything that is held, plans that have been made included."""
-        flat = self.params.flat.nbytes
+        flat = self._params.flat.nbytes
         found = {
-            "weights": flat + self.params.buffers_flat.nbytes,
+            "weights": flat + self._params.buffers_flat.nbytes,
             "gradients": self.grads.flat.nbytes + self.grads.buffers_flat.nbytes,
             "optimizer state": sum(array.nbytes for array in self._updater.state.values()),
         }
-        for programs in self._plans.values():
-            for kind, size in programs.memory().items():
+        for part in (self._order.memory(), *(programs.memory() for programs in self._plans.values())):
+            for kind, size in part.items():
                 found[kind] = found.get(kind, 0) + size
         return found
 
     def close(self) -> None:
         """End the threads."""
+        self._in_order()
         self._team.close()
 
     @property
@@ -289,7 +317,8 @@ class JitExecutor(Executor):
 
     def move(self, weights: Array, gradient: Array) -> bool:
         """Plans hold addresses, so they are made anew."""
-        self.params.move(weights)
+        self._in_order()
+        self._params.move(weights)
         self.grads.move(gradient)
         self._plans.clear()
         self._updater.moved()
@@ -302,6 +331,10 @@ class JitExecutor(Executor):
         self._plans.clear()
 
     # ------------------------------------------------------------------------------------------------------- inside
+
+    def _in_order(self, state: bool = True) -> None:
+        """Matrices, and the optimizer's ``state``, as everybody knows them."""
+        self._version += self._order.restore(state)
 
     def _run(self, segments: Segments) -> None:
         for segment in segments:
@@ -342,7 +375,7 @@ class JitExecutor(Executor):
             grads = self.grads if training else None
             programs = Programs(
                 self.model,
-                self.params,
+                self._params,
                 grads,
                 count,
                 byte_input,
@@ -352,6 +385,7 @@ class JitExecutor(Executor):
                 self._compiler,
                 self._add_ranks if training else None,
                 self._segments,
+                reorders=not self._looked_at,
             )
             tasks = list(programs.forward_tasks)
             if training:
@@ -375,6 +409,7 @@ class JitExecutor(Executor):
     def _logits(self, x: Array) -> Array:
         """A copy of the logits of a batch that a plan can hold."""
         programs = self._ready(x, training=False)
+        self._in_order(state=False)
         programs.load(x, self._version)
         weights = self._version, self._statistics
         if programs.prepared != weights:
@@ -385,6 +420,6 @@ class JitExecutor(Executor):
         return programs.logits[: len(x)].copy()
 
     def _count_batches(self) -> None:
-        for name, array in self.params.buffers.items():
+        for name, array in self._params.buffers.items():
             if name.endswith("num_batches_tracked"):
                 array[...] += 1

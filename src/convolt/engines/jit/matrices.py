@@ -57,6 +57,14 @@ def reads_pixels(plan: Plan, image: Tensor, features: Tensor) -> bool:
     )
 
 
+def defers(plan: Plan, operation: Operation) -> bool:
+    """Whether a dense layer leaves its gradient to the optimizer's pass, where a step has one."""
+    if operation.kind != "Dense" or not plan.training:
+        return False
+    large = _weights(operation) >= UPDATE_PAYS and plan.capacity >= FEW_SAMPLES
+    return not _obstacle(plan, operation) or (plan.units.dense is None and large)
+
+
 def _obstacle(plan: Plan, operation: Operation) -> str:
     """Why a dense layer does not multiply in blocks of bf16; empty where it does."""
     weights = _weights(operation)
@@ -214,7 +222,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
     x, y = plan.value(source), plan.value(target)
     if not plan.training and _is_packed(operation):
         return dense_prediction(plan, operation), list
-    chunks, defers = 0, False
+    chunks, left = 0, defers(plan, operation)
     if N < FEW_SAMPLES:
         run = round_up(-(-layer.out_features // RUNS), 4)
         spec = _dense_spec(plan, operation, run)
@@ -224,9 +232,8 @@ def dense(plan: Plan, operation: Operation) -> Served:
         spec, chunks = _dense_spec(plan, operation, run), -(-layer.in_features // run)
         parts = plan.address(f"parts of {operation.names[0]}", chunks * N * round_up(layer.out_features, BLOCK))
         scratch = plan.scratch(dense_panel(spec))
-        defers = plan.training and unit is None and weights >= UPDATE_PAYS
-        peaks = plan.buffer(f"peaks {operation.names[0]}", chunks + 1)[: chunks + 1] if defers else np.zeros(0)
-        largest = address_of(peaks) if defers else 0
+        peaks = plan.buffer(f"peaks {operation.names[0]}", chunks + 1)[: chunks + 1] if left else np.zeros(0)
+        largest = address_of(peaks) if left else 0
         forward = [
             plan.whole(label, "dense:dense_forward", spec, chunks, x, weight, parts, scratch, largest),
             plan.whole(f"{label} total", "dense_tiles:total", spec, RUNS, parts, bias, y),
@@ -246,7 +253,7 @@ def dense(plan: Plan, operation: Operation) -> Served:
             chunks = -(-spec.inputs // spec.run)
             return plan.whole(f"{label} {what}", "dense:dense_backward", spec, chunks, *arguments)
 
-        if not (plan.fuses_update and defers):
+        if not (plan.fuses_update and left):
             return [slopes, products("backward", back)]
 
         def update(spec: UpdateSpec, state: tuple[int, ...], numbers: int) -> Task:

@@ -139,6 +139,8 @@ class Plan:
 
     def slope(self, tensor: Tensor) -> Address:
         """The address of a tensor's gradient, without a frame."""
+        if tensor.image is not None:
+            return self.slope(tensor.image)
         kind, size = np.uint16 if tensor.half_slope else np.float32, self.capacity * math.prod(tensor.shape)
         return self._slopes.get(tensor) or self.address(f"slope {tensor.name}", size, kind)
 

@@ -1,7 +1,7 @@
 """The programs of one plan: forward, backward, backward in slices, and the whole step in one."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from convolt.engines.jit.isa import Isa, Units
 from convolt.engines.jit.kernels.loss_specs import FINDINGS, LossSpec
 from convolt.engines.jit.kernels.specs import ONE, UpdateSpec
 from convolt.engines.jit.matrices import reads_half, reads_pixels
-from convolt.engines.jit.phases import Call, Task, Tasks, without_calls
+from convolt.engines.jit.order import matrices_of, readers_of_pixels
+from convolt.engines.jit.phases import Call, Served, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.recompute import cut
 from convolt.engines.jit.runtime import Program
@@ -73,7 +74,8 @@ class Programs:
     """One plan of a model, for batches of up to ``capacity`` samples, and what can be run of it.
 
     grads: what a backward pass adds to; None for prediction alone. add_ranks: see Plan. checkpoints: into how many
-    segments a model is cut whose inner tensors are made twice (``recompute``); 0 or 1 keeps all of them.
+    segments a model is cut whose inner tensors are made twice (``recompute``); 0 or 1 keeps all of them. reorders:
+    whether whole steps may keep matrices in the order of pixels (``order``).
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Programs:
         compiler: Compiler,
         add_ranks: Callable[[Array], None] | None = None,
         checkpoints: int = 0,
+        reorders: bool = True,
     ) -> None:
         first, found = operations(model, training=grads is not None)
         self.plan = Plan(params, grads, capacity, isa, threads, learning(found), units, add_ranks)
@@ -128,10 +131,26 @@ class Programs:
         self.prepared = (-1, -1)  # the versions of weights and statistics that ``prepare`` has seen last
         segments = cut(self.plan, self._operations, checkpoints) if self.plan.training else []
         self._segment_of = {operation: segment for segment in segments for operation in segment.operations}
-        self.forward_tasks = list(self._forward_tasks())
+        lasting = [operation for operation in self._operations if operation not in self._segment_of]
+        stand_ins = readers_of_pixels(self.plan, lasting) if reorders else {}
+        self.of_pixels = matrices_of(stand_ins)  # whose columns a whole step wants in the order of pixels
+        self._served_at_once = self._without_flattening(stand_ins)
+        self.forward_tasks = list(self._forward_tasks(self._served))
+        self._forward_at_once = list(self._forward_tasks(self._served_at_once))
         self._backward = {way: self._make_backward(*way) for way in WAYS if self.plan.training}
         if self.plan.training:
             self.plan.lay_out(*self._orders())
+
+    def _without_flattening(self, stand_ins: Mapping[Operation, Operation]) -> list[Served]:
+        """What serves the operations in a whole step, in which these dense layers read pixels."""
+        flat = {operation.inputs[0] for operation in stand_ins}
+        served: list[Served] = []
+        for operation, usual in zip(self._operations, self._served, strict=True):
+            if operation in stand_ins:
+                served.append(serve(self.plan, stand_ins[operation]))
+            else:
+                served.append(([], list) if operation.output in flat else usual)
+        return served
 
     def _array(self, name: str, size: int, dtype: Any = np.float32) -> Array:
         capacity = self.plan.capacity
@@ -171,10 +190,10 @@ class Programs:
 
     # -------------------------------------------------------------------------------------------------- the tasks
 
-    def _forward_tasks(self) -> Iterator[Task | Call]:
+    def _forward_tasks(self, served: list[Served]) -> Iterator[Task | Call]:
         """From the images to the logits."""
         yield from self._input_tasks
-        for operation, (tasks, _) in zip(self._operations, self._served, strict=True):
+        for operation, (tasks, _) in zip(self._operations, served, strict=True):
             segment = self._segment_of.get(operation)
             if segment is None:
                 yield from tasks
@@ -184,9 +203,10 @@ class Programs:
     def _make_backward(self, accumulate: bool, fuses_update: bool) -> Backward:
         self.plan.begin_backward(accumulate)
         self.plan.begin_slope(self._output)
-        forward = {operation: tasks for operation, (tasks, _) in zip(self._operations, self._served, strict=True)}
+        served = self._served_at_once if fuses_update else self._served
+        forward = {operation: tasks for operation, (tasks, _) in zip(self._operations, served, strict=True)}
         made: list[tuple[Task | Call, Operation]] = []
-        for operation, (_, backward) in zip(reversed(self._operations), reversed(self._served), strict=True):
+        for operation, (_, backward) in zip(reversed(self._operations), reversed(served), strict=True):
             segment = self._segment_of.get(operation)
             # What is left for after the step may not read what is forgotten.
             self.plan.fuses_update = fuses_update and segment is None
@@ -210,8 +230,9 @@ class Programs:
 
     def _step_tasks(self, fuses_update: bool, label_smoothing: float) -> Tasks:
         """Forward, loss, backward."""
+        forward = self._forward_at_once if fuses_update else self.forward_tasks
         backward = [task for task, _ in self.backward_tasks(accumulate=False, fuses_update=fuses_update)]
-        return [*self.forward_tasks, self._criterion(label_smoothing), *backward]
+        return [*forward, self._criterion(label_smoothing), *backward]
 
     def _orders(self) -> Iterator[list[Tasks]]:
         """Which tasks run one after another, from the images to the last reader of what has come of them."""
@@ -235,9 +256,10 @@ class Programs:
         unpack = tuple(task.factory for task in self._input_tasks)
         why = "Normalize folded into it" if self._normalizes else "pixels as they come to a framed tensor"
         found = [Stage("input", "forward", unpack, why, 0)]
-        for operation, (tasks, _) in zip(self._operations, self._served, strict=True):
+        for operation, (tasks, _) in zip(self._operations, self._served_at_once, strict=True):
             flops = sum(works[name].forward_flops for name in operation.names)
-            found.append(_stage(operation, "forward", tasks, flops))
+            if tasks:
+                found.append(_stage(operation, "forward", tasks, flops))
         found.append(Stage("loss", "backward", (CRITERION,), "softmax, cross-entropy and their gradient in one", 0))
         backward, deferred = self._backward[False, True]
         left = {one.name.rpartition(".")[0]: one for one in deferred}
@@ -303,8 +325,8 @@ class Programs:
     def step(self, loss: CrossEntropy, updater: Updater, moves: Moves | None) -> Step:
         """Forward, loss, backward, the gradient's norm, the look at it all, and the optimizer's step.
 
-        Gradients are written, not added; those of large matrices are made in the optimizer's pass. Without ``moves`` it
-        is a step up to the norm, and all gradients are made.
+        Gradients are written, not added; those of large matrices are made in the optimizer's pass. It wants matrices
+        ``of_pixels`` in that order. Without ``moves`` it is a step up to the norm: all gradients, nothing reordered.
         """
         key = loss.label_smoothing, moves
         if key not in self._steps:

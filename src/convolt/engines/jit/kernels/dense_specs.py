@@ -93,6 +93,26 @@ class DenseUpdateSpec:
     rows: int = 0
 
 
+@dataclass(frozen=True)
+class ReorderSpec:
+    """A matrix (outputs, inputs) whose columns are those of a flattened image (C, H, W), and to be of (H, W, C).
+
+    to_pixels: that way; else back. rows: of a chunk.
+    """
+
+    outputs: int
+    inputs: int
+    channels: int
+    to_pixels: bool
+    lanes: int
+    rows: int = 4
+
+    @property
+    def pixels(self) -> int:
+        """Of the image."""
+        return self.inputs // self.channels
+
+
 def dense_forward_scratch(spec: DenseSpec) -> int:
     """Bytes of scratch memory for each thread."""
     depth, columns = round_up(spec.run, DEPTH), round_up(spec.outputs, BLOCK)
