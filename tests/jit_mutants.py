@@ -43,10 +43,13 @@ from jit_mutants_few import FEW, FEW_IN_BF16
 from jit_mutants_fp32 import FP32
 from jit_mutants_fp32 import ONE_PASS as ONE_PASS_FP32
 from jit_mutants_half import HALF
+from jit_mutants_order import IN_BF16 as PIXELS_IN_BF16
+from jit_mutants_order import ORDERED, PIXELS
 from jit_mutants_pairs import PAIRS as OF_PAIRS
 from jit_mutants_steps import IN_BF16, REFUSALS, STEPS, STRETCHES
 from jit_mutants_windows import WINDOWS
 from jit_scratch import needs_no_scratch_of_others
+from order_cases import matrices_are_brought_in_order
 from pool_cases import POOLS
 from step_cases import refuses
 from stretch_cases import stretches_are_steps
@@ -59,7 +62,7 @@ from convolt.optimizers import Adam
 
 # What a broken plan may raise besides a check's own AssertionError.
 BREAKDOWNS = (AssertionError, ValueError, IndexError, TypeError, KeyError, OverflowError, ConvoltError, RuntimeWarning)
-MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF, *WINDOWS, *FEW, *STEPS)
+MUTANTS = (*FP32, *BF16, *OF_PAIRS, *HALF, *WINDOWS, *FEW, *STEPS, *ORDERED)
 REPRESENTATIVE = tuple(number for number, mutant in enumerate(MUTANTS) if mutant.quick)
 
 
@@ -118,6 +121,8 @@ JUDGES: dict[str, Callable[[str], None]] = {
     REFUSALS: _once(refuses, next(entry for entry in ENGINES if entry.name == "jit")),
     STRETCHES: _once(stretches_are_steps, "fp32"),
     IN_BF16: _once(stretches_are_steps, "bf16"),
+    PIXELS: _once(matrices_are_brought_in_order, "fp32"),
+    PIXELS_IN_BF16: _once(matrices_are_brought_in_order, "bf16"),
     OVERFLOW: _once(overflow_leaves_the_weights, "bf16"),
     FEW_IN_BF16: few_predictions_equal_float64,
     FASTEST: _once(unit_is_the_fastest),

@@ -113,8 +113,12 @@ def look_at_state(executor: Executor) -> None:
 
 
 def predict(executor: Executor) -> None:
-    """A few images."""
-    executor.predict(batch_for(executor.model, 3)[0])
+    """A few images, before somebody else has asked for the weights and behind it."""
+    x, _ = batch_for(executor.model, 3)
+    logits = executor.predict(x)
+    executor.params.flat[...] = executor.params.flat.copy()
+    executor.weights_changed()
+    np.testing.assert_array_equal(executor.predict(x), logits)
 
 
 def look_at_a_gradient(executor: Executor) -> None:
@@ -142,9 +146,11 @@ def load_the_state_alone(executor: Executor) -> None:
 
 
 def move(executor: Executor) -> None:
-    """Weights and gradient to other memory; plans are made anew, of the same size as before."""
-    size = executor.params.flat.size
-    assert executor.move(aligned_zeros(size, np.float32), aligned_zeros(size, np.float32))
+    """Weights and gradient to other memory, where all is in order; plans are made anew, of the same size as before."""
+    weights, gradient = (aligned_zeros(executor.grads.flat.size, np.float32) for _ in range(2))
+    assert executor.move(weights, gradient)
+    before = weights.copy()
+    np.testing.assert_array_equal(executor.params.flat, before)
     executor.prepare(batch_for(executor.model, FULL)[0])
 
 
@@ -190,9 +196,8 @@ def weights_are_in_order_behind_the_end(precision: str) -> None:
 
 def matrices_are_brought_in_order(precision: str) -> None:
     """All of it, on two threads."""
-    names = MODELS if precision == "fp32" else IN_BF16
-    for name in names:
-        whole_steps_are_steps(MODELS[name], precision)
+    for model in MODELS.values():
+        whole_steps_are_steps(model, precision)
     gradients_that_are_looked_at_first(precision)
     for look in LOOKS:
         looking_changes_nothing(look, precision)

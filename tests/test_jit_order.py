@@ -28,16 +28,11 @@ from convolt.recipe import Recipe
 precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
+@precisions
 @pytest.mark.parametrize("name", MODELS)
-def test_whole_steps_are_steps_in_float32(name):
-    assert explained(MODELS[name], "fp32")
-    whole_steps_are_steps(MODELS[name], "fp32")
-
-
-@pytest.mark.parametrize("name", IN_BF16)
-def test_whole_steps_are_steps_in_bf16(name):
-    assert explained(MODELS[name], "bf16")
-    whole_steps_are_steps(MODELS[name], "bf16")
+def test_whole_steps_are_steps(name, precision):
+    assert explained(MODELS[name], precision) == (precision == "fp32" or name in IN_BF16)
+    whole_steps_are_steps(MODELS[name], precision)
 
 
 @pytest.mark.slow
