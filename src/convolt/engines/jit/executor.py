@@ -390,7 +390,7 @@ class JitExecutor(Executor):
             tasks = list(programs.forward_tasks)
             if training:
                 tasks += [task for task, _ in programs.backward_tasks(accumulate=False)]
-            self._compiler.kernels(programs.requests(tasks))
+            self._compiler.kernels([*programs.requests(tasks), *self._order.requests(programs.of_pixels)])
             self._plans[key] = programs
         return self._plans[key]
 

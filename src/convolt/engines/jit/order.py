@@ -22,12 +22,13 @@ from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.dense_specs import ReorderSpec
 from convolt.engines.jit.matrices import defers
 from convolt.engines.jit.phases import Task
-from convolt.engines.jit.plan import Plan, address_of
+from convolt.engines.jit.plan import KERNELS, Plan, address_of
 from convolt.engines.jit.runtime import Team
 from convolt.engines.jit.update import Updater
 from convolt.params import Params
 
 Array = NDArray[Any]
+REORDER = "reorder:reorder"
 Matrices = Mapping[str, int]
 """Names of parameters, and the channels of the images that their columns are of."""
 
@@ -86,6 +87,11 @@ class Order:
         """The optimizer's arrays are other ones."""
         self._state = {}
 
+    def requests(self, matrices: Matrices) -> list[tuple[str, Any]]:
+        """What the compiler is asked for."""
+        ways = [self._spec(name, channels, to) for name, channels in matrices.items() for to in (True, False)]
+        return [(f"{KERNELS}.{REORDER}", spec) for spec in ways]
+
     def memory(self) -> dict[str, int]:
         """Bytes by kind: through which rows pass."""
         return self._plan.memory()
@@ -107,11 +113,13 @@ class Order:
 
     def _task(self, vector: Array, name: str, channels: int, to_pixels: bool) -> Task:
         """Of a flat vector, the part that belongs to a matrix."""
-        part, (outputs, inputs) = self._params.slices[name], self._params.specs[name].shape
-        spec = ReorderSpec(outputs, inputs, channels, to_pixels, self._plan.isa.lanes)
-        chunks = -(-outputs // spec.rows)
-        arguments = address_of(vector[part]), self._plan.scratch(inputs)
-        return self._plan.whole(f"{name} order", "reorder:reorder", spec, chunks, *arguments)
+        spec, part = self._spec(name, channels, to_pixels), self._params.slices[name]
+        arguments = address_of(vector[part]), self._plan.scratch(spec.inputs)
+        return self._plan.whole(f"{name} order", REORDER, spec, -(-spec.outputs // spec.rows), *arguments)
+
+    def _spec(self, name: str, channels: int, to_pixels: bool) -> ReorderSpec:
+        outputs, inputs = self._params.specs[name].shape
+        return ReorderSpec(outputs, inputs, channels, to_pixels, self._plan.isa.lanes)
 
     def _run(self, tasks: list[Task]) -> None:
         if tasks:
