@@ -7,7 +7,6 @@ PIXELS, IN_BF16 = "matrices in the order of pixels", "matrices in the order of p
 BACK = "self._in_order(state=False)"
 
 NONE = "self._order.restore_gradient(programs.of_pixels)"
-BRING = "self._version += self._order.bring(programs.of_pixels)\n        programs"
 ALL_BACK = "self._in_order()"
 
 ORDERED = (
@@ -17,9 +16,9 @@ ORDERED = (
     JitMutant("weights unmoved", ORDER, "class Order", "[self._params.flat])", "[])", PIXELS),
     JitMutant("state unmoved", ORDER, "class Order", "list(self._updater.state.values())", "[]", PIXELS),
     JitMutant("never back", ORDER, "class Order", "before.keys() ^ behind.keys()", "behind.keys()", PIXELS),
-    JitMutant("state never back", ORDER, "class Order", "{} if state else self._state", "self._state", PIXELS),
-    JitMutant("state of before", ORDER, "def forget_state", "self._state = {}", "pass", PIXELS),
-    JitMutant("any format", ORDER, "def readers_of_pixels", "if bare and alike and", "if bare and", IN_BF16),
+    JitMutant("state never back", ORDER, "class Order", "{} if state else self.now", "self.now", PIXELS),
+    JitMutant("state of before", ORDER, "def forget_state", "_replace(state={})", "_replace()", PIXELS),
+    JitMutant("any format", "matrices.py", "def readers_of_pixels", "if bare and alike and", "if bare and", IN_BF16),
     JitMutant("slopes of features", "plan.py", "def slope", "return self.slope(tensor.image)", "pass", PIXELS),
     JitMutant("flattened too", "programs.py", "class Programs", "if operation.output in flat", "if False", PIXELS),
     JitMutant("a gradient as it lies", EXECUTOR, "def _judged", NONE, "pass", PIXELS),
@@ -28,8 +27,12 @@ ORDERED = (
     JitMutant("forward as they lie", EXECUTOR, "def loss_and_grads", f"{BACK}\n        self._l", "self._l", PIXELS),
     JitMutant("moved as they lie", EXECUTOR, "def update", f"{ALL_BACK}\n        self._up", "self._up", PIXELS),
     JitMutant("state as it lies", EXECUTOR, "def optimizer_state", f"{ALL_BACK}\n        ret", "ret", PIXELS),
-    JitMutant("closed as they lie", EXECUTOR, "def close", f"{ALL_BACK}\n        self._team", "self._team", PIXELS),
+    JitMutant(
+        "closed as they lie", EXECUTOR, "def close", f"{ALL_BACK}\n        finally", "pass\n        finally", PIXELS
+    ),
     JitMutant("carried as they lie", EXECUTOR, "def move", f"{ALL_BACK}\n        self._par", "self._par", PIXELS),
-    JitMutant("copies of before", EXECUTOR, "def _in_order", "self._version += self._order", "self._order", IN_BF16),
-    JitMutant("copies in no order", EXECUTOR, "def _at_once", BRING, f"{BRING[17:]}", IN_BF16),
+    JitMutant("one version", ORDER, "class Order", "now.version + (weights != now.weights)", "now.version", IN_BF16),
+    JitMutant("come for ever", ORDER, "class Order", "self._arrived[0] = 0", "pass", PIXELS),
+    JitMutant("come at once", ORDER, "class Order", "if self._arrived[0]:", "if True:", PIXELS),
+    JitMutant("vectors of", ORDER, "class Order", "(address_of(vector), *rest)", "tuple(rest)", PIXELS),
 )

@@ -36,5 +36,5 @@ STEPS = (
     JitMutant(
         "copies of old weights", EXECUTOR, "def _at_once", "renews=not whole.rounds_all", "renews=False", IN_BF16
     ),
-    JitMutant("copies for new ones", EXECUTOR, "def _moved", "self._version += steps", "self._version += 0", IN_BF16),
+    JitMutant("copies for new ones", EXECUTOR, "def _moved", "self._changes += steps", "self._changes += 0", IN_BF16),
 )

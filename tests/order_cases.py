@@ -3,16 +3,20 @@
 Functions for the reason that ``engine_checks`` gives: the mutants of the jit engine are judged by them too.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 from jit_cases import DEFERRED, FULL, WIDEST, batch_for
 from stretch_cases import state
 
 from convolt.engine import Executor, StepInput
 from convolt.engines import JIT
 from convolt.engines.jit.kernels.loss_specs import SAFE
+from convolt.engines.jit.runtime import Program, Team
 from convolt.layers import AvgPool2d, BatchNorm2d, Conv2d, Dense, Flatten, LeakyReLU, ReLU, Residual
 from convolt.losses import CrossEntropy
 from convolt.model import Model
@@ -194,6 +198,33 @@ def weights_are_in_order_behind_the_end(precision: str) -> None:
     other.close()
 
 
+def whoever_interrupts_finds_them_in_order(precision: str) -> None:
+    """A signal's handler that raises before a program runs, or behind it, wherever weights are asked for or stepped."""
+    optimizer = SGD(lr=0.05, momentum=0.9)
+    run = Team.run
+    for behind in (False, True):
+        executor, other = (WIDEST.executor(DEFERRED, None, Recipe(precision=precision)) for _ in range(2))
+
+        def interrupted(team: Team, program: Program, meanwhile: Any = None, behind: bool = behind) -> None:
+            if behind:
+                run(team, program, meanwhile)
+            raise KeyboardInterrupt
+
+        for work in works(DEFERRED, optimizer):
+            for look in (look_at_weights, look_at_state):
+                with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                    patch.setattr(Team, "run", interrupted)
+                    look(executor)
+                look_at_weights(executor)
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(Team, "run", interrupted)
+                at_once(executor, work)  # comes no further than to bring the matrices
+            assert at_once(executor, work) == at_once(other, work)
+        assert state(executor) == state(other)
+        for each in (executor, other):
+            each.close()
+
+
 def matrices_are_brought_in_order(precision: str) -> None:
     """All of it, on two threads."""
     for model in MODELS.values():
@@ -201,6 +232,7 @@ def matrices_are_brought_in_order(precision: str) -> None:
     gradients_that_are_looked_at_first(precision)
     for look in LOOKS:
         looking_changes_nothing(look, precision)
+    whoever_interrupts_finds_them_in_order(precision)
     weights_are_in_order_behind_the_end(precision)
 
 

@@ -14,13 +14,14 @@ from order_cases import (
     looking_changes_nothing,
     threads_leave_the_bits,
     weights_are_in_order_behind_the_end,
+    whoever_interrupts_finds_them_in_order,
     whole_steps_are_steps,
     works,
 )
 
 from convolt.engines import JIT
 from convolt.engines.jit.runtime import Team
-from convolt.layers import Conv2d, Dense, Dropout, Flatten, ReLU
+from convolt.layers import Conv2d, Dense, Dropout, Flatten, GlobalAvgPool2d, ReLU
 from convolt.model import Model
 from convolt.optimizers import EMA, SGD, AdamW, Optimizer, RMSprop
 from convolt.recipe import Recipe
@@ -73,6 +74,11 @@ def test_weights_are_in_order_behind_the_end(precision):
 
 
 @precisions
+def test_whoever_interrupts_finds_them_in_order(precision):
+    whoever_interrupts_finds_them_in_order(precision)
+
+
+@precisions
 def test_threads_leave_the_bits(precision):
     threads_leave_the_bits(precision)
 
@@ -87,8 +93,11 @@ FEATURES = (Conv2d(1, 8, 3, padding=1), ReLU())
         (*FEATURES, Flatten(), ReLU(), Dense(800, 100)),
         (*FEATURES, Flatten(), Dense(800, 10)),
         (Flatten(), Dense(100, 900)),
+        (*FEATURES, GlobalAvgPool2d(), Flatten(), Dense(8, 8192)),
+        (*FEATURES, Flatten(), Dropout(0.5), Flatten(), Dense(800, 100)),
+        (*FEATURES, Flatten(), Dense(800, 70), Flatten(), Dense(70, 1000)),
     ],
-    ids=["dropout", "a second activation", "a small matrix", "images"],
+    ids=["dropout", "a second activation", "a small matrix", "images", "averages", "twice", "features"],
 )
 def test_what_is_flattened_all_the_same(layers):
     model = Model((1, 10, 10), layers)

@@ -298,7 +298,7 @@ def _call(executor: Executor, workload: Workload, first: int, count: int = 1) ->
 
 
 def _steps_at_once(executor: Executor, workload: Workload) -> int:
-    """How many steps training would take in a call, by the fastest of a few."""
+    """How many steps training would take in a call, by the median of a few."""
     if workload.inference or not executor.fuses_steps:
         return 1
     paces = []
@@ -306,7 +306,7 @@ def _steps_at_once(executor: Executor, workload: Workload) -> int:
         start = time.perf_counter()
         _call(executor, workload, number)
         paces.append(time.perf_counter() - start)
-    return steps_of_a_call(min(paces))
+    return steps_of_a_call(median(paces))
 
 
 def _begin_again(executor: Executor, workload: Workload) -> None:

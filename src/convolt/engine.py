@@ -71,10 +71,10 @@ class StageTime(NamedTuple):
 class Executor(ABC):
     """One model made ready on one engine.
 
-    params: the master weights, on the host; where an engine has them in places of its own, asking brings them, so what
-    was asked for before a step is not what it has made. grads: the same names and shapes; backward adds into it.
-    dropout: whether Dropout acts in training; the recipe may leave it off for the first epochs. fuses_steps: whether
-    it gains by ``train_steps``.
+    params: the master weights, on the host. An engine may have them elsewhere or otherwise between steps, and asking
+    brings them: ask anew behind each step, also to write to them, as for ``optimizer_state``. grads: the same names and
+    shapes; backward adds into it. dropout: whether Dropout acts in training; the recipe may leave it off for the first
+    epochs. fuses_steps: whether it gains by ``train_steps``.
     """
 
     params: Params
@@ -112,14 +112,14 @@ class Executor(ABC):
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Array]:
-        """The optimizer's flat arrays and its ``step``, for a checkpoint."""
+        """The optimizer's flat arrays and its ``step``, for a checkpoint; good until the next step."""
 
     @abstractmethod
     def load_optimizer_state(self, state: dict[str, Array]) -> None:
         """Go on from a checkpoint's optimizer state."""
 
     def weights_changed(self) -> None:
-        """Tell the executor that ``params`` was written to from outside (a checkpoint, an average)."""
+        """Tell the executor that ``params``, asked for behind the last step, was written to from outside."""
         return
 
     def statistics(self) -> dict[str, Array]:

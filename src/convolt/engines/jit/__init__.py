@@ -35,7 +35,8 @@ class JIT(Engine):
     one of "amx", "dot" (AVX512-BF16), "fma" (float32, everywhere); None takes the fastest for convolutions and for
     dense layers, or float32 where that is faster, and says so. checkpoint_segments: cut the model into so many parts
     whose inner activations are not kept but computed again in backward: less memory, a forward pass more, the same
-    bits (but for the order of a sum where a Flatten is among them); 0 keeps everything. Raises EngineError.
+    bits (a dense layer's sums run in another order where the Flatten before it is computed again); 0 keeps everything.
+    Raises EngineError.
     """
 
     threads: int = 0

@@ -64,8 +64,8 @@ class JitExecutor(Executor):
         self._team = Team(threads, self._compiler)
         self._plans: dict[tuple[bool, int, bool], Programs] = {}
         self._add_ranks: Callable[[Array], None] | None = None
-        self._version = 0  # of the weights: copies of them (packed, folded, in bf16) belong to one
-        self._statistics = 0  # the same of BatchNorm's running statistics
+        self._changes = 0  # of the weights
+        self._statistics = 0  # versions of BatchNorm's running statistics
         self._moves: Moves | None = None  # with which the last step was one program
         self.fuses_steps = not params.buffers and not any(
             isinstance(layer, Dropout) for _, layer, _, _ in walk(model.layers, model.input_shape)
@@ -171,7 +171,7 @@ class JitExecutor(Executor):
         first, moves = steps[0], self._updater.moves(steps[0].optimizer)
         assert moves is not None
         programs = self._ready(first.x, training=True)
-        self._version += self._order.bring(programs.of_pixels)
+        self._order.bring(programs.of_pixels)
         programs.tell(first.y, first.scale)
         self._updater.set_numbers(first.optimizer, self._updater.step + 1)
         whole, results = programs.step(loss, self._updater, moves), []
@@ -196,7 +196,7 @@ class JitExecutor(Executor):
     def _moved(self, steps: int, programs: Programs, whole: Step) -> None:
         """So many steps have moved the weights."""
         self._updater.step += steps
-        self._version += steps
+        self._changes += steps
         if steps and whole.rounds_all:  # the kernel that moves these weights has rounded them as well
             programs.version = self._version
 
@@ -222,12 +222,12 @@ class JitExecutor(Executor):
         """The optimizer's step in compiled code; one that the kernels do not know runs in NumPy."""
         self._in_order()
         self._updater.update(optimizer, part)
-        self._version += 1
+        self._changes += 1
         self._moves = None
 
     def weights_changed(self) -> None:
         """Copies of the weights are made again."""
-        self._version += 1
+        self._changes += 1
 
     def statistics(self) -> dict[str, Array]:
         """A copy of the buffers."""
@@ -259,7 +259,7 @@ class JitExecutor(Executor):
         """
         programs = self._ready(x, training)
         if training and self._moves is not None:
-            self._version += self._order.bring(programs.of_pixels)
+            self._order.bring(programs.of_pixels)
         else:
             self._in_order()
         programs.load(x, self._version)
@@ -303,8 +303,10 @@ class JitExecutor(Executor):
 
     def close(self) -> None:
         """End the threads."""
-        self._in_order()
-        self._team.close()
+        try:
+            self._in_order()
+        finally:
+            self._team.close()
 
     @property
     def compile_seconds(self) -> float:
@@ -327,14 +329,19 @@ class JitExecutor(Executor):
 
     def synchronize_statistics(self, add: Callable[[Array], None]) -> None:
         """Plans are made anew, with a call between BatchNorm's sums and what is made of them."""
-        self._add_ranks = add
+        self._add_ranks, self._moves = add, None
         self._plans.clear()
 
     # ------------------------------------------------------------------------------------------------------- inside
 
     def _in_order(self, state: bool = True) -> None:
         """Matrices, and the optimizer's ``state``, as everybody knows them."""
-        self._version += self._order.restore(state)
+        self._order.restore(state)
+
+    @property
+    def _version(self) -> int:
+        """Of the weights and their order: copies of them (packed, folded, in bf16) belong to one."""
+        return self._changes + self._order.now.version
 
     def _run(self, segments: Segments) -> None:
         for segment in segments:

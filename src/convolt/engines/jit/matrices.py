@@ -3,7 +3,7 @@
 The contract is that of ``serve``, whose table leads here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -55,6 +55,33 @@ def reads_pixels(plan: Plan, image: Tensor, features: Tensor) -> bool:
         and bool(features.readers)
         and all(_is_packed(operation) and bool(_obstacle(plan, operation)) for operation in features.readers)
     )
+
+
+def readers_of_pixels(plan: Plan, operations: Sequence[Operation]) -> dict[Operation, Operation]:
+    """Dense layers that can take the pixels of an image as they lie, each with its stand-in that does.
+
+    Where nobody else reads the image, in the same format, and the gradient is not wanted but to move the matrix.
+    """
+    found = {}
+    for operation in operations:
+        source, features = operation.inputs[0], operation.output
+        flattens = operation.kind == "Flatten" and source.is_image
+        alone = flattens and len(source.readers) == len(features.readers) == 1
+        bare = alone and not any(source.border) and not source.planar and source in plan.learning
+        alike = (source.half, source.half_slope) == (features.half, features.half_slope)
+        if bare and alike and features.readers[0] in operations and defers(plan, features.readers[0]):
+            (reader,), pixels = features.readers, replace(features, image=source)
+            plan.learning.add(pixels)
+            reader.because("in whole steps it reads pixels as they lie, not flattened")
+            found[reader] = replace(reader, inputs=(pixels,))
+    return found
+
+
+def matrices_of(stand_ins: Mapping[Operation, Operation]) -> dict[str, int]:
+    """Their matrices, but those whose columns are in order either way."""
+    images = {f"{each.names[0]}.weight": each.inputs[0].image for each in stand_ins.values()}
+    shapes = {name: image.shape for name, image in images.items() if image is not None}
+    return {name: C for name, (C, H, W) in shapes.items() if C > 1 and H * W > 1}
 
 
 def defers(plan: Plan, operation: Operation) -> bool:

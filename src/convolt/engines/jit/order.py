@@ -3,27 +3,28 @@
 Features of a flattened image come channel by channel (C, H, W), and so do the columns of the matrix behind them. Pixels
 lie the other way, (H, W, C), so a step would turn a whole batch twice, forward and backward, through the L3 cache. A
 whole step instead wants the matrix, and what the optimizer keeps of it, in the order of pixels. They are brought there
-in place and stay so from step to step, until somebody asks for them: that costs as much as three steps gain.
+in place and stay so from step to step, until somebody asks for them.
 
 Whether a step finds its matrices in that order is no matter of chance: whole steps always do, all else never does. So
 it is of no influence on the bits who has looked at the weights in between. Where somebody will after every step, as an
-average of them does, nothing is brought anywhere.
+average of them does, nothing is brought anywhere: there and back takes several times what a step gains.
+
+A signal's handler may raise in Python at any time, before a program runs or behind it, so it is the program itself that
+notes, at its end, that it has run.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from convolt.engines.jit.compiler import Compiler
-from convolt.engines.jit.graph import Operation
 from convolt.engines.jit.isa import Isa
 from convolt.engines.jit.kernels.dense_specs import ReorderSpec
-from convolt.engines.jit.matrices import defers
 from convolt.engines.jit.phases import Task
 from convolt.engines.jit.plan import KERNELS, Plan, address_of
-from convolt.engines.jit.runtime import Team
+from convolt.engines.jit.runtime import Program, Team
 from convolt.engines.jit.update import Updater
 from convolt.params import Params
 
@@ -33,34 +34,19 @@ Matrices = Mapping[str, int]
 """Names of parameters, and the channels of the images that their columns are of."""
 
 
-def readers_of_pixels(plan: Plan, operations: Sequence[Operation]) -> dict[Operation, Operation]:
-    """Dense layers that can take the pixels of an image as they lie, each with its stand-in that does.
+class Now(NamedTuple):
+    """Whose columns are in the order of pixels, and whose companions among the optimizer's arrays.
 
-    Where nobody else reads the image, in the same format, and the gradient is not wanted but to move the matrix.
+    version: grows when a matrix is reordered; copies of it belong to one.
     """
-    found = {}
-    for flatten in operations:
-        source, features = flatten.inputs[0], flatten.output
-        alone = flatten.kind == "Flatten" and len(source.readers) == len(features.readers) == 1
-        bare = alone and not any(source.border) and not source.planar and source in plan.learning
-        alike = (source.half, source.half_slope) == (features.half, features.half_slope)
-        if bare and alike and features.readers[0] in operations and defers(plan, features.readers[0]):
-            (reader,), pixels = features.readers, replace(features, image=source)
-            plan.learning.add(pixels)
-            reader.because("in whole steps it reads pixels as they lie, not flattened")
-            found[reader] = replace(reader, inputs=(pixels,))
-    return found
 
-
-def matrices_of(stand_ins: Mapping[Operation, Operation]) -> dict[str, int]:
-    """Their matrices, but those whose columns are in order either way."""
-    images = {f"{each.names[0]}.weight": each.inputs[0].image for each in stand_ins.values()}
-    shapes = {name: image.shape for name, image in images.items() if image is not None}
-    return {name: C for name, (C, H, W) in shapes.items() if C > 1 and H * W > 1}
+    weights: Matrices
+    state: Matrices
+    version: int
 
 
 class Order:
-    """Which matrices, and which of their companions among the optimizer's arrays, are in the order of pixels now."""
+    """The order of all matrices."""
 
     def __init__(
         self, params: Params, grads: Params, updater: Updater, isa: Isa, threads: int, compiler: Compiler, team: Team
@@ -68,24 +54,36 @@ class Order:
         self._params, self._grads, self._updater = params, grads, updater
         self._plan = Plan(params, grads, 1, isa, threads, set())
         self._compiler, self._team = compiler, team
-        self._weights: Matrices = {}
-        self._state: Matrices = {}
+        self._known = self._coming = Now({}, {}, 0)
+        self._arrived, self._one = np.zeros(1, np.int64), np.ones(1, np.int64)
+        self._row = np.array([(address_of(self._one), address_of(self._arrived), 2)], np.int64)
+        self._programs: dict[tuple[Any, ...], Program] = {}
 
-    def bring(self, matrices: Matrices) -> bool:
-        """These, with the optimizer's arrays, in the order of pixels, no others; whether a matrix has been moved."""
-        return self._set(matrices, matrices)
+    @property
+    def now(self) -> Now:
+        """As the last program that has run to its end left it."""
+        if self._arrived[0]:
+            self._known = self._coming
+            self._arrived[0] = 0
+        return self._known
 
-    def restore(self, state: bool) -> bool:
-        """All matrices as everybody knows them, and, if so said, the optimizer's arrays; whether one has been moved."""
-        return self._set({}, {} if state else self._state)
+    def bring(self, matrices: Matrices) -> None:
+        """These, with the optimizer's arrays, in the order of pixels, no others."""
+        self._set(matrices, matrices)
+
+    def restore(self, state: bool) -> None:
+        """All matrices as everybody knows them and, if so said, the optimizer's arrays."""
+        self._set({}, {} if state else self.now.state)
 
     def restore_gradient(self, matrices: Matrices) -> None:
         """The gradient of these, which has been made in the order of pixels."""
-        self._run([self._task(self._grads.flat, name, channels, False) for name, channels in matrices.items()])
+        tasks = [self._task(self._grads.flat, name, channels, False) for name, channels in matrices.items()]
+        if tasks:
+            self._team.run(self._plan.program(tasks, self._compiler))
 
     def forget_state(self) -> None:
         """The optimizer's arrays are other ones."""
-        self._state = {}
+        self._known = self.now._replace(state={})
 
     def requests(self, matrices: Matrices) -> list[tuple[str, Any]]:
         """What the compiler is asked for."""
@@ -96,20 +94,29 @@ class Order:
         """Bytes by kind: through which rows pass."""
         return self._plan.memory()
 
-    def _set(self, weights: Matrices, state: Matrices) -> bool:
-        if weights == self._weights and state == self._state:
-            return False
-        moved = weights != self._weights
-        kinds = (self._weights, weights, [self._params.flat]), (self._state, state, list(self._updater.state.values()))
-        tasks = []
+    def _set(self, weights: Matrices, state: Matrices) -> None:
+        now = self.now
+        if (weights, state) == (now.weights, now.state):
+            return
+        kinds = (now.weights, weights, [self._params.flat]), (now.state, state, list(self._updater.state.values()))
+        moves: list[tuple[Array, str, int, bool]] = []
         for before, behind, vectors in kinds:
             for name in sorted(before.keys() ^ behind.keys()):
-                pixels = name in behind
-                channels = (behind if pixels else before)[name]
-                tasks += [self._task(vector, name, channels, pixels) for vector in vectors]
-        self._run(tasks)
-        self._weights, self._state = weights, state
-        return moved
+                to_pixels = name in behind
+                channels = (behind if to_pixels else before)[name]
+                moves += [(vector, name, channels, to_pixels) for vector in vectors]
+        self._coming = Now(weights, state, now.version + (weights != now.weights))
+        self._team.run(self._program(moves))
+
+    def _program(self, moves: Sequence[tuple[Array, str, int, bool]]) -> Program:
+        """Kept by what it does and where: it is the same a thousand times."""
+        key = tuple((address_of(vector), *rest) for vector, *rest in moves)
+        if key not in self._programs:
+            end = self._plan.whole("arrived order", "stretch:copies", None, 1, address_of(self._row), len(self._row))
+            tasks = [self._task(*move) for move in moves]
+            parts = [self._plan.program(part, self._compiler) for part in (tasks, [end]) if part]
+            self._programs[key] = Program([phase for part in parts for phase in part.phases], [*parts])
+        return self._programs[key]
 
     def _task(self, vector: Array, name: str, channels: int, to_pixels: bool) -> Task:
         """Of a flat vector, the part that belongs to a matrix."""
@@ -120,7 +127,3 @@ class Order:
     def _spec(self, name: str, channels: int, to_pixels: bool) -> ReorderSpec:
         outputs, inputs = self._params.specs[name].shape
         return ReorderSpec(outputs, inputs, channels, to_pixels, self._plan.isa.lanes)
-
-    def _run(self, tasks: list[Task]) -> None:
-        if tasks:
-            self._team.run(self._plan.program(tasks, self._compiler))

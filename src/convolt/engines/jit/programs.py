@@ -15,8 +15,7 @@ from convolt.engines.jit.half import keep_half
 from convolt.engines.jit.isa import Isa, Units
 from convolt.engines.jit.kernels.loss_specs import FINDINGS, LossSpec
 from convolt.engines.jit.kernels.specs import ONE, UpdateSpec
-from convolt.engines.jit.matrices import reads_half, reads_pixels
-from convolt.engines.jit.order import matrices_of, readers_of_pixels
+from convolt.engines.jit.matrices import matrices_of, readers_of_pixels, reads_half, reads_pixels
 from convolt.engines.jit.phases import Call, Served, Task, Tasks, without_calls
 from convolt.engines.jit.plan import KERNELS, Deferred, Plan, Segments, address_of
 from convolt.engines.jit.recompute import cut
