@@ -24,7 +24,7 @@ from convolt.optimizers import SGD, Adam, Optimizer
 from convolt.params import aligned_zeros
 from convolt.recipe import Recipe
 
-LOSS, STEPS = CrossEntropy(0.1), 4
+LOSS = CrossEntropy(0.1)
 PIXELS = "reads pixels as they lie"  # as ``explain`` has it
 
 #: Pooled or not, odd sizes, a sum of branches or another pool before Flatten, nothing behind the matrix.

@@ -7,8 +7,9 @@ and ratios are taken within rounds, where both met the same machine. ``stats`` t
 Nothing is timed before it is checked. The loss, the logits and the gradient of the first batch must agree with those of
 an engine in float64, and so must the loss of the first whole step; a contender that computes something else is reported
 and not timed. Building an engine and its first step, where kernels are compiled, are timed apart. A slice begins with
-the first weights (a batch that is learned by heart computes other numbers than training does) and with one step that
-does not count: it brings this contender's threads and data back.
+the first weights (a batch that is learned by heart computes other numbers than training does) and with one call that
+does not count: it brings this contender's threads and data back. A call is a step, or as many steps as training would
+take in one (``course``), where an engine gains by that.
 
 Speed is also given in FLOPs of the model (see ``flops``) and as a part of the measured peak. A figure above the peak,
 even if every convolution took the fewest products that can do, means that the measurement is wrong, and is flagged.

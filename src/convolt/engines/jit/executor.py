@@ -3,9 +3,10 @@
 A whole step - unpacking, forward, softmax and cross-entropy, backward, the gradient's norm, the look at whether all is
 finite and the optimizer - is one call into compiled code. The gradient of a large dense matrix is made in the
 optimizer's pass, a few rows before they are moved, if operands are so small that it must be finite: after
-``train_step`` it is not in ``grads``. Other losses, accumulation and gradients
-that somebody waits for take the same kernels in two or more programs. Plans are made for a batch capacity when a batch
-first needs it and kept; a smaller batch runs in the same buffers.
+``train_step`` it is not in ``grads``. Such a matrix may also have its columns in another order between whole steps
+(``order``), until somebody asks for ``params``. Other losses, accumulation and gradients that somebody waits for take
+the same kernels in two or more programs. Plans are made for a batch capacity when a batch first needs it and kept; a
+smaller batch runs in the same buffers.
 """
 
 import math
