@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from jit_cases import DEFERRED, FULL, WIDEST
+from engine_cases import UNITS
+from jit_cases import DEFERRED, FULL
 from order_cases import (
+    ENGINE,
     IN_BF16,
     LOOKS,
     MODELS,
@@ -36,6 +38,13 @@ def test_whole_steps_are_steps(name, precision):
     whole_steps_are_steps(MODELS[name], precision)
 
 
+@pytest.mark.skipif("dot" not in UNITS, reason="this CPU has no dot products of bf16 pairs (AVX512-BF16)")
+def test_pairs_are_flattened():
+    engine = JIT(threads=2, unit="dot")
+    assert not any(explained(model, "bf16", engine) for model in MODELS.values())
+    whole_steps_are_steps(DEFERRED, "bf16", engine)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["plain", "avx2"])
 @pytest.mark.parametrize("name", MODELS)
@@ -65,7 +74,7 @@ def test_looking_changes_nothing(look, precision):
 
 def test_where_all_but_the_last_is_made_twice():
     for segments in (2, 3):
-        whole_steps_are_steps(DEFERRED, "fp32", replace(WIDEST, checkpoint_segments=segments))
+        whole_steps_are_steps(DEFERRED, "fp32", replace(ENGINE, checkpoint_segments=segments))
 
 
 @precisions
@@ -105,8 +114,8 @@ def test_what_is_flattened_all_the_same(layers):
 
 
 def test_few_samples_are_flattened_all_the_same():
-    assert any("Flatten" in stage.name for stage in WIDEST.explain(DEFERRED, "fp32", 5).stages)
-    assert not any("Flatten" in stage.name for stage in WIDEST.explain(DEFERRED, "fp32", FULL).stages)
+    assert any("Flatten" in stage.name for stage in ENGINE.explain(DEFERRED, "fp32", 5).stages)
+    assert not any("Flatten" in stage.name for stage in ENGINE.explain(DEFERRED, "fp32", FULL).stages)
 
 
 @pytest.mark.parametrize("ema", [None, EMA()], ids=["looked at now and then", "averaged"])
@@ -118,7 +127,7 @@ def test_weights_that_are_averaged_stay_in_their_order(ema, monkeypatch):
         run(team, program, meanwhile)
 
     monkeypatch.setattr(Team, "run", told)
-    executor = WIDEST.executor(DEFERRED, None, Recipe(ema=ema))
+    executor = ENGINE.executor(DEFERRED, None, Recipe(ema=ema))
     for work in works(DEFERRED, SGD(lr=0.02, momentum=0.9)):
         at_once(executor, work)
     executor.close()
