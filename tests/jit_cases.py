@@ -243,6 +243,16 @@ WINOGRAD = {
             (Residual((Conv2d(16, 16, (5, 7), padding=(2, 3), bias=False),)), ReLU()),
             3,
         ),
+        Case("winograd, twins, blocks of images", (16, 5, 7), (Conv2d(16, 20, 4, padding=2), LeakyReLU(0.1)), 21),
+        Case("winograd, twins, bands", (16, 18, 34), (Conv2d(16, 18, 7, padding=3), ReLU(), MaxPool2d(2)), 3),
+        Case("winograd, twins, odd sizes, two panels", (17, 9, 11), (Conv2d(17, 70, (7, 4), padding=(3, 1)),), 3),
+        Case(
+            "winograd, twins of one axis, dx added",
+            (16, 12, 14),
+            (Residual((Conv2d(16, 16, (7, 3), padding=(3, 1)), ReLU(), Conv2d(16, 16, (5, 7), padding=(2, 3)))),),
+            2,
+        ),
+        Case("winograd, twins, dilation", (18, 8, 9), (Conv2d(18, 16, (4, 2), padding=3, dilation=(2, 3)), ReLU()), 5),
         Case(
             "winograd, dilation",
             (18, 8, 9),

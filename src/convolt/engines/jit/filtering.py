@@ -11,6 +11,10 @@ A longer filter is cut into such pieces, each of which sees the pixels from its 
 added up: 5 taps are 3 and 2 with 7 products instead of 10. One algorithm for all taps would take 6, but by factors of 4
 and more, which float32 pays with digits; here all are 1 and 1/2.
 
+4 and 7 taps end in two pieces of two, *twins*. Tiles are two outputs apart, as these pieces are: what the second sees
+in a tile, the first sees in the next one. So the planes of pixels are those of the first alone, and since both become
+outputs by the same matrix, their products are added up before: 7 planes of a tile for the 10 of a filter of 7 taps.
+
 Along two axes the transforms are applied one after the other. All methods take and return LLVM values, vectors whose
 lanes are channels or filters.
 """
@@ -20,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convolt.engines.jit.kernels.winograd_specs import cut
+from convolt.engines.jit.kernels.winograd_specs import cut, planes_along, products_along, twins
 from convolt.engines.jit.vectors import Floats
 
 
@@ -112,9 +116,13 @@ PIECES: dict[int, Piece] = {piece.taps: piece for piece in (Two(), Three())}
 
 @dataclass(frozen=True)
 class Axis:
-    """A filter of so many taps along one axis, cut into pieces whose planes follow one another."""
+    """A filter of so many taps along one axis, cut into pieces whose planes follow one another.
+
+    apart: the second of twins has planes of pixels, too.
+    """
 
     taps: int
+    apart: bool = False
 
     @property
     def pieces(self) -> tuple[tuple[int, Piece], ...]:
@@ -122,21 +130,41 @@ class Axis:
         return tuple((first, PIECES[taps]) for first, taps in cut(self.taps))
 
     @property
+    def distinct(self) -> tuple[tuple[int, Piece], ...]:
+        """All but the second of twins."""
+        return self.pieces[:-1] if twins(self.taps) else self.pieces
+
+    @property
+    def seen(self) -> tuple[tuple[int, Piece], ...]:
+        """Those that pixels have planes of."""
+        return self.pieces if self.apart else self.distinct
+
+    @property
+    def reach(self) -> int:
+        """Pixels of a tile that they see."""
+        return max(first + piece.planes for first, piece in self.seen)
+
+    @property
     def planes(self) -> int:
-        """Products for two outputs."""
-        return sum(piece.planes for _, piece in self.pieces)
+        """Of a filter: products for two outputs."""
+        return products_along(self.taps)
+
+    @property
+    def tile_planes(self) -> int:
+        """Of slopes, and of products when those of twins are added up."""
+        return planes_along(self.taps)
 
     def pixels(self, floats: Floats, x: list[Any]) -> list[Any]:
-        """The planes of taps + 1 pixels."""
-        return [plane for first, piece in self.pieces for plane in piece.pixels(floats, x[first:])]
+        """The planes of so many pixels as they reach."""
+        return [plane for first, piece in self.seen for plane in piece.pixels(floats, x[first:])]
 
     def slopes(self, floats: Floats, a: Any, b: Any) -> list[Any]:
         """The planes of the slopes of two outputs."""
-        return [plane for _, piece in self.pieces for plane in piece.slopes(floats, a, b)]
+        return [plane for _, piece in self.distinct for plane in piece.slopes(floats, a, b)]
 
     def outputs(self, floats: Floats, m: list[Any]) -> list[Any]:
         """Two outputs of the planes of products: those of all pieces added up."""
-        first, *others = self._each(m, lambda piece, own: piece.outputs(floats, own))
+        first, *others = _each(self.distinct, m, lambda piece, own: piece.outputs(floats, own))
         for other in others:
             first = [floats.builder.fadd(one, two) for one, two in zip(first, other, strict=True)]
         return first
@@ -147,12 +175,15 @@ class Axis:
 
     def gradient(self, floats: Floats, du: list[Any]) -> list[Any]:
         """The taps of the planes' gradient."""
-        return [tap for taps in self._each(du, lambda piece, own: piece.gradient(floats, own)) for tap in taps]
+        return [tap for taps in _each(self.pieces, du, lambda piece, own: piece.gradient(floats, own)) for tap in taps]
 
-    def _each(self, planes: list[Any], apply: Callable[[Piece, list[Any]], list[Any]]) -> list[list[Any]]:
-        """Of each piece and its planes."""
-        found, begin = [], 0
-        for _, piece in self.pieces:
-            found.append(apply(piece, planes[begin : begin + piece.planes]))
-            begin += piece.planes
-        return found
+
+def _each(
+    pieces: tuple[tuple[int, Piece], ...], planes: list[Any], apply: Callable[[Piece, list[Any]], list[Any]]
+) -> list[list[Any]]:
+    """Of each piece and its planes."""
+    found, begin = [], 0
+    for _, piece in pieces:
+        found.append(apply(piece, planes[begin : begin + piece.planes]))
+        begin += piece.planes
+    return found

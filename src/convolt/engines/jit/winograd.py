@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from convolt.engines.jit.bf16 import Bf16Lanes
 from convolt.engines.jit.filtering import Axis, Piece
-from convolt.engines.jit.kernels.winograd_specs import Written
+from convolt.engines.jit.kernels.winograd_specs import Written, lone_planes, planes_along
 from convolt.engines.jit.pixels import activated, largest, let_largest_through, number_of
 from convolt.engines.jit.vectors import F32, I8, I16, I32, I64, Floats, carried_loop, for_vectors
 
@@ -35,6 +35,9 @@ class TileRow:
 
     R, S: of the filter. Pixels are ``pixel`` elements apart, rows of them ``pitch``, planes ``plane`` words of 32 bits.
     written: what a transform writes into them. Of an odd width the last tile has one column of pixels.
+
+    A row of tiles further on, which twins see, has none of the image's own rows, or is one short of that: ``high`` is 0
+    or -1. further: so has such a row one more tile.
     """
 
     R: int
@@ -47,11 +50,18 @@ class TileRow:
     plane: int
     lanes: int
     written: Written = "fp32"
+    further: bool = False
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
         """Of the filter's rows and columns."""
-        return Axis(self.R), Axis(self.S)
+        apart = self.written == "tiles"
+        return Axis(self.R, apart), Axis(self.S, apart)
+
+    def wanted(self, plane: int, wide: int) -> bool:
+        """Whether anybody reads this plane of a tile with so many columns: of those further on, twins' alone."""
+        i, j = divmod(plane, planes_along(self.S))
+        return (self.high > 0 or i >= lone_planes(self.R)) and (wide > 0 or j >= lone_planes(self.S))
 
 
 def input_tiles(spec: TileRow) -> Any:
@@ -78,9 +88,9 @@ def input_tiles(spec: TileRow) -> Any:
                     return piece.pixels(floats, [*pixels, floats.zero][: piece.planes])
 
                 def planes(left: Any, wide: int, begin: int, piece: Piece, held: list[Any]) -> list[Any]:
-                    there = range(len(held) // piece.planes, wide + spec.S - 1)
+                    there = range(len(held) // piece.planes, min(columns.reach, wide + spec.S - 1))
                     fresh = (column(builder.add(left, I64(j)), begin, piece) for j in there)
-                    behind = [floats.zero] * (2 - wide) * piece.planes
+                    behind = [floats.zero] * (columns.reach - there.stop) * piece.planes
                     return [*held, *chain.from_iterable(fresh), *behind]
 
                 def across(piece: Piece, values: list[Any]) -> Iterator[Any]:
@@ -88,19 +98,19 @@ def input_tiles(spec: TileRow) -> Any:
                     return (plane for i in range(step) for plane in columns.pixels(floats, values[i::step]))
 
                 def whole(t: Any, wide: int, held: list[Any]) -> Transformed:
-                    (begin, piece), left = rows.pieces[0], builder.mul(t, I64(2))
+                    (begin, piece), left = rows.seen[0], builder.mul(t, I64(2))
                     values = planes(left, wide, begin, piece, held)
                     return across(piece, values), values[2 * piece.planes :]
 
                 def in_pieces(t: Any, wide: int, nothing: list[Any]) -> Transformed:
                     left = builder.mul(t, I64(2))
-                    found = (across(piece, planes(left, wide, begin, piece, [])) for begin, piece in rows.pieces)
+                    found = (across(piece, planes(left, wide, begin, piece, [])) for begin, piece in rows.seen)
                     return chain.from_iterable(found), []
 
-                if len(rows.pieces) > 1:
+                if len(rows.seen) > 1:
                     _write(floats, spec, target, offset, used, [], in_pieces)
                 else:
-                    shared = chain.from_iterable(column(I64(j), *rows.pieces[0]) for j in range(spec.S - 1))
+                    shared = chain.from_iterable(column(I64(j), *rows.seen[0]) for j in range(columns.reach - 2))
                     _write(floats, spec, target, offset, used, list(shared), whole)
 
             for_vectors(builder, spec.channels, spec.lanes, channels)
@@ -232,14 +242,15 @@ def _write(
     halves = spec.written == "channels"
     planes = builder.gep(builder.inttoptr(target, (I16 if halves else F32).as_pointer()), [offset])
 
-    def put(entry: Any, values: Iterator[Any]) -> None:
+    def put(entry: Any, values: Iterator[Any], wide: int = 2) -> None:
         place = builder.gep(planes, [builder.mul(entry, I64(spec.channels))])
         for number, value in enumerate(values):
-            floats.store(value, floats.at(place, number * spec.plane * (2 if halves else 1)), used)
+            if spec.wanted(number, wide):
+                floats.store(value, floats.at(place, number * spec.plane * (2 if halves else 1)), used)
 
     def one(t: Any, held: list[Any], wide: int = 2) -> list[Any]:
         values, held = tile(t, wide, held)
-        put(t, (numbers.narrowed(value) for value in values) if halves else values)
+        put(t, (numbers.narrowed(value) for value in values) if halves else values, wide)
         return held
 
     def two(pair: Any, held: list[Any], wide: int = 2) -> list[Any]:
@@ -253,7 +264,9 @@ def _write(
     if spec.written != "tiles":
         held = carried_loop(builder, I64(whole), start, one)
         if half:
-            one(I64(whole), held, 1)
+            held = one(I64(whole), held, 1)
+        if spec.further:
+            one(I64(whole + half), held, -half)
         return
     pairs, single = divmod(whole, 2)
     held = carried_loop(builder, I64(pairs), start, two)
@@ -296,11 +309,11 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
                 def tile(t: Any, nothing: list[Any], wide: int = 2) -> list[Any]:
                     own = builder.mul(t, I64(spec.channels))
                     place = floats.at(source, offset, own)
-                    across = range(columns.planes)
+                    across = range(columns.tile_planes)
                     products = (
                         [
-                            floats.load(floats.at(place, (i * columns.planes + j) * spec.plane), used)
-                            for i in range(rows.planes)
+                            floats.load(floats.at(place, (i * columns.tile_planes + j) * spec.plane), used)
+                            for i in range(rows.tile_planes)
                         ]
                         for j in across
                     )

@@ -148,30 +148,42 @@ def dense_peak(spec: DenseSpec) -> Callable[..., None]:
 
 def deep_rows(spec: Gemm, rows: int, depth: int, registers: int) -> Callable[[int, int, int], None]:
     """A product with any number of rows and any depth, in blocks of both: ``run(a, b, c)``."""
+    segments = deep_segments(spec, rows, depth, registers)
+
+    @inlined
+    def once(a: int, b: int, c: int) -> None:
+        segments(a, b, c, 1)
+
+    found: Callable[[int, int, int], None] = once
+    return found
+
+
+def deep_segments(spec: Gemm, rows: int, depth: int, registers: int) -> Callable[[int, int, int, int], None]:
+    """The same, of so many segments: ``run(a, b, c, segments)``."""
     count = -(-depth // DEEPEST)
     size = -(-depth // count)
     last = depth - (count - 1) * size
     begin = register_rows(replace(spec, depth=size), rows, registers)
 
     @inlined
-    def once(a: int, b: int, c: int) -> None:
-        begin(a, b, c, 0, 1)
+    def once(a: int, b: int, c: int, segments: int) -> None:
+        begin(a, b, c, 0, segments)
 
     if count == 1:
-        shallow: Callable[[int, int, int], None] = once
+        shallow: Callable[[int, int, int, int], None] = once
         return shallow
     between = register_rows(replace(spec, depth=size, start="load"), rows, registers)
     end = between if last == size else register_rows(replace(spec, depth=last, start="load"), rows, registers)
     a_step, b_step = spec.a_number * size * spec.a_depth, FLOAT * size * spec.b_depth
 
     @inlined
-    def run(a: int, b: int, c: int) -> None:
-        begin(a, b, c, 0, 1)
+    def run(a: int, b: int, c: int, segments: int) -> None:
+        begin(a, b, c, 0, segments)
         for block in range(1, count - 1):
-            between(a + block * a_step, b + block * b_step, c, 0, 1)
-        end(a + (count - 1) * a_step, b + (count - 1) * b_step, c, 0, 1)
+            between(a + block * a_step, b + block * b_step, c, 0, segments)
+        end(a + (count - 1) * a_step, b + (count - 1) * b_step, c, 0, segments)
 
-    found: Callable[[int, int, int], None] = run
+    found: Callable[[int, int, int, int], None] = run
     return found
 
 

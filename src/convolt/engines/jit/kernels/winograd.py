@@ -28,17 +28,22 @@ import numpy as np
 from convolt.engines.jit.gemm import Gemm
 from convolt.engines.jit.inlined import inlined
 from convolt.engines.jit.kernels.conv import spread_slopes
-from convolt.engines.jit.kernels.dense import deep_rows
+from convolt.engines.jit.kernels.dense import deep_segments
 from convolt.engines.jit.kernels.pooling import pool_behind
 from convolt.engines.jit.kernels.residues import slope_frame
 from convolt.engines.jit.kernels.specs import DEAD, FLOAT, VECTORS, Frame
 from convolt.engines.jit.kernels.weights import bias_sum
 from convolt.engines.jit.kernels.winograd_specs import (
+    TWIN,
     Planes,
     Tiling,
     WinogradPack,
     WinogradReduce,
     WinogradSpec,
+    lone_planes,
+    planes_along,
+    products_along,
+    twins,
 )
 from convolt.engines.jit.memory import hidden, view
 from convolt.engines.jit.winograd import (
@@ -106,69 +111,111 @@ def _row(spec: WinogradSpec, tiles: Tiling, frame: Frame, planes: Planes) -> Til
     """A row of a block's tiles, in this frame and in these planes."""
     lanes, window, C = spec.conv.lanes, spec.conv.window, frame.C
     pixel, pitch = window.dilation_w * C, window.dilation_h * frame.pitch
-    return TileRow(window.R, window.S, tiles.width, 2, C, pixel, pitch, planes.plane, lanes, planes.written)
+    further = planes.entries > tiles.wide
+    return TileRow(window.R, window.S, tiles.width, 2, C, pixel, pitch, planes.plane, lanes, planes.written, further)
 
 
 def _inputs(spec: WinogradSpec, tiles: Tiling, planes: Planes) -> Callable[[int, int, int, int], None]:
     """The transformed inputs of a block: ``inputs(first image, images present, band, v)``."""
     window, x = spec.conv.window, spec.conv.x
     corner = x.origin - window.top * x.pitch - window.left * x.C
-    return _each_row(tiles, input_tiles, _row(spec, tiles, x, planes), (x.size, corner), planes.step)
+    return _each_row(tiles, input_tiles, _row(spec, tiles, x, planes), (x.size, corner), planes)
 
 
 def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
     """The transformed dy of a block: ``slopes(first frame, images present, band, d)``."""
-    tiles, frame, planes = spec.forward, slope_frame(spec.conv), spec.summed(spec.conv.K)
+    tiles, frame, planes = spec.forward, slope_frame(spec.conv), spec.slopes
     tile_row = _row(spec, tiles, frame, planes)
-    return _each_row(tiles, slope_tiles, tile_row, (frame.size, frame.origin), planes.step)
+    return _each_row(tiles, slope_tiles, tile_row, (frame.size, frame.origin), planes)
 
 
 def _each_row(
-    tiles: Tiling, transform: Callable[[TileRow], Any], tile_row: TileRow, image_and_origin: tuple[int, int], step: int
+    tiles: Tiling,
+    transform: Callable[[TileRow], Any],
+    tile_row: TileRow,
+    image_and_origin: tuple[int, int],
+    target: Planes,
 ) -> Callable[[int, int, int, int], None]:
     """Every row of tiles of a band transformed: ``rows(images, images present, band, planes)``.
 
-    image_and_origin: elements from an image to the next, and to its first pixel; step: words of a row of tiles.
+    image_and_origin: elements from an image to the next, and to its first pixel.
     """
-    row, last_row = transform(tile_row), transform(replace(tile_row, high=1))
+    odd, last, rows, step = tiles.height % 2, tiles.high - 1, tiles.rows, target.step
+    row, last_row, row_further = (transform(replace(tile_row, high=high)) for high in (2, 1, -odd))
     size, origin = image_and_origin
-    rows, pitch, odd, last = tiles.rows, tile_row.pitch, tiles.height % 2, tiles.high - 1
+    all_rows, pitch = target.rows, tile_row.pitch
 
     @inlined
     def each(images: int, present: int, band: int, planes: int) -> None:
         for image in range(present):
-            for i in range(rows):
+            for i in range(all_rows):
                 h = band * rows + i
                 pixels = images + FLOAT * (image * size + origin + 2 * h * pitch)
-                if odd and h == last:
-                    last_row(pixels, planes + FLOAT * (image * rows + i) * step)
+                place = planes + FLOAT * (image * all_rows + i) * step
+                if all_rows > rows and h > last:
+                    row_further(pixels, place)
+                elif odd and h == last:
+                    last_row(pixels, place)
                 else:
-                    row(pixels, planes + FLOAT * (image * rows + i) * step)
+                    row(pixels, place)
 
     found: Callable[[int, int, int, int], None] = each
     return found
 
 
 def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], None]:
-    """``m = v u`` in each plane: ``products(v, packed filters, m)``."""
-    conv, block, panels, depth, K = spec.conv, spec.block, spec.panels, spec.depth, spec.conv.K
-    shape = Gemm(0, min(block, K), depth, conv.x.C, conv.together, 0, block, 0, K, conv.lanes, pairs=conv.pairs)
-    full = deep_rows(shape, tiles.tiles, depth, conv.registers)
+    """``m = v u`` in each plane, those of twins added up: ``products(v, packed filters, m)``.
+
+    The other twin's filters are ``TWIN`` planes behind, along either axis, and its pixels a row of tiles, or a tile.
+    """
+    conv, block, panels, depth, K, window = (
+        spec.conv,
+        spec.block,
+        spec.panels,
+        spec.depth,
+        spec.conv.K,
+        spec.conv.window,
+    )
+    source, target, across = spec.planes(tiles), spec.products(tiles), products_along(window.S)
+    panel, other_row = depth * block, TWIN * across * panels * depth * block
+    words, step = conv.x.C, conv.together * source.step
+    shape = Gemm(0, min(block, K), depth, words, conv.together, step, block, other_row, K, conv.lanes, pairs=conv.pairs)
+    length, images, rows = (tiles.wide, tiles.images, tiles.rows) if spec.rows_apart else (tiles.tiles, 1, 1)
     rest = K % block
-    tail = deep_rows(replace(shape, columns=rest), tiles.tiles, depth, conv.registers) if rest and block < K else full
-    v_plane, m_plane = spec.planes(tiles).plane, spec.products(tiles).plane
-    planes, panel, whole = spec.transformed, depth * block, panels - (1 if rest else 0)
+
+    def multiply(shape: Gemm) -> tuple[Callable[[int, int, int, int], None], ...]:
+        full = deep_segments(shape, length, depth, conv.registers)
+        if not rest or block > K:
+            return full, full
+        return full, deep_segments(replace(shape, columns=rest), length, depth, conv.registers)
+
+    full, tail = multiply(shape)
+    other_full, other_tail = multiply(replace(shape, start="load")) if twins(window.S) else (full, tail)
+    v_plane, m_plane, v_image, v_row, m_row = source.plane, target.plane, source.image, source.step, target.step
+    planes, columns, whole = spec.tile_planes, planes_along(window.S), panels - (1 if rest else 0)
+    lone_rows, lone, tile, other = lone_planes(window.R), lone_planes(window.S), source.words, TWIN * panels * panel
 
     @inlined
     def products(v: int, filters: int, m: int) -> None:
         for plane in range(hidden(planes)):
-            a, c = v + FLOAT * plane * v_plane, m + FLOAT * plane * m_plane
-            for j in range(panels):
-                b = filters + FLOAT * (plane * panels + j) * panel
-                if j < whole:
-                    full(a, b, c + FLOAT * j * block)
-                else:
-                    tail(a, b, c + FLOAT * j * block)
+            i, j = plane // columns, plane % columns
+            segments = 1 if i < lone_rows else 2
+            for p in range(panels):
+                b = filters + FLOAT * ((i * across + j) * panels + p) * panel
+                for image in range(images):
+                    for row in range(rows):
+                        a = v + FLOAT * (plane * v_plane + image * v_image + row * v_row)
+                        c = m + FLOAT * (plane * m_plane + (image * rows + row) * m_row + p * block)
+                        if p < whole:
+                            full(a, b, c, segments)
+                        else:
+                            tail(a, b, c, segments)
+                        if j < lone:
+                            continue
+                        if p < whole:
+                            other_full(a + FLOAT * tile, b + FLOAT * other, c, segments)
+                        else:
+                            other_tail(a + FLOAT * tile, b + FLOAT * other, c, segments)
 
     found: Callable[[int, int, int], None] = products
     return found
@@ -211,18 +258,18 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
     """
     conv, tiles, scratch = spec.conv, spec.forward, spec.back_scratch
     together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
-    transformed, size = spec.summed(conv.x.C), scratch - spec.frames
+    transformed, size = spec.summed, scratch - spec.frames
     inputs, slopes, weights = _inputs(spec, tiles, transformed), _slopes(spec), _weights(spec)
     spread, slopes_at = spread_slopes(conv), transformed.size
     input_gradient = _input_gradient(spec) if conv.wants_dx else _no_gradient
     x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv), spec.frames
     residues, place_x, place_dy = spec.residues, _residue(spec, conv.x), _residue(spec, frame)
-    K, bias, one_block, frame_size = conv.K, conv.bias, spec.one_block, frame.size
+    K, bias, stores, frame_size = conv.K, conv.bias, spec.stores_part, frame.size
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
         count = view(arguments[0], (1,), np.int64)[0]
         du, db = arguments[7] + FLOAT * chunk * part, arguments[8] + FLOAT * chunk * K
-        if not one_block:
+        if not stores:
             view(du, (part,), np.float32)[:] = np.float32(0)
         if bias:
             view(db, (K,), np.float32)[:] = np.float32(0)
@@ -276,26 +323,43 @@ def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: in
 
 
 def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
-    """``du += v^T d`` in each plane: ``weights(v, d, du)``; of a chunk's only block ``du = v^T d``."""
-    conv, block = spec.conv, VECTORS * spec.conv.lanes
-    C, K = conv.x.C, conv.K
-    inputs, slopes = spec.summed(C), spec.summed(K)
-    planes, T, v_plane, d_plane = spec.transformed, inputs.count, inputs.plane, slopes.plane
+    """``du += v^T d`` in each plane: ``weights(v, d, du)``; where one product is all of it ``du = v^T d``."""
+    conv, block, window = spec.conv, VECTORS * spec.conv.lanes, spec.conv.window
+    C, K, inputs, slopes = conv.x.C, conv.K, spec.summed, spec.slopes
+    apart = spec.rows_apart and not conv.pairs
+    depth, images, segments = (slopes.entries, slopes.images, slopes.rows) if apart else (slopes.count, 1, 1)
     whole, rest = divmod(K, block)
     word, tile = conv.together, conv.together * C
-    start: Literal["zero", "load"] = "zero" if spec.one_block else "load"
-    shape = Gemm(0, block if whole else rest, T, word, tile, 0, K, 0, K, conv.lanes, start, pairs=conv.pairs)
-    full = deep_rows(shape, C, T, conv.registers)
-    tail = deep_rows(replace(shape, columns=rest), C, T, conv.registers) if rest and whole else full
+    start: Literal["zero", "load"] = "zero" if spec.stores_part else "load"
+    columns, rows = block if whole else rest, (inputs.step, slopes.step)
+    shape = Gemm(0, columns, depth, word, tile, rows[0], K, rows[1], K, conv.lanes, start, pairs=conv.pairs)
+    full = deep_segments(shape, C, depth, conv.registers)
+    tail = deep_segments(replace(shape, columns=rest), C, depth, conv.registers) if rest and whole else full
+    planes, across, tile_columns = spec.transformed, products_along(window.S), planes_along(window.S)
+    tile_rows, v_plane, d_plane, v_image, d_image = (
+        planes_along(window.R),
+        inputs.plane,
+        slopes.plane,
+        inputs.image,
+        slopes.image,
+    )
+    v_row, v_tile = inputs.step, inputs.words
 
     @inlined
     def weights(v: int, d: int, du: int) -> None:
         for plane in range(hidden(planes)):
-            a, b, c = v + FLOAT * plane * v_plane, d + FLOAT * plane * d_plane, du + FLOAT * plane * C * K
-            for j in range(whole):
-                full(a, b + FLOAT * j * block, c + FLOAT * j * block)
-            if rest:
-                tail(a, b + FLOAT * whole * block, c + FLOAT * whole * block)
+            i, j = plane // across, plane % across
+            below, right = (1 if i >= tile_rows else 0), (1 if j >= tile_columns else 0)
+            own = (i - below * TWIN) * tile_columns + j - right * TWIN
+            b, c = d + FLOAT * own * d_plane, du + FLOAT * plane * C * K
+            a = v + FLOAT * (own * v_plane + below * v_row + right * v_tile if apart else plane * v_plane)
+            for _ in range(images):
+                for p in range(whole):
+                    full(a, b + FLOAT * p * block, c + FLOAT * p * block, segments)
+                if rest:
+                    tail(a, b + FLOAT * whole * block, c + FLOAT * whole * block, segments)
+                a += FLOAT * v_image
+                b += FLOAT * d_image
 
     found: Callable[[int, int, int], None] = weights
     return found

@@ -7,10 +7,11 @@ from convolt.engines.jit.kernels.residues import parts, slope_frame
 from convolt.engines.jit.kernels.specs import VECTORS, ConvSpec, ReduceSpec, round_up
 
 TILES, MANY_TILES = 64, 128  # of 16 planes in a block: few enough for the L2 cache; many for filters that fill it
-FEWEST_TILES = 16  # in a block, about, of more planes
+FEWEST_TILES = 32  # in a block, about, of more planes
 LARGE_FILTERS = 1 << 19  # transformed numbers from which they fill it: 2 MB
 PAYS = 16  # channels and filters from which the transforms cost little beside the products
 MOST_PRODUCTS, MOST_PAIRS = 0.7, 0.6  # of those by taps that pay for the transforms: in float32, in pairs of bf16
+TWIN = 3  # planes of a piece of two taps
 LONGEST = 7  # taps along an axis: of a longer filter's tile, the planes are too many
 CHANNELS_AT_ONCE = 8  # channels whose gradient parts one chunk adds up
 
@@ -61,6 +62,21 @@ def products_along(taps: int) -> int:
     return sum(piece + 1 for _, piece in cut(taps))
 
 
+def twins(taps: int) -> bool:
+    """Whether the filter ends in two pieces of two taps: what the second sees, the first sees one tile further on."""
+    return taps % 3 == 1
+
+
+def lone_planes(taps: int) -> int:
+    """Planes in front of those of twins, or all."""
+    return products_along(taps) - (2 * TWIN if twins(taps) else 0)
+
+
+def planes_along(taps: int) -> int:
+    """Planes of a tile: twins have theirs in common."""
+    return products_along(taps) - (TWIN if twins(taps) else 0)
+
+
 @dataclass(frozen=True)
 class Tiling:
     """An image as ``high`` x ``wide`` tiles of 2x2 pixels; a block is ``rows`` rows of them of ``images`` images.
@@ -94,26 +110,37 @@ class Tiling:
 class Planes:
     """The planes of a block's transformed tiles, in words of 32 bits.
 
-    In each, ``rows`` rows of tiles have ``entries`` of so many ``words``: tiles, or pairs of them.
+    In each, ``images`` have ``rows`` rows of tiles with ``entries`` of so many ``words``: tiles, or pairs of them.
     """
 
     number: int
     written: Written
+    images: int
     rows: int
     entries: int
     words: int
 
     @classmethod
-    def of(cls, number: int, tiling: Tiling, channels: int, written: Written = "fp32") -> "Planes":
-        """So many, of tiles with so many channels; of an odd number of tiles the last one has a pair to itself."""
-        entries = -(-tiling.wide // 2) if written == "tiles" else tiling.wide
+    def of(
+        cls, number: int, tiling: Tiling, channels: int, written: Written = "fp32", further: tuple[int, int] = (0, 0)
+    ) -> "Planes":
+        """So many, of tiles with so many channels; of an odd number of tiles the last one has a pair to itself.
+
+        further: rows of tiles, and tiles of a row, beyond those of the block.
+        """
+        entries = -(-tiling.wide // 2) if written == "tiles" else tiling.wide + further[1]
         words = channels // 2 if written == "channels" else channels
-        return cls(number, written, tiling.images * tiling.rows, entries, words)
+        return cls(number, written, tiling.images, tiling.rows + further[0], entries, words)
 
     @property
     def count(self) -> int:
         """Entries of a plane."""
-        return self.rows * self.entries
+        return self.images * self.rows * self.entries
+
+    @property
+    def image(self) -> int:
+        """Words from an image to the next."""
+        return self.rows * self.step
 
     @property
     def step(self) -> int:
@@ -147,8 +174,18 @@ class WinogradSpec:
 
     @property
     def transformed(self) -> int:
-        """Planes: elements of a transformed filter, and of a tile."""
+        """Planes of filters."""
         return products_along(self.conv.window.R) * products_along(self.conv.window.S)
+
+    @property
+    def tile_planes(self) -> int:
+        """Planes of tiles."""
+        return planes_along(self.conv.window.R) * planes_along(self.conv.window.S)
+
+    @property
+    def further(self) -> tuple[int, int]:
+        """Rows of tiles, and tiles of a row, that twins see beyond a block."""
+        return int(twins(self.conv.window.R)), int(twins(self.conv.window.S))
 
     @property
     def residues(self) -> int:
@@ -157,19 +194,31 @@ class WinogradSpec:
 
     def planes(self, tiling: Tiling) -> Planes:
         """Of tiles that are multiplied by filters: the sum goes over channels."""
-        return Planes.of(self.transformed, tiling, self.conv.x.C, "channels" if self.conv.pairs else "fp32")
+        written: Written = "channels" if self.conv.pairs else "fp32"
+        return Planes.of(self.tile_planes, tiling, self.conv.x.C, written, self.further)
 
     def products(self, tiling: Tiling) -> Planes:
         """Of their products."""
-        return Planes.of(self.transformed, tiling, self.conv.K)
+        return Planes.of(self.tile_planes, tiling, self.conv.K)
 
     def products_size(self, tiling: Tiling) -> int:
         """Words of a block's transformed inputs and its products."""
         return self.planes(tiling).size + self.products(tiling).size
 
-    def summed(self, channels: int) -> Planes:
-        """Of tiles of ``forward`` that are multiplied by those of dy: the sum goes over tiles."""
-        return Planes.of(self.transformed, self.forward, channels, "tiles" if self.conv.pairs else "fp32")
+    @property
+    def summed(self) -> Planes:
+        """Of tiles of ``forward`` that are multiplied by those of dy: the sum goes over tiles.
+
+        In pairs of tiles twins have planes of their own: what begins at an odd tile is no pair.
+        """
+        if self.conv.pairs:
+            return Planes.of(self.transformed, self.forward, self.conv.x.C, "tiles")
+        return self.planes(self.forward)
+
+    @property
+    def slopes(self) -> Planes:
+        """Of those of dy."""
+        return Planes.of(self.tile_planes, self.forward, self.conv.K, "tiles" if self.conv.pairs else "fp32")
 
     @property
     def depth(self) -> int:
@@ -180,7 +229,7 @@ class WinogradSpec:
     def forward(self) -> Tiling:
         """Of y, before the pool."""
         conv, window = self.conv, self.conv.window
-        tiles = max(FEWEST_TILES, 16 * (MANY_TILES if self.large else TILES) // self.transformed)
+        tiles = max(FEWEST_TILES, 16 * (MANY_TILES if self.large else TILES) // self.tile_planes)
         height, width = conv.P // window.dilation_h, conv.Q // window.dilation_w
         if conv.pool != (1, 1):  # which drops what is left
             height, width = height - height % 2, width - width % 2
@@ -191,6 +240,16 @@ class WinogradSpec:
         """Whether all images of a chunk are one block."""
         tiles = self.forward
         return tiles.rows == tiles.high and self.conv.images <= tiles.images and self.residues == 1
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a block's rows of tiles are multiplied one by one: tiles further on lie between them."""
+        return any(self.further)
+
+    @property
+    def stores_part(self) -> bool:
+        """Whether one product is all of a chunk's gradient, which need not begin at zero."""
+        return self.one_block and (not self.rows_apart or self.conv.pairs or self.forward.images == 1)
 
     @property
     def large(self) -> bool:
@@ -245,7 +304,7 @@ class WinogradSpec:
         """The same backward, with the framed dy of a block's images in front."""
         conv = self.conv
         inputs = self.back.products_size(self.inputs) if conv.wants_dx else 0
-        return self.frames + max(self.summed(conv.x.C).size + self.summed(conv.K).size, inputs) + self._spare
+        return self.frames + max(self.summed.size + self.slopes.size, inputs) + self._spare
 
     @property
     def frames(self) -> int:
