@@ -23,9 +23,7 @@ from jit_cases import (
     FIRST,
     OPTIMIZERS,
     PAIRS,
-    POOLED_FIRST,
     TILES,
-    WINOGRAD,
     Rounded,
     equals_float64,
     equals_float64_as_first_layer,
@@ -53,6 +51,7 @@ from order_cases import matrices_are_brought_in_order
 from pool_cases import POOLS
 from step_cases import refuses
 from stretch_cases import stretches_are_steps
+from winograd_cases import POOLED_FIRST, WINOGRAD
 
 from convolt.engines import JIT
 from convolt.engines.jit.compiler import Compiler

@@ -302,7 +302,7 @@ FP32 = (
     JitMutant(
         "tiles of images that are not there",
         WINOGRADED,
-        "def backward(",
+        "def _weights(",
         "if present < together:",
         "if present > together:",
         "winograd, blocks of whole images",
@@ -311,8 +311,8 @@ FP32 = (
         "the first panel for all",
         WINOGRADED,
         "def _products(",
-        "(plane * panels + j) * panel",
-        "plane * panels * panel",
+        "((i * across + j) * panels + p) * panel",
+        "(i * across + j) * panels * panel",
         PANELS,
     ),
     JitMutant(

@@ -86,7 +86,7 @@ PAIRS = (
     PairMutant(
         "tiles of one channel less",
         KERNELS,
-        "def _weights",
+        "def _weight_products",
         "conv.together, conv.together * C",
         "conv.together, C",
         PANELS,

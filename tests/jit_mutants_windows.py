@@ -12,6 +12,9 @@ FEW, BLOCKS, IMAGES, TOGETHER = (
     "pool, images together",
 )
 
+TWINS, BLOCKS_OF = "winograd, twins, odd sizes, two panels", "winograd, twins, blocks of images"
+ONE, DU, SPECS = "segments = 1", "product(v, d, du)", "kernels/winograd_specs.py"
+
 WINDOWS = (
     # filters in pieces
     JitMutant("a sign of B", FILTERING, "class Two", "fsub(x[2], x[1])", "fsub(x[1], x[2])", PIECES),
@@ -29,6 +32,23 @@ WINDOWS = (
         "(2 * i, 2)",
         PIECES,
     ),
+    # twins
+    JitMutant("one twin of columns", WINOGRAD, "def _products(", "if j < lone:", "if j >= 0:", TWINS),
+    JitMutant("one twin of rows", WINOGRAD, "def _products(", "segments = 1 if i < lone_rows else 2", ONE, TWINS),
+    JitMutant("its own tile", WINOGRAD, "def _products(", "source.words, TWIN", "0, TWIN", TWINS),
+    JitMutant("filters of its twin", WINOGRAD, "def _products(", "TWIN * panels * panel", "panels * panel", TWINS),
+    JitMutant("its own row of tiles", WINOGRAD, "def _products(", "conv.together * source.step", "0", TWINS),
+    JitMutant("dw of its own row", WINOGRAD, "def _weight_products(", "below * v_row", "0", TWINS),
+    JitMutant("dw of its own tile", WINOGRAD, "def _weight_products(", "right * v_tile", "0", TWINS),
+    JitMutant("dy of no twin", WINOGRAD, "def _weight_products(", "(i - below * TWIN)", "i", TWINS),
+    JitMutant("dw of the first image", WINOGRAD, "def _weight_products(", "b += FLOAT * d_image", "b += 0", BLOCKS_OF),
+    JitMutant("dw of the first group", WINOGRAD, "def _weights(", "product(v, d, du + FLOAT * part)", DU, TWINS),
+    JitMutant("rows further on left out", WINOGRAD, "def _each_row(", "all_rows > rows", "all_rows < rows", TWINS),
+    JitMutant("a row of pixels too many", WINOGRAD, "def _each_row(", "(2, 1, -odd)", "(2, 1, 0)", TWINS),
+    JitMutant("tiles further on left out", TRANSFORMS, "def _write(", "if spec.further:", "if False:", TWINS),
+    JitMutant("wanted by nobody", TRANSFORMS, "def wanted(", "self.high > 0 or i >= rows", "self.high > 0", TWINS),
+    JitMutant("the first twin alone", SPECS, "def cut(", "pieces[group:] if", "pieces[group : group + 1] if", TWINS),
+    JitMutant("stored image by image", SPECS, "def stores_part(", "self.forward.images == 1", "True", BLOCKS_OF),
     # odd sizes, dilations
     JitMutant("no half tile", TRANSFORMS, "def output_tiles(", "if spec.width % 2:", "if False:", ODD),
     JitMutant("no half tile of x", TRANSFORMS, "def _write(", "        if half:\n", "        if half < 0:\n", ODD),

@@ -5,9 +5,10 @@ import pytest
 from engine_cases import CASES, UNITS, Case
 from engine_checks import executor_of, step_on
 from half_cases import HALF
-from jit_cases import FIRST, PAIRS, TILES, WINOGRAD
+from jit_cases import FIRST, PAIRS, TILES
 from jit_scratch import needs_no_scratch_of_others
 from pool_cases import POOLS
+from winograd_cases import WINOGRAD
 
 from convolt.engines import JIT
 from convolt.layers import Conv2d, Dense, Flatten, ReLU

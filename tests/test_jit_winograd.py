@@ -6,13 +6,23 @@ from itertools import product
 import numpy as np
 import pytest
 from engine_checks import adds_gradients, equals_pytorch, needs_no_input_gradient, reuses_buffers, step_on
-from jit_cases import POOLED_FIRST, WINOGRAD, empty_batch_has_no_gradient, poisoned
+from jit_cases import empty_batch_has_no_gradient, poisoned
+from winograd_cases import POOLED_FIRST, WINOGRAD
 
 from convolt.engines import JIT
 from convolt.engines.jit import convolutions
 from convolt.engines.jit.kernels.residues import covers, parts, slope_frame, tap_order
 from convolt.engines.jit.kernels.specs import ConvSpec, Frame, Windowing
-from convolt.engines.jit.kernels.winograd_specs import WinogradSpec, cut, obstacle, products_along, tiling
+from convolt.engines.jit.kernels.winograd_specs import (
+    WinogradSpec,
+    cut,
+    groups,
+    lone_planes,
+    obstacle,
+    planes_along,
+    products_along,
+    tiling,
+)
 from convolt.layers import Conv2d, Dense, Flatten, MaxPool2d, ReLU
 from convolt.losses import CrossEntropy
 from convolt.model import Model
@@ -23,7 +33,7 @@ from convolt.rng import SampleRng
 CASES = list(WINOGRAD.values())
 IN_EVERY_RUN = {
     *("winograd, some channels of a vector, max-pool", "winograd, blocks of whole images"),
-    *("winograd, a filter in pieces", "winograd, dilation"),
+    *("winograd, a filter in pieces", "winograd, dilation", "winograd, twins, odd sizes, two panels"),
 }
 
 
@@ -147,6 +157,20 @@ def test_pieces_are_the_whole_filter(taps):
     found = [first + i for first, length in cut(taps) for i in range(length)]
     assert found == list(range(taps))
     assert products_along(taps) == taps + len(cut(taps)) < 2 * taps
+
+
+@pytest.mark.parametrize("taps", range(2, 8))
+def test_groups_are_all_pieces(taps):
+    """In their order; what a tile has planes of is once for twins, which are the last two of three groups at most."""
+    each = range(groups(taps))
+    assert sum((cut(taps, group) for group in each), ()) == cut(taps)
+    assert sum(products_along(taps, group) for group in each) == products_along(taps)
+    assert sum(planes_along(taps, group) for group in each) == planes_along(taps)
+    twins = [group for group in each if len(cut(taps, group)) == 2]
+    assert twins == ([groups(taps) - 1] if taps in (4, 7) else [])
+    assert products_along(taps) - planes_along(taps) == 3 * len(twins)
+    assert planes_along(taps) - lone_planes(taps) == 3 * len(twins)
+    assert len(each) <= 2
 
 
 @pytest.mark.parametrize(("size", "images"), list(product([2, 4, 5, 7, 8, 14, 32, 63], [1, 3, 8, 32])))

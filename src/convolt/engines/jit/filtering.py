@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convolt.engines.jit.kernels.winograd_specs import cut, planes_along, products_along, twins
+from convolt.engines.jit.kernels.winograd_specs import cut, has_twins, planes_along, products_along
 from convolt.engines.jit.vectors import Floats
 
 
@@ -118,21 +118,22 @@ PIECES: dict[int, Piece] = {piece.taps: piece for piece in (Two(), Three())}
 class Axis:
     """A filter of so many taps along one axis, cut into pieces whose planes follow one another.
 
-    apart: the second of twins has planes of pixels, too.
+    apart: the second of twins has planes of pixels, too. group: of these pieces alone.
     """
 
     taps: int
     apart: bool = False
+    group: int | None = None
 
     @property
     def pieces(self) -> tuple[tuple[int, Piece], ...]:
         """The first tap of each, which is also its first pixel, and the piece."""
-        return tuple((first, PIECES[taps]) for first, taps in cut(self.taps))
+        return tuple((first, PIECES[taps]) for first, taps in cut(self.taps, self.group))
 
     @property
     def distinct(self) -> tuple[tuple[int, Piece], ...]:
         """All but the second of twins."""
-        return self.pieces[:-1] if twins(self.taps) else self.pieces
+        return self.pieces[:-1] if has_twins(self.taps, self.group) else self.pieces
 
     @property
     def seen(self) -> tuple[tuple[int, Piece], ...]:
@@ -147,12 +148,12 @@ class Axis:
     @property
     def planes(self) -> int:
         """Of a filter: products for two outputs."""
-        return products_along(self.taps)
+        return products_along(self.taps, self.group)
 
     @property
     def tile_planes(self) -> int:
         """Of slopes, and of products when those of twins are added up."""
-        return planes_along(self.taps)
+        return planes_along(self.taps, self.group)
 
     def pixels(self, floats: Floats, x: list[Any]) -> list[Any]:
         """The planes of so many pixels as they reach."""

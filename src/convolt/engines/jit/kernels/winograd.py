@@ -115,17 +115,20 @@ def _row(spec: WinogradSpec, tiles: Tiling, frame: Frame, planes: Planes) -> Til
     return TileRow(window.R, window.S, tiles.width, 2, C, pixel, pitch, planes.plane, lanes, planes.written, further)
 
 
-def _inputs(spec: WinogradSpec, tiles: Tiling, planes: Planes) -> Callable[[int, int, int, int], None]:
+def _inputs(
+    spec: WinogradSpec, tiles: Tiling, planes: Planes, group: int | None = None
+) -> Callable[[int, int, int, int], None]:
     """The transformed inputs of a block: ``inputs(first image, images present, band, v)``."""
     window, x = spec.conv.window, spec.conv.x
     corner = x.origin - window.top * x.pitch - window.left * x.C
-    return _each_row(tiles, input_tiles, _row(spec, tiles, x, planes), (x.size, corner), planes)
+    tile_row = replace(_row(spec, tiles, x, planes), group=group)
+    return _each_row(tiles, input_tiles, tile_row, (x.size, corner), planes)
 
 
-def _slopes(spec: WinogradSpec) -> Callable[[int, int, int, int], None]:
+def _slopes(spec: WinogradSpec, group: int) -> Callable[[int, int, int, int], None]:
     """The transformed dy of a block: ``slopes(first frame, images present, band, d)``."""
-    tiles, frame, planes = spec.forward, slope_frame(spec.conv), spec.slopes
-    tile_row = _row(spec, tiles, frame, planes)
+    tiles, frame, planes = spec.gradient, slope_frame(spec.conv), spec.slopes(group)
+    tile_row = replace(_row(spec, tiles, frame, planes), group=group)
     return _each_row(tiles, slope_tiles, tile_row, (frame.size, frame.origin), planes)
 
 
@@ -256,11 +259,10 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
 
     Arguments: state, x, turned filters, dy, y, codes, dx, du parts (chunks, planes, C, K), db parts, scratch.
     """
-    conv, tiles, scratch = spec.conv, spec.forward, spec.back_scratch
+    conv, tiles, scratch = spec.conv, spec.gradient, spec.back_scratch
     together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
-    transformed, size = spec.summed, scratch - spec.frames
-    inputs, slopes, weights = _inputs(spec, tiles, transformed), _slopes(spec), _weights(spec)
-    spread, slopes_at = spread_slopes(conv), transformed.size
+    weights, other_weights = _weights(spec, 0), _weights(spec, 1) if spec.groups > 1 else _no_weights
+    spread = spread_slopes(conv)
     input_gradient = _input_gradient(spec) if conv.wants_dx else _no_gradient
     x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv), spec.frames
     residues, place_x, place_dy = spec.residues, _residue(spec, conv.x), _residue(spec, frame)
@@ -275,22 +277,18 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
             view(db, (K,), np.float32)[:] = np.float32(0)
         dy = arguments[9] + FLOAT * thread * scratch
         view(dy, (frames,), np.float32)[:] = np.float32(0)
-        v = dy + FLOAT * frames
-        d = v + FLOAT * slopes_at
+        own = dy + FLOAT * frames
         last = min((chunk + 1) * chunk_images, count)
         for first in range(chunk * chunk_images, last, together):
             present = min(together, last - first)
             for image in range(present):
                 spread(arguments, first + image, dy + FLOAT * image * frame_size, db)
-            if present < together:  # tiles of images that are not there take part in the products
-                view(v, (size,), np.float32)[:] = np.float32(0)
             for residue in range(residues):
-                x = arguments[1] + FLOAT * (first * x_size + place_x(residue))
+                x, slopes = arguments[1] + FLOAT * (first * x_size + place_x(residue)), dy + FLOAT * place_dy(residue)
                 for band in range(bands):
-                    inputs(x, present, band, v)
-                    slopes(dy + FLOAT * place_dy(residue), present, band, d)
-                    weights(v, d, du)
-            input_gradient(dy, arguments[2], arguments[6], first, present, v)
+                    weights(x, slopes, present, band, own, du)
+                    other_weights(x, slopes, present, band, own, du)
+            input_gradient(dy, arguments[2], arguments[6], first, present, own)
 
     return kernel
 
@@ -322,37 +320,60 @@ def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: in
     """Of images that nobody needs a gradient of."""
 
 
-def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
-    """``du += v^T d`` in each plane: ``weights(v, d, du)``; where one product is all of it ``du = v^T d``."""
+def _weights(spec: WinogradSpec, group: int) -> Callable[[int, int, int, int, int, int], None]:
+    """``du += v^T d`` in each plane of a group: ``weights(x, dy, images present, band, v, du)``.
+
+    Where one product is all of du it is stored. x, dy: the first images; behind v is d.
+    """
+    product, v, d = _weight_products(spec, group), spec.summed(group), spec.slopes(group)
+    inputs, slopes = _inputs(spec, spec.gradient, v, group), _slopes(spec, group)
+    together, slopes_at, size = spec.gradient.images, v.size, v.size + d.size
+    part = spec.part_before(group)
+
+    @inlined
+    def weights(x: int, dy: int, present: int, band: int, v: int, du: int) -> None:
+        if present < together:  # tiles of images that are not there take part in the products
+            view(v, (size,), np.float32)[:] = np.float32(0)
+        d = v + FLOAT * slopes_at
+        inputs(x, present, band, v)
+        slopes(dy, present, band, d)
+        product(v, d, du + FLOAT * part)
+
+    found: Callable[[int, int, int, int, int, int], None] = weights
+    return found
+
+
+@inlined
+def _no_weights(x: int, dy: int, present: int, band: int, v: int, du: int) -> None:
+    """Of a filter whose pieces are one group."""
+
+
+def _weight_products(spec: WinogradSpec, group: int) -> Callable[[int, int, int], None]:
+    """``du (+)= v^T d`` in each plane of a group: ``products(v, d, du)``."""
     conv, block, window = spec.conv, VECTORS * spec.conv.lanes, spec.conv.window
-    C, K, inputs, slopes = conv.x.C, conv.K, spec.summed, spec.slopes
-    apart = spec.rows_apart and not conv.pairs
+    C, K, inputs, slopes = conv.x.C, conv.K, spec.summed(group), spec.slopes(group)
+    apart = inputs.entries * inputs.rows > slopes.entries * slopes.rows
     depth, images, segments = (slopes.entries, slopes.images, slopes.rows) if apart else (slopes.count, 1, 1)
     whole, rest = divmod(K, block)
     word, tile = conv.together, conv.together * C
     start: Literal["zero", "load"] = "zero" if spec.stores_part else "load"
-    columns, rows = block if whole else rest, (inputs.step, slopes.step)
-    shape = Gemm(0, columns, depth, word, tile, rows[0], K, rows[1], K, conv.lanes, start, pairs=conv.pairs)
+    columns, steps = block if whole else rest, (inputs.step, slopes.step)
+    shape = Gemm(0, columns, depth, word, tile, steps[0], K, steps[1], K, conv.lanes, start, pairs=conv.pairs)
     full = deep_segments(shape, C, depth, conv.registers)
     tail = deep_segments(replace(shape, columns=rest), C, depth, conv.registers) if rest and whole else full
-    planes, across, tile_columns = spec.transformed, products_along(window.S), planes_along(window.S)
-    tile_rows, v_plane, d_plane, v_image, d_image = (
-        planes_along(window.R),
-        inputs.plane,
-        slopes.plane,
-        inputs.image,
-        slopes.image,
-    )
-    v_row, v_tile = inputs.step, inputs.words
+    rows, across = products_along(window.R, group), products_along(window.S)
+    tile_rows, tile_columns = planes_along(window.R, group), planes_along(window.S)
+    planes, v_plane, d_plane, pairs = rows * across, inputs.plane, slopes.plane, conv.pairs
+    v_image, d_image, v_row, v_tile = inputs.image, slopes.image, inputs.step, inputs.words
 
     @inlined
-    def weights(v: int, d: int, du: int) -> None:
+    def products(v: int, d: int, du: int) -> None:
         for plane in range(hidden(planes)):
             i, j = plane // across, plane % across
             below, right = (1 if i >= tile_rows else 0), (1 if j >= tile_columns else 0)
             own = (i - below * TWIN) * tile_columns + j - right * TWIN
             b, c = d + FLOAT * own * d_plane, du + FLOAT * plane * C * K
-            a = v + FLOAT * (own * v_plane + below * v_row + right * v_tile if apart else plane * v_plane)
+            a = v + FLOAT * (plane * v_plane if pairs else own * v_plane + below * v_row + right * v_tile)
             for _ in range(images):
                 for p in range(whole):
                     full(a, b + FLOAT * p * block, c + FLOAT * p * block, segments)
@@ -361,7 +382,7 @@ def _weights(spec: WinogradSpec) -> Callable[[int, int, int], None]:
                 a += FLOAT * v_image
                 b += FLOAT * d_image
 
-    found: Callable[[int, int, int], None] = weights
+    found: Callable[[int, int, int], None] = products
     return found
 
 
