@@ -15,8 +15,8 @@ from convolt.engines.jit.kernels.residues import covers, parts, slope_frame, tap
 from convolt.engines.jit.kernels.specs import ConvSpec, Frame, Windowing
 from convolt.engines.jit.kernels.winograd_specs import (
     WinogradSpec,
+    bundles,
     cut,
-    groups,
     lone_planes,
     obstacle,
     planes_along,
@@ -160,14 +160,14 @@ def test_pieces_are_the_whole_filter(taps):
 
 
 @pytest.mark.parametrize("taps", range(2, 8))
-def test_groups_are_all_pieces(taps):
-    """In their order; what a tile has planes of is once for twins, which are the last two of three groups at most."""
-    each = range(groups(taps))
-    assert sum((cut(taps, group) for group in each), ()) == cut(taps)
-    assert sum(products_along(taps, group) for group in each) == products_along(taps)
-    assert sum(planes_along(taps, group) for group in each) == planes_along(taps)
-    twins = [group for group in each if len(cut(taps, group)) == 2]
-    assert twins == ([groups(taps) - 1] if taps in (4, 7) else [])
+def test_bundles_are_all_pieces(taps):
+    """In their order. Twins are the last one and have planes of a tile once; there are two bundles at most."""
+    each = range(bundles(taps))
+    assert sum((cut(taps, bundle) for bundle in each), ()) == cut(taps)
+    assert sum(products_along(taps, bundle) for bundle in each) == products_along(taps)
+    assert sum(planes_along(taps, bundle) for bundle in each) == planes_along(taps)
+    twins = [bundle for bundle in each if len(cut(taps, bundle)) == 2]
+    assert twins == ([bundles(taps) - 1] if taps in (4, 7) else [])
     assert products_along(taps) - planes_along(taps) == 3 * len(twins)
     assert planes_along(taps) - lone_planes(taps) == 3 * len(twins)
     assert len(each) <= 2

@@ -118,22 +118,22 @@ PIECES: dict[int, Piece] = {piece.taps: piece for piece in (Two(), Three())}
 class Axis:
     """A filter of so many taps along one axis, cut into pieces whose planes follow one another.
 
-    apart: the second of twins has planes of pixels, too. group: of these pieces alone.
+    apart: the second of twins has planes of pixels, too. bundle: of these pieces alone.
     """
 
     taps: int
     apart: bool = False
-    group: int | None = None
+    bundle: int | None = None
 
     @property
     def pieces(self) -> tuple[tuple[int, Piece], ...]:
         """The first tap of each, which is also its first pixel, and the piece."""
-        return tuple((first, PIECES[taps]) for first, taps in cut(self.taps, self.group))
+        return tuple((first, PIECES[taps]) for first, taps in cut(self.taps, self.bundle))
 
     @property
     def distinct(self) -> tuple[tuple[int, Piece], ...]:
         """All but the second of twins."""
-        return self.pieces[:-1] if has_twins(self.taps, self.group) else self.pieces
+        return self.pieces[:-1] if has_twins(self.taps, self.bundle) else self.pieces
 
     @property
     def seen(self) -> tuple[tuple[int, Piece], ...]:
@@ -148,12 +148,12 @@ class Axis:
     @property
     def planes(self) -> int:
         """Of a filter: products for two outputs."""
-        return products_along(self.taps, self.group)
+        return products_along(self.taps, self.bundle)
 
     @property
     def tile_planes(self) -> int:
         """Of slopes, and of products when those of twins are added up."""
-        return planes_along(self.taps, self.group)
+        return planes_along(self.taps, self.bundle)
 
     def pixels(self, floats: Floats, x: list[Any]) -> list[Any]:
         """The planes of so many pixels as they reach."""

@@ -37,7 +37,7 @@ class TileRow:
     written: what a transform writes into them. Of an odd width the last tile has one column of pixels.
 
     A row of tiles further on, which twins see, has none of the image's own rows, or is one short of that: ``high`` is 0
-    or -1. further: so has such a row one more tile. group: of the pieces of the filter's rows, these alone.
+    or -1. further: so has such a row one more tile. bundle: of the pieces of the filter's rows, these alone.
     """
 
     R: int
@@ -51,18 +51,18 @@ class TileRow:
     lanes: int
     written: Written = "fp32"
     further: bool = False
-    group: int | None = None
+    bundle: int | None = None
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
         """Of the filter's rows and columns."""
         apart = self.written == "tiles"
-        return Axis(self.R, apart, self.group), Axis(self.S, apart)
+        return Axis(self.R, apart, self.bundle), Axis(self.S, apart)
 
     def wanted(self, plane: int, wide: int) -> bool:
         """Whether anybody reads this plane of a tile with so many columns: of those further on, twins' alone."""
         i, j = divmod(plane, planes_along(self.S))
-        rows, columns = lone_planes(self.R, self.group), lone_planes(self.S)
+        rows, columns = lone_planes(self.R, self.bundle), lone_planes(self.S)
         return (self.high > 0 or i >= rows) and (wide > 0 or j >= columns)
 
 
@@ -109,7 +109,7 @@ def input_tiles(spec: TileRow) -> Any:
                     found = (across(piece, planes(left, wide, begin, piece, [])) for begin, piece in rows.seen)
                     return chain.from_iterable(found), []
 
-                if spec.group is not None or len(rows.seen) > 1:
+                if spec.bundle is not None or len(rows.seen) > 1:
                     _write(floats, spec, target, offset, used, [], in_pieces)
                 else:
                     shared = chain.from_iterable(column(I64(j), *rows.seen[0]) for j in range(columns.reach - 2))

@@ -116,19 +116,19 @@ def _row(spec: WinogradSpec, tiles: Tiling, frame: Frame, planes: Planes) -> Til
 
 
 def _inputs(
-    spec: WinogradSpec, tiles: Tiling, planes: Planes, group: int | None = None
+    spec: WinogradSpec, tiles: Tiling, planes: Planes, bundle: int | None = None
 ) -> Callable[[int, int, int, int], None]:
     """The transformed inputs of a block: ``inputs(first image, images present, band, v)``."""
     window, x = spec.conv.window, spec.conv.x
     corner = x.origin - window.top * x.pitch - window.left * x.C
-    tile_row = replace(_row(spec, tiles, x, planes), group=group)
+    tile_row = replace(_row(spec, tiles, x, planes), bundle=bundle)
     return _each_row(tiles, input_tiles, tile_row, (x.size, corner), planes)
 
 
-def _slopes(spec: WinogradSpec, group: int) -> Callable[[int, int, int, int], None]:
+def _slopes(spec: WinogradSpec, bundle: int) -> Callable[[int, int, int, int], None]:
     """The transformed dy of a block: ``slopes(first frame, images present, band, d)``."""
-    tiles, frame, planes = spec.gradient, slope_frame(spec.conv), spec.slopes(group)
-    tile_row = replace(_row(spec, tiles, frame, planes), group=group)
+    tiles, frame, planes = spec.gradient, slope_frame(spec.conv), spec.slopes(bundle)
+    tile_row = replace(_row(spec, tiles, frame, planes), bundle=bundle)
     return _each_row(tiles, slope_tiles, tile_row, (frame.size, frame.origin), planes)
 
 
@@ -261,7 +261,7 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
     """
     conv, tiles, scratch = spec.conv, spec.gradient, spec.back_scratch
     together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
-    weights, other_weights = _weights(spec, 0), _weights(spec, 1) if spec.groups > 1 else _no_weights
+    weights, other_weights = _weights(spec, 0), _weights(spec, 1) if spec.bundles > 1 else _no_weights
     spread = spread_slopes(conv)
     input_gradient = _input_gradient(spec) if conv.wants_dx else _no_gradient
     x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv), spec.frames
@@ -320,15 +320,15 @@ def _no_gradient(dy: int, filters: int, dx: int, first: int, present: int, v: in
     """Of images that nobody needs a gradient of."""
 
 
-def _weights(spec: WinogradSpec, group: int) -> Callable[[int, int, int, int, int, int], None]:
-    """``du += v^T d`` in each plane of a group: ``weights(x, dy, images present, band, v, du)``.
+def _weights(spec: WinogradSpec, bundle: int) -> Callable[[int, int, int, int, int, int], None]:
+    """``du += v^T d`` in each plane of a bundle: ``weights(x, dy, images present, band, v, du)``.
 
     Where one product is all of du it is stored. x, dy: the first images; behind v is d.
     """
-    product, v, d = _weight_products(spec, group), spec.summed(group), spec.slopes(group)
-    inputs, slopes = _inputs(spec, spec.gradient, v, group), _slopes(spec, group)
+    product, v, d = _weight_products(spec, bundle), spec.summed(bundle), spec.slopes(bundle)
+    inputs, slopes = _inputs(spec, spec.gradient, v, bundle), _slopes(spec, bundle)
     together, slopes_at, size = spec.gradient.images, v.size, v.size + d.size
-    part = spec.part_before(group)
+    part = spec.part_before(bundle)
 
     @inlined
     def weights(x: int, dy: int, present: int, band: int, v: int, du: int) -> None:
@@ -345,13 +345,13 @@ def _weights(spec: WinogradSpec, group: int) -> Callable[[int, int, int, int, in
 
 @inlined
 def _no_weights(x: int, dy: int, present: int, band: int, v: int, du: int) -> None:
-    """Of a filter whose pieces are one group."""
+    """Of a filter whose pieces are one bundle."""
 
 
-def _weight_products(spec: WinogradSpec, group: int) -> Callable[[int, int, int], None]:
-    """``du (+)= v^T d`` in each plane of a group: ``products(v, d, du)``."""
+def _weight_products(spec: WinogradSpec, bundle: int) -> Callable[[int, int, int], None]:
+    """``du (+)= v^T d`` in each plane of a bundle: ``products(v, d, du)``."""
     conv, block, window = spec.conv, VECTORS * spec.conv.lanes, spec.conv.window
-    C, K, inputs, slopes = conv.x.C, conv.K, spec.summed(group), spec.slopes(group)
+    C, K, inputs, slopes = conv.x.C, conv.K, spec.summed(bundle), spec.slopes(bundle)
     apart = inputs.entries * inputs.rows > slopes.entries * slopes.rows
     depth, images, segments = (slopes.entries, slopes.images, slopes.rows) if apart else (slopes.count, 1, 1)
     whole, rest = divmod(K, block)
@@ -361,8 +361,8 @@ def _weight_products(spec: WinogradSpec, group: int) -> Callable[[int, int, int]
     shape = Gemm(0, columns, depth, word, tile, steps[0], K, steps[1], K, conv.lanes, start, pairs=conv.pairs)
     full = deep_segments(shape, C, depth, conv.registers)
     tail = deep_segments(replace(shape, columns=rest), C, depth, conv.registers) if rest and whole else full
-    rows, across = products_along(window.R, group), products_along(window.S)
-    tile_rows, tile_columns = planes_along(window.R, group), planes_along(window.S)
+    rows, across = products_along(window.R, bundle), products_along(window.S)
+    tile_rows, tile_columns = planes_along(window.R, bundle), planes_along(window.S)
     planes, v_plane, d_plane, pairs = rows * across, inputs.plane, slopes.plane, conv.pairs
     v_image, d_image, v_row, v_tile = inputs.image, slopes.image, inputs.step, inputs.words
 

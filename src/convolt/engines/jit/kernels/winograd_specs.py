@@ -8,7 +8,7 @@ from convolt.engines.jit.kernels.specs import VECTORS, ConvSpec, ReduceSpec, rou
 
 TILES, MANY_TILES = 64, 128  # of 16 planes in a block: few enough for the L2 cache; many for filters that fill it
 FEWEST_TILES = 32  # in a block, about, of more planes
-GROUPED_TILES = 64  # where not all planes are made at once
+BUNDLED_TILES = 64  # where not all planes are made at once
 LARGE_FILTERS = 1 << 19  # transformed numbers from which they fill it: 2 MB
 PAYS = 16  # channels and filters from which the transforms cost little beside the products
 MOST_PRODUCTS, MOST_PAIRS = 0.7, 0.6  # of those by taps that pay for the transforms: in float32, in pairs of bf16
@@ -51,17 +51,17 @@ def fits_tiles(spec: ConvSpec) -> bool:
     return spec.pool == (1, 1) or (spec.pool == (2, 2) and (window.dilation_h, window.dilation_w) == (1, 1))
 
 
-def cut(taps: int, group: int | None = None) -> tuple[tuple[int, int], ...]:
+def cut(taps: int, bundle: int | None = None) -> tuple[tuple[int, int], ...]:
     """The pieces of three and two taps of a filter along one axis: the first tap of each, and how many it has.
 
-    group: those of this group alone. A piece is one by itself, but twins are one together (`twins`).
+    bundle: those of this bundle alone. A piece is one by itself, but twins are one together (`twins`).
     """
     twos = {0: 0, 1: 2, 2: 1}[taps % 3]
     threes = (taps - 2 * twos) // 3
     pieces = (*((3 * i, 3) for i in range(threes)), *((3 * threes + 2 * i, 2) for i in range(twos)))
-    if group is None:
+    if bundle is None:
         return pieces
-    return pieces[group:] if group == groups(taps) - 1 else pieces[group : group + 1]
+    return pieces[bundle:] if bundle == bundles(taps) - 1 else pieces[bundle : bundle + 1]
 
 
 def twins(taps: int) -> bool:
@@ -69,29 +69,29 @@ def twins(taps: int) -> bool:
     return taps % 3 == 1
 
 
-def groups(taps: int) -> int:
+def bundles(taps: int) -> int:
     """How many there are."""
     return len(cut(taps)) - int(twins(taps))
 
 
-def has_twins(taps: int, group: int | None = None) -> bool:
-    """Whether they are in this group, or in any."""
-    return twins(taps) and group in (None, groups(taps) - 1)
+def has_twins(taps: int, bundle: int | None = None) -> bool:
+    """Whether they are in this bundle, or in any."""
+    return twins(taps) and bundle in (None, bundles(taps) - 1)
 
 
-def products_along(taps: int, group: int | None = None) -> int:
+def products_along(taps: int, bundle: int | None = None) -> int:
     """Products for two outputs along such an axis: one more than each piece has taps."""
-    return sum(piece + 1 for _, piece in cut(taps, group))
+    return sum(piece + 1 for _, piece in cut(taps, bundle))
 
 
-def lone_planes(taps: int, group: int | None = None) -> int:
+def lone_planes(taps: int, bundle: int | None = None) -> int:
     """Planes in front of those of twins, or all."""
-    return products_along(taps, group) - (2 * TWIN if has_twins(taps, group) else 0)
+    return products_along(taps, bundle) - (2 * TWIN if has_twins(taps, bundle) else 0)
 
 
-def planes_along(taps: int, group: int | None = None) -> int:
+def planes_along(taps: int, bundle: int | None = None) -> int:
     """Planes of a tile: twins have theirs in common."""
-    return products_along(taps, group) - (TWIN if has_twins(taps, group) else 0)
+    return products_along(taps, bundle) - (TWIN if has_twins(taps, bundle) else 0)
 
 
 @dataclass(frozen=True)
@@ -223,33 +223,33 @@ class WinogradSpec:
         return self.planes(tiling).size + self.products(tiling).size
 
     @property
-    def groups(self) -> int:
-        """Groups of the filter's pieces of rows, for which dw is made one after the other.
+    def bundles(self) -> int:
+        """Those of the filter's rows, for which dw is made one after the other.
 
         In fewer planes, and so of more tiles: du, some hundred kilobytes, comes and goes less often.
         """
-        return groups(self.conv.window.R)
+        return bundles(self.conv.window.R)
 
-    def summed(self, group: int) -> Planes:
+    def summed(self, bundle: int) -> Planes:
         """Of tiles that are multiplied by those of dy: the sum goes over tiles.
 
         In pairs of tiles twins have planes of their own: what begins at an odd tile is no pair.
         """
         window, C = self.conv.window, self.conv.x.C
         if self.conv.pairs:
-            number = products_along(window.R, group) * products_along(window.S)
+            number = products_along(window.R, bundle) * products_along(window.S)
             return Planes.of(number, self.gradient, C, "tiles")
-        number, further = planes_along(window.R, group) * planes_along(window.S), has_twins(window.R, group)
+        number, further = planes_along(window.R, bundle) * planes_along(window.S), has_twins(window.R, bundle)
         return Planes.of(number, self.gradient, C, "fp32", (int(further), self.further[1]))
 
-    def slopes(self, group: int) -> Planes:
+    def slopes(self, bundle: int) -> Planes:
         """Of those of dy."""
-        number = planes_along(self.conv.window.R, group) * planes_along(self.conv.window.S)
+        number = planes_along(self.conv.window.R, bundle) * planes_along(self.conv.window.S)
         return Planes.of(number, self.gradient, self.conv.K, "tiles" if self.conv.pairs else "fp32")
 
-    def summed_size(self, group: int) -> int:
+    def summed_size(self, bundle: int) -> int:
         """Words of both."""
-        return self.summed(group).size + self.slopes(group).size
+        return self.summed(bundle).size + self.slopes(bundle).size
 
     @property
     def depth(self) -> int:
@@ -268,11 +268,11 @@ class WinogradSpec:
 
     @property
     def gradient(self) -> Tiling:
-        """Of dy, for dw: of the images of ``forward``, but more tiles where there are several groups."""
+        """Of dy, for dw: of the images of ``forward``, but more tiles where there are several bundles."""
         tiles = self.forward
-        if self.groups == 1 or tiles.images > 1:
+        if self.bundles == 1 or tiles.images > 1:
             return tiles
-        return replace(tiles, rows=tiling(tiles.height, tiles.width, 1, GROUPED_TILES).rows)
+        return replace(tiles, rows=tiling(tiles.height, tiles.width, 1, BUNDLED_TILES).rows)
 
     @property
     def one_block(self) -> bool:
@@ -328,9 +328,9 @@ class WinogradSpec:
         """Elements of a chunk's gradient of the transformed filters, (planes, C, K)."""
         return self.transformed * self.conv.x.C * self.conv.K
 
-    def part_before(self, group: int) -> int:
-        """Those of the groups in front of this one."""
-        rows = sum(products_along(self.conv.window.R, before) for before in range(group))
+    def part_before(self, bundle: int) -> int:
+        """Those of the bundles in front of this one."""
+        rows = sum(products_along(self.conv.window.R, before) for before in range(bundle))
         return self.part // products_along(self.conv.window.R) * rows
 
     def part_run(self, channels: int) -> int:
@@ -348,7 +348,7 @@ class WinogradSpec:
         """The same backward, with the framed dy of a block's images in front."""
         conv = self.conv
         inputs = self.back.products_size(self.inputs) if conv.wants_dx else 0
-        return self.frames + max(*map(self.summed_size, range(self.groups)), inputs) + self._spare
+        return self.frames + max(*map(self.summed_size, range(self.bundles)), inputs) + self._spare
 
     @property
     def frames(self) -> int:
