@@ -112,6 +112,15 @@ NORMS = {
             (Residual((conv(32, 64), ReLU()), (Conv2d(32, 64, 1), BatchNorm2d(64))), ReLU(), conv(64, 20)),
             3,
         ),
+        Case(
+            "norms around groups",
+            (32, 6, 7),
+            (
+                *(conv(32, 32), BatchNorm2d(32), ReLU()),
+                *(Conv2d(32, 64, 3, padding=1, groups=4, bias=False), BatchNorm2d(64), ReLU(), conv(64, 20)),
+            ),
+            5,
+        ),
         Case("norm flattened", (32, 4, 7), (conv(32, 32), BatchNorm2d(32), ReLU(), Flatten(), Dense(896, 24)), 6),
         Case(
             "residual of norms",
@@ -134,6 +143,9 @@ KEPT = {
     "flattened": {"0 Conv2d", "1-3 Conv2d+ReLU+MaxPool2d"},
     "flattened without a pool": {"0 Conv2d", "1-2 Conv2d+LeakyReLU"},
     "an odd number of pixels": {"0 Conv2d"},
+    "norms around groups": {
+        *("0 Conv2d", "1 Conv2d", "2-3 BatchNorm2d+ReLU", "4 Conv2d", "5-6 BatchNorm2d+ReLU"),
+    },
     "norm flattened": {"0 Conv2d", "1 Conv2d", "2-3 BatchNorm2d+ReLU"},
     "norms without activation": {"0 Conv2d", "1 Conv2d", "2 BatchNorm2d", "3 Conv2d", "4 BatchNorm2d"},
     "norm behind planes": {"1 Conv2d", "4 Conv2d"},

@@ -99,6 +99,8 @@ TILES = {
     "direct rows in pairs, stride 2": on_tiles((16, 5, 21), 9, 3, ReLU(), MaxPool2d(3), padding=1, stride=2, batch=2),
     "some images at a time": on_tiles((5, 3, 3), 7, 3, ReLU(), padding=1, batch=37),
     "some images at a time, stride 2": on_tiles((5, 5, 5), 20, 3, ReLU(), MaxPool2d(3), padding=1, stride=2, batch=37),
+    "groups as one": on_tiles((12, 9, 7), 20, 3, ReLU(), MaxPool2d(2), padding=1, groups=4, batch=5),
+    "groups as one, stride 2": on_tiles((33, 8, 9), 66, (3, 2), padding=1, stride=2, groups=3, bias=False),
     "a residual branch": Rounded("conv in residual", (20, 4, 6), (Residual((Conv2d(20, 20, 3, padding=1),)),)),
     "dense": Rounded("dense on tiles", (150,), (Dense(150, 130), LeakyReLU(0.25)), 9),
     "dense of rounded features": Rounded("dense behind images", (4, 8, 8), (Flatten(), Dense(256, 70, bias=False)), 33),
@@ -148,6 +150,7 @@ EVERY_RUN = frozenset(
         "wide filter on planes",
         "planes in groups of rows, odd pool",
         "odd groups",
+        "groups as one",
         "tiles in pairs",
         "two panels, padding 2",
     }

@@ -165,7 +165,7 @@ BF16 = (
         "whole tiles",
     ),
     JitMutant("db of the first part", "kernels/weights.py", "def bias_sum", "range(parts)", "range(1)", ODD),
-    JitMutant("taps of whole tiles", BACKWARD, "def reduce_parts", "tap * channels + c", "tap * C + c", ODD),
+    JitMutant("taps of whole tiles", BACKWARD, "def reduce_parts", "tap * channels + begin", "tap * C + begin", ODD),
     # planes
     JitMutant("no border on the left", PLANE, "def unpack", "BF16 * h * pitch", "BF16 * h * W", ON_PLANES),
     JitMutant("one plane", PLANE, "def taps", "c * x.rows * x.columns + ", "", ON_PLANES),

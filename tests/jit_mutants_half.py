@@ -11,7 +11,7 @@ OVERLAP, UNEVEN, FLAT = "windows that overlap", "an odd number of pixels", "flat
 ODD_POOL = "planes in groups of rows, odd pool"
 IMAGES, DENSE = "kernels/images.py", "kernels/dense_tiles.py"
 GROUPS = "two groups of images, the last with fewer"
-POOL, ON_PLANES = "half_pool.py", "wide filter on planes"
+POOL, ON_PLANES, AS_ONE = "half_pool.py", "wide filter on planes", "groups as one"
 
 HALF = (
     # what is kept
@@ -226,4 +226,18 @@ HALF = (
         "three times the bias", TILED, "def pack", "rest -= float32_of_bf16(bits)", "rest -= np.float32(0)", ON_PLANES
     ),
     JitMutant("no ones behind the taps", "runs.py", "def _ones", "[I16(ONE)]", "[I16(0)]", ON_PLANES),
+    # groups as one
+    JitMutant(
+        "filters of every group",
+        "kernels/weights.py",
+        "def spread_groups(",
+        "group == k // (K // groups)",
+        "group < groups",
+        AS_ONE,
+    ),
+    JitMutant(
+        "filters of a group less", "kernels/weights.py", "def spread_groups(", "1) * run, K)", "1) * run, 9)", AS_ONE
+    ),
+    JitMutant("dw of the first group", BACKWARD, "def reduce_parts(", "begin = k // filters * C", "begin = 0", AS_ONE),
+    JitMutant("groups apart", "convolutions.py", "def conv_on_tiles(", "spec.K // groups,", "spec.K,", AS_ONE),
 )

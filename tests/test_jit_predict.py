@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engine_cases import TOLERANCE, UNITS
+from engine_cases import ON_TILES, TOLERANCE, UNITS
 from engine_checks import assert_near
 from few_cases import few_predictions_equal_float64
 
@@ -126,6 +126,19 @@ def test_predictions_leave_training_alone():
     np.testing.assert_array_equal(one.params.buffers_flat, other.params.buffers_flat)
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize("size", [3, 9])
+def test_groups_follow_the_weights(size):
+    """As filters of one group on tiles, with a BatchNorm in them."""
+    layers = (Conv2d(16, 24, 3, padding=1, groups=4, bias=False), BatchNorm2d(24), GlobalAvgPool2d())
+    model, unit = Model((16, 7, 6), layers), JIT(threads=2, unit=ON_TILES)
+    x, executor = images(model, size), unit.executor(model, None, Recipe(precision="bf16"))
+    for factor in (1, -3):
+        executor.params.flat[...] *= np.float32(factor)
+        executor.weights_changed()
+        assert_near(executor.predict(x), exact(model, executor.params, x), 2**-7, f"{size} images")
+    executor.close()
 
 
 def test_what_was_predicted_is_the_callers_own():

@@ -23,6 +23,7 @@ from convolt.engines.jit.kernels.specs import (
     Frame,
     PackSpec,
     ReduceSpec,
+    SpreadSpec,
     Windowing,
 )
 from convolt.engines.jit.kernels.tile_specs import (
@@ -55,6 +56,7 @@ BACKWARD = {PlaneBackSpec: "planes", ShiftedBackSpec: "tiles_shifted", TileBackS
 PLANES = 8  # channels up to which images are kept in planes
 PACKED_RUNS = 16  # of channels, in which filters are transformed
 FILTERS_AT_ONCE = 16  # filters whose gradient parts one chunk adds up
+MOST_GROUPS = 8  # that are multiplied as one on tiles, which are more than so many times as fast as vectors
 
 
 def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
@@ -68,7 +70,7 @@ def conv_spec(plan: Plan, operation: Operation) -> ConvSpec:
         x=Frame.of(source),
         y=Frame.of(operation.output),
         window=Windowing.of(layer),
-        groups=layer.groups,
+        groups=1 if on_tiles(plan, operation) else layer.groups,
         K=layer.out_channels,
         P=P,
         Q=Q,
@@ -109,11 +111,11 @@ def conv(plan: Plan, operation: Operation) -> Served:
     groups, conv_unit = cast(Conv2d, operation.layer).groups, plan.units.conv
     spec, name, label = conv_spec(plan, operation), operation.names[0], operation.label
     if plan.units.tiles is not None and on_tiles(plan, operation):
-        operation.because(f"{UNITS[plan.units.tiles]}: bf16, groups 1")
+        operation.because(f"{UNITS[plan.units.tiles]}: bf16, groups {groups}{' as one' if groups > 1 else ''}")
         return conv_on_tiles(plan, operation, plan.units.tiles)
     few, pairs = _few_images(plan), conv_unit == "dot" and spec.x.C % 2 == spec.K % 2 == 0
     slow = obstacle(replace(spec, pairs=pairs)) or few
-    why = few or _unpaired(spec, slow) if conv_unit == "dot" else f"groups {groups}, bf16 takes 1"
+    why = few or _unpaired(spec, slow) if conv_unit == "dot" else f"groups {groups}, bf16 takes {MOST_GROUPS}"
     if conv_unit == "dot" and not why:
         operation.because(f"{UNITS[conv_unit]}: bf16")
         spec = replace(spec, pairs=True)
@@ -333,9 +335,11 @@ def reads_planes(tensor: Tensor) -> bool:
 
 
 def on_tiles(plan: Plan, operation: Operation) -> bool:
-    """Whether it is a convolution that multiplies blocks of bf16."""
-    convolution = operation.kind == "Conv2d" and cast(Conv2d, operation.layer).groups == 1
-    return convolution and plan.units.tiles is not None
+    """Whether it is a convolution that multiplies blocks of bf16: few groups are one, with zeros between them."""
+    if operation.kind != "Conv2d" or plan.units.tiles is None:
+        return False
+    layer = cast(Conv2d, operation.layer)
+    return layer.groups <= MOST_GROUPS and not 1 < layer.groups == layer.in_channels == layer.out_channels
 
 
 def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
@@ -343,8 +347,9 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     spec = replace(conv_spec(plan, operation), unit=unit, codes=plan.training)
     name, label = operation.names[0], operation.label
     tiles, source, target = TileSpec(spec), operation.inputs[0], operation.output
-    taps = spec.window.R * spec.window.S
+    taps, groups = spec.window.R * spec.window.S, cast(Conv2d, operation.layer).groups
     weight, bias, folding = filters(plan, operation)
+    weight, spreading = _as_one(plan, operation, weight)
     packed = plan.address(f"filters {name}", tiles.columns * tiles.depth, np.uint16)
     codes = _codes(plan, operation, spec)
     if tiles.pools_halves:
@@ -352,6 +357,7 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
     arguments = (plan.value(source), packed, bias, plan.value(target), codes, plan.scratch(tiles.scratch // FLOAT))
     forward = [
         *folding,
+        *spreading,
         _pack_tiles(plan, f"{label} pack", tiles, weight, packed, bias, taps),
         plan.by_image(label, "tiles:conv_forward", tiles, *arguments),
     ]
@@ -382,12 +388,25 @@ def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:
             runs = spec.x.C, CHANNELS_AT_ONCE
             tasks.append(_sum_of_parts(plan, operation, "weights", (parts, bias_parts), runs, sizes))
         else:
-            sizes = (spec.K, spec.x.C, taps, back.channels, back.depth, back.part, images)
+            of_group = spec.K // groups, spec.x.C // groups
+            sizes = (spec.K, *of_group, taps, back.channels, back.depth, back.part, images)
             runs = spec.K, FILTERS_AT_ONCE
             tasks.append(_sum_of_parts(plan, operation, "tiles_backward", (parts, bias_parts), runs, sizes))
         return tasks
 
     return forward, backward
+
+
+def _as_one(plan: Plan, operation: Operation, weight: Argument) -> tuple[Argument, Tasks]:
+    """Filters with groups as filters without, and what makes them; none where they are."""
+    layer = cast(Conv2d, operation.layer)
+    if layer.groups == 1:
+        return weight, []
+    K, row = layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.geometry.kernel)
+    spread, chunks = plan.address(f"spread {operation.names[0]}", K * layer.groups * row), -(-K // FILTERS_AT_ONCE)
+    kernel, sizes = "weights:spread_groups", (K, row, layer.groups, FILTERS_AT_ONCE)
+    task = plan.whole(f"{operation.label} spread", kernel, SpreadSpec(), chunks, weight, spread, sizes=sizes)
+    return spread, [task]
 
 
 def _pack_tiles(

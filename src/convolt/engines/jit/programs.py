@@ -38,6 +38,7 @@ ONE_PASS = "dW and the optimizer in one; dW by itself where its sum, its norm or
 SMALL = 1 << 14  # bytes of images that are sooner copied than their address is asked for
 OF_WEIGHTS = (
     "weights:fold_norm",
+    "weights:spread_groups",
     "weights:pack",
     "winograd:pack",
     "tiles:pack",

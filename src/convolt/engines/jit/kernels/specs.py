@@ -416,6 +416,11 @@ class FoldSpec:
 
 
 @dataclass(frozen=True)
+class SpreadSpec:
+    """Filters with groups as filters without: of any size, so that nothing is compiled into it."""
+
+
+@dataclass(frozen=True)
 class ReduceSpec:
     """Parts of a gradient summed into dw, or added to it; bias: those of db as well."""
 

@@ -244,14 +244,15 @@ def _residue(tiles: TileSpec, image_bytes: int, before: int) -> Callable[..., No
 def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
     """``dw (+)= sum of parts``, of any size. A chunk is some filters.
 
-    Arguments: state, parts (chunks, filters, depth), dw (K, C, taps), db parts, db, K, C, taps, channels of a tap,
-    depth, elements of a part, images of a part, filters of a chunk.
+    Arguments: state, parts (chunks, filters, depth), dw (K, C/groups, taps), db parts, db, K, K/groups, C/groups, taps,
+    channels of a tap, depth, elements of a part, images of a part, filters of a chunk. Of what is between the channels
+    of one group and the filters of another nothing is taken.
     """
     accumulate, add_bias = spec.accumulate, bias_sum(spec)
 
     def kernel(arguments: Any, chunk: int, thread: int) -> None:
-        K, C, taps, channels = arguments[5], arguments[6], arguments[7], arguments[8]
-        depth, part, images, run = arguments[9], arguments[10], arguments[11], arguments[12]
+        K, filters, C, taps, channels = arguments[5], arguments[6], arguments[7], arguments[8], arguments[9]
+        depth, part, images, run = arguments[10], arguments[11], arguments[12], arguments[13]
         count = view(arguments[0], (1,), np.int64)[0]
         parts = (count + images - 1) // images
         dw = view(arguments[2], (K, C, taps), np.float32)
@@ -262,9 +263,10 @@ def reduce_parts(spec: ReduceSpec) -> Callable[..., None]:
                 other = view(arguments[1] + FLOAT * (i * part + k * depth), (depth,), np.float32)
                 for d in range(depth):
                     total[d] += other[d]
+            begin = k // filters * C
             for c in range(C):
                 for tap in range(taps):
-                    value = total[tap * channels + c]
+                    value = total[tap * channels + begin + c]
                     dw[k, c, tap] = dw[k, c, tap] + value if accumulate else value
         add_bias(arguments[3], arguments[4], parts, K, first, last)
 

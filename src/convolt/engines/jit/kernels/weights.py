@@ -15,7 +15,7 @@ import numpy as np
 from convolt.engines.jit.adam import LANES, adam_step
 from convolt.engines.jit.bf16 import bf16_of_float32, to_bf16
 from convolt.engines.jit.inlined import inlined
-from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, UpdateSpec
+from convolt.engines.jit.kernels.specs import FLOAT, NUMBERS, FoldSpec, PackSpec, ReduceSpec, SpreadSpec, UpdateSpec
 from convolt.engines.jit.memory import address_of, view
 
 ADAMS = ("adam", "adamw")
@@ -82,6 +82,23 @@ def fold_norm(spec: FoldSpec) -> Callable[..., None]:
             view(arguments[8], (K,), np.float32)[k] = np.float32(offset)
             for i in range(row):
                 folded[k, i] = np.float32(w[k, i] * scale)
+
+    return kernel
+
+
+def spread_groups(spec: SpreadSpec) -> Callable[..., None]:
+    """Filters (groups, K/groups, C/groups, taps) as (K, C, taps), zero for the channels of other groups.
+
+    Arguments: state, w, spread, K, C/groups * taps, groups, filters of a chunk.
+    """
+
+    def kernel(arguments: Any, chunk: int, thread: int) -> None:
+        K, row, groups, run = arguments[3], arguments[4], arguments[5], arguments[6]
+        w, spread = view(arguments[1], (K, row), np.float32), view(arguments[2], (K, groups, row), np.float32)
+        for k in range(chunk * run, min((chunk + 1) * run, K)):
+            for group in range(groups):
+                for i in range(row):
+                    spread[k, group, i] = w[k, i] if group == k // (K // groups) else np.float32(0)
 
     return kernel
 
