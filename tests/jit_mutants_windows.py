@@ -13,7 +13,7 @@ FEW, BLOCKS, IMAGES, TOGETHER = (
 )
 
 TWINS, BLOCKS_OF = "winograd, twins, odd sizes, two panels", "winograd, twins, blocks of images"
-ONE, DU, SPECS = "segments = 1", "product(v, d, du)", "kernels/winograd_specs.py"
+ONE, DU, SPECS = "1", "product(v, d, du)", "kernels/winograd_specs.py"
 
 WINDOWS = (
     # filters in pieces
@@ -33,8 +33,8 @@ WINDOWS = (
         PIECES,
     ),
     # twins
-    JitMutant("one twin of columns", WINOGRAD, "def _products(", "if j < lone:", "if j >= 0:", TWINS),
-    JitMutant("one twin of rows", WINOGRAD, "def _products(", "segments = 1 if i < lone_rows else 2", ONE, TWINS),
+    JitMutant("one twin of columns", WINOGRAD, "def _products(", "j >= lone", "False", TWINS),
+    JitMutant("one twin of rows", WINOGRAD, "def _products(", "1 if i < lone_rows else 2", ONE, TWINS),
     JitMutant("its own tile", WINOGRAD, "def _products(", "source.words, TWIN", "0, TWIN", TWINS),
     JitMutant("filters of its twin", WINOGRAD, "def _products(", "TWIN * panels * panel", "panels * panel", TWINS),
     JitMutant("its own row of tiles", WINOGRAD, "def _products(", "conv.together * source.step", "0", TWINS),

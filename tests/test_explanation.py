@@ -87,10 +87,24 @@ def test_reasons_of_bf16(unit):
         assert reasons["3"] == f"{UNIT_NAMES[unit]}: bf16; tap by tap: groups"
     else:
         assert reasons["0-2"].endswith(f"{UNIT_NAMES[unit]}: bf16, groups 1")
-        assert reasons["3"] == f"{VECTORS}: fp32, groups 4, bf16 takes 1; tap by tap: groups"
+        assert reasons["3"].endswith(f"{UNIT_NAMES[unit]}: bf16, groups 4 as one")
     assert reasons["8-9"].endswith(f"{UNIT_NAMES[unit]}: bf16, 32,768 weights")
     assert reasons["10"] == f"{VECTORS}: 2,560 weights, bf16 pays from 16,384"
     assert why(explanation, "backward")["0-2"].endswith("no dx: nothing before it learns")
+
+
+@pytest.mark.parametrize(
+    ("layer", "why_not"),
+    [
+        (Conv2d(8, 8, 3, groups=8), "depthwise"),
+        (Conv2d(36, 36, 3, groups=9), "groups 9, bf16 takes 8 at most"),
+    ],
+    ids=["depthwise", "many groups"],
+)
+def test_why_not_on_tiles(layer, why_not):
+    model = Model((layer.in_channels, 6, 6), (layer, Flatten()))
+    reasons = why(JIT(threads=1, unit=ON_TILES).explain(model, "bf16", 4))
+    assert reasons["0"] == f"{VECTORS}: fp32, {why_not}; tap by tap: groups"
 
 
 @pytest.mark.parametrize(

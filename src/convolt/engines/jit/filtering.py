@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convolt.engines.jit.kernels.winograd_specs import cut, has_twins, planes_along, products_along
+from convolt.engines.jit.kernels.winograd_specs import cut, planes_along, products_along, twins
 from convolt.engines.jit.vectors import Floats
 
 
@@ -118,7 +118,8 @@ PIECES: dict[int, Piece] = {piece.taps: piece for piece in (Two(), Three())}
 class Axis:
     """A filter of so many taps along one axis, cut into pieces whose planes follow one another.
 
-    apart: the second of twins has planes of pixels, too. bundle: of these pieces alone.
+    Those of a filter are as many as its products for two outputs; of a tile twins have theirs in common. apart: not of
+    pixels, so that the second twin has planes of its own. bundle: the number of one, if only its pieces are wanted.
     """
 
     taps: int
@@ -133,7 +134,7 @@ class Axis:
     @property
     def distinct(self) -> tuple[tuple[int, Piece], ...]:
         """All but the second of twins."""
-        return self.pieces[:-1] if has_twins(self.taps, self.bundle) else self.pieces
+        return self.pieces[:-1] if twins(self.taps, self.bundle) else self.pieces
 
     @property
     def seen(self) -> tuple[tuple[int, Piece], ...]:
@@ -146,13 +147,13 @@ class Axis:
         return max(first + piece.planes for first, piece in self.seen)
 
     @property
-    def planes(self) -> int:
-        """Of a filter: products for two outputs."""
+    def products(self) -> int:
+        """Planes of a filter."""
         return products_along(self.taps, self.bundle)
 
     @property
-    def tile_planes(self) -> int:
-        """Of slopes, and of products when those of twins are added up."""
+    def planes(self) -> int:
+        """Of a tile of slopes, and of products when those of twins are added up."""
         return planes_along(self.taps, self.bundle)
 
     def pixels(self, floats: Floats, x: list[Any]) -> list[Any]:

@@ -4,8 +4,9 @@
 
 The matrices are those of ``filtering``, along the rows and along the columns of the filter. A 3x3 filter takes 16
 products of each channel for 2x2 outputs where the sum over taps takes 36 (Lavin and Gray 2016), a 5x5 one 49 instead of
-100. What a transform writes, it writes into as many planes; in each a tile has its channels, in float32 or bf16. The
-gradient of the transformed filters is the product of B^T x B with A dy A^T, the transform of ``slope_tiles``.
+100. What a transform writes, it writes into planes, as many or, where the filter has twins, fewer; in each a tile has
+its channels, in float32 or bf16. The gradient of the transformed filters is the product of B^T x B with A dy A^T, the
+transform of ``slope_tiles``.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,13 +32,14 @@ Tile = Callable[[Any, int, list[Any]], Transformed]
 
 @dataclass(frozen=True)
 class TileRow:
-    """A row of tiles over ``width`` columns and ``high`` rows of pixels, two or one, which have ``channels``.
+    """A row of tiles over ``width`` columns and ``high`` rows of pixels, which have ``channels``.
 
     R, S: of the filter. Pixels are ``pixel`` elements apart, rows of them ``pitch``, planes ``plane`` words of 32 bits.
     written: what a transform writes into them. Of an odd width the last tile has one column of pixels.
 
-    A row of tiles further on, which twins see, has none of the image's own rows, or is one short of that: ``high`` is 0
-    or -1. further: so has such a row one more tile. bundle: of the pieces of the filter's rows, these alone.
+    high: two, or one in the last row of an odd height. Twins see a row of tiles further on, behind which there are as
+    many rows of pixels fewer: 0 or -1. further: the row has one more tile, for twins of the filter's columns. bundle:
+    the number of one of the filter's rows, if only its planes are wanted.
     """
 
     R: int
@@ -209,10 +211,10 @@ def filter_taps(R: int, S: int, lanes: int, accumulate: bool) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             floats = Floats(builder, lanes)
             source, plane, target, step = floats.pointer(args[0]), args[1], floats.pointer(args[2]), args[3]
-            numbers = range(rows.planes * columns.planes)
+            numbers = range(rows.products * columns.products)
             planes = [floats.load(floats.at(source, builder.mul(plane, I64(number)))) for number in numbers]
             along = zip(
-                *(rows.gradient(floats, planes[j :: columns.planes]) for j in range(columns.planes)), strict=True
+                *(rows.gradient(floats, planes[j :: columns.products]) for j in range(columns.products)), strict=True
             )
             taps = [tap for values in along for tap in columns.gradient(floats, list(values))]
             for lane in range(lanes):
@@ -311,11 +313,11 @@ def output_tiles(spec: TileRow, finish: Finish) -> Any:
                 def tile(t: Any, nothing: list[Any], wide: int = 2) -> list[Any]:
                     own = builder.mul(t, I64(spec.channels))
                     place = floats.at(source, offset, own)
-                    across = range(columns.tile_planes)
+                    across = range(columns.planes)
                     products = (
                         [
-                            floats.load(floats.at(place, (i * columns.tile_planes + j) * spec.plane), used)
-                            for i in range(rows.tile_planes)
+                            floats.load(floats.at(place, (i * columns.planes + j) * spec.plane), used)
+                            for i in range(rows.planes)
                         ]
                         for j in across
                     )

@@ -10,8 +10,9 @@ before they are transformed back. With a dilation the pixels that one tap meets 
 dilation-th row and column. Error: a few times that of the sum over taps, since all factors are 1 or halves and sums
 short.
 
-Cost: 2 planes K C P Q / 4 FLOPs for each image and each of the three, for 3x3 taps (16 planes) 4/9 of what they take,
-for 5x5 (49) and 7x7 (100) half; bytes: so many transformed numbers for 4 pixels, written and read within the cache.
+Cost: 2 products K C P Q / 4 FLOPs for each image and each of the three, for 3x3 taps (16 products) 4/9 of what they
+take, for 5x5 (49) and 7x7 (100) half; bytes: as many numbers of C and K for 4 pixels as a tile has planes (16, 49 and
+49), written and read within the cache.
 
 With bf16 dot products v, u and d are rounded, once, after they are transformed in float32; m, du and all else stay in
 float32. A product's operands are sums of four terms or two: along each axis the variance of the error is 5/3 of that of
@@ -144,7 +145,7 @@ def _each_row(
     image_and_origin: elements from an image to the next, and to its first pixel.
     """
     odd, last, rows, step = tiles.height % 2, tiles.high - 1, tiles.rows, target.step
-    row, last_row, row_further = (transform(replace(tile_row, high=high)) for high in (2, 1, -odd))
+    row, last_row, row_further = (transform(replace(tile_row, high=high)) for high in (2, 1, -odd))  # as TileRow has it
     size, origin = image_and_origin
     all_rows, pitch = target.rows, tile_row.pitch
 
@@ -169,16 +170,11 @@ def _each_row(
 def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], None]:
     """``m = v u`` in each plane, those of twins added up: ``products(v, packed filters, m)``.
 
-    The other twin's filters are ``TWIN`` planes behind, along either axis, and its pixels a row of tiles, or a tile.
+    The other twin's filters are ``TWIN`` planes behind, its pixels a row of tiles or a tile. Of rows, twins are two
+    segments of one product; of columns another product on top.
     """
-    conv, block, panels, depth, K, window = (
-        spec.conv,
-        spec.block,
-        spec.panels,
-        spec.depth,
-        spec.conv.K,
-        spec.conv.window,
-    )
+    conv, window, block = spec.conv, spec.conv.window, spec.block
+    panels, depth, K = spec.panels, spec.depth, spec.conv.K
     source, target, across = spec.planes(tiles), spec.products(tiles), products_along(window.S)
     panel, other_row = depth * block, TWIN * across * panels * depth * block
     words, step = conv.x.C, conv.together * source.step
@@ -202,7 +198,7 @@ def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], No
     def products(v: int, filters: int, m: int) -> None:
         for plane in range(hidden(planes)):
             i, j = plane // columns, plane % columns
-            segments = 1 if i < lone_rows else 2
+            segments, twin = 1 if i < lone_rows else 2, j >= lone
             for p in range(panels):
                 b = filters + FLOAT * ((i * across + j) * panels + p) * panel
                 for image in range(images):
@@ -211,14 +207,12 @@ def _products(spec: WinogradSpec, tiles: Tiling) -> Callable[[int, int, int], No
                         c = m + FLOAT * (plane * m_plane + (image * rows + row) * m_row + p * block)
                         if p < whole:
                             full(a, b, c, segments)
+                            if twin:
+                                other_full(a + FLOAT * tile, b + FLOAT * other, c, segments)
                         else:
                             tail(a, b, c, segments)
-                        if j < lone:
-                            continue
-                        if p < whole:
-                            other_full(a + FLOAT * tile, b + FLOAT * other, c, segments)
-                        else:
-                            other_tail(a + FLOAT * tile, b + FLOAT * other, c, segments)
+                            if twin:
+                                other_tail(a + FLOAT * tile, b + FLOAT * other, c, segments)
 
     found: Callable[[int, int, int], None] = products
     return found
@@ -261,7 +255,7 @@ def backward(spec: WinogradSpec) -> Callable[..., None]:
     """
     conv, tiles, scratch = spec.conv, spec.gradient, spec.back_scratch
     together, bands, chunk_images = tiles.images, tiles.high // tiles.rows, conv.images
-    weights, other_weights = _weights(spec, 0), _weights(spec, 1) if spec.bundles > 1 else _no_weights
+    weights, other_weights = _weights(spec, 0), _weights(spec, 1) if spec.bundles == 2 else _no_weights
     spread = spread_slopes(conv)
     input_gradient = _input_gradient(spec) if conv.wants_dx else _no_gradient
     x_size, part, frame, frames = conv.x.size, spec.part, slope_frame(conv), spec.frames

@@ -12,7 +12,7 @@ BUNDLED_TILES = 64  # where not all planes are made at once
 LARGE_FILTERS = 1 << 19  # transformed numbers from which they fill it: 2 MB
 PAYS = 16  # channels and filters from which the transforms cost little beside the products
 MOST_PRODUCTS, MOST_PAIRS = 0.7, 0.6  # of those by taps that pay for the transforms: in float32, in pairs of bf16
-TWIN = 3  # planes of a piece of two taps
+TWIN = 3  # planes of a piece of two taps, as each of twins is
 LONGEST = 7  # taps along an axis: of a longer filter's tile, the planes are too many
 CHANNELS_AT_ONCE = 8  # channels whose gradient parts one chunk adds up
 
@@ -54,7 +54,7 @@ def fits_tiles(spec: ConvSpec) -> bool:
 def cut(taps: int, bundle: int | None = None) -> tuple[tuple[int, int], ...]:
     """The pieces of three and two taps of a filter along one axis: the first tap of each, and how many it has.
 
-    bundle: those of this bundle alone. A piece is one by itself, but twins are one together (`twins`).
+    bundle: the number of one whose pieces are wanted alone. A piece is one by itself, but `twins` are one together.
     """
     twos = {0: 0, 1: 2, 2: 1}[taps % 3]
     threes = (taps - 2 * twos) // 3
@@ -64,34 +64,29 @@ def cut(taps: int, bundle: int | None = None) -> tuple[tuple[int, int], ...]:
     return pieces[bundle:] if bundle == bundles(taps) - 1 else pieces[bundle : bundle + 1]
 
 
-def twins(taps: int) -> bool:
-    """Whether the filter ends in two pieces of two taps: what the second sees, the first sees one tile further on."""
-    return taps % 3 == 1
-
-
 def bundles(taps: int) -> int:
     """How many there are."""
-    return len(cut(taps)) - int(twins(taps))
+    return len(cut(taps)) - int(taps % 3 == 1)
 
 
-def has_twins(taps: int, bundle: int | None = None) -> bool:
-    """Whether they are in this bundle, or in any."""
-    return twins(taps) and bundle in (None, bundles(taps) - 1)
+def twins(taps: int, bundle: int | None = None) -> bool:
+    """Whether it ends in two pieces of two taps: what the second sees, the first sees one tile further on."""
+    return taps % 3 == 1 and bundle in (None, bundles(taps) - 1)
 
 
 def products_along(taps: int, bundle: int | None = None) -> int:
-    """Products for two outputs along such an axis: one more than each piece has taps."""
+    """Products for two outputs along such an axis, planes of a filter: one more than each piece has taps."""
     return sum(piece + 1 for _, piece in cut(taps, bundle))
 
 
 def lone_planes(taps: int, bundle: int | None = None) -> int:
-    """Planes in front of those of twins, or all."""
-    return products_along(taps, bundle) - (2 * TWIN if has_twins(taps, bundle) else 0)
+    """Planes, of a filter or of a tile, in front of those of twins; all if there are none."""
+    return products_along(taps, bundle) - (2 * TWIN if twins(taps, bundle) else 0)
 
 
 def planes_along(taps: int, bundle: int | None = None) -> int:
     """Planes of a tile: twins have theirs in common."""
-    return products_along(taps, bundle) - (TWIN if has_twins(taps, bundle) else 0)
+    return products_along(taps, bundle) - (TWIN if twins(taps, bundle) else 0)
 
 
 @dataclass(frozen=True)
@@ -191,7 +186,7 @@ class WinogradSpec:
 
     @property
     def transformed(self) -> int:
-        """Planes of filters."""
+        """Planes of filters: products of a channel for 2x2 outputs."""
         return products_along(self.conv.window.R) * products_along(self.conv.window.S)
 
     @property
@@ -224,9 +219,10 @@ class WinogradSpec:
 
     @property
     def bundles(self) -> int:
-        """Those of the filter's rows, for which dw is made one after the other.
+        """How many bundles the filter's rows have. dw is made of one after the other.
 
-        In fewer planes, and so of more tiles: du, some hundred kilobytes, comes and goes less often.
+        Fewer planes at a time are more tiles, so that the gradient of the transformed filters, which may be larger than
+        all planes of a tile's row, is read and written less often.
         """
         return bundles(self.conv.window.R)
 
@@ -239,7 +235,7 @@ class WinogradSpec:
         if self.conv.pairs:
             number = products_along(window.R, bundle) * products_along(window.S)
             return Planes.of(number, self.gradient, C, "tiles")
-        number, further = planes_along(window.R, bundle) * planes_along(window.S), has_twins(window.R, bundle)
+        number, further = planes_along(window.R, bundle) * planes_along(window.S), twins(window.R, bundle)
         return Planes.of(number, self.gradient, C, "fp32", (int(further), self.further[1]))
 
     def slopes(self, bundle: int) -> Planes:
