@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from engine_cases import CASES, ENGINES, UNITS
+from engine_cases import CASES, ENGINES, ON_TILES, UNITS
 
 from convolt import zoo
 from convolt.cli import main
