@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from convolt.engines.jit.buffers import Address
-from convolt.engines.jit.graph import Operation, Tensor
+from convolt.engines.jit.graph import Operation, Tensor, is_depthwise
 from convolt.engines.jit.isa import Unit, converts
 from convolt.engines.jit.kernels.residues import packed_depth, packed_taps, tap_order
 from convolt.engines.jit.kernels.specs import (
@@ -344,7 +344,7 @@ def on_tiles(plan: Plan, operation: Operation) -> bool:
     if operation.kind != "Conv2d" or plan.units.tiles is None:
         return False
     layer = cast(Conv2d, operation.layer)
-    return layer.groups <= MOST_GROUPS and not 1 < layer.groups == layer.in_channels == layer.out_channels
+    return layer.groups <= MOST_GROUPS and not is_depthwise(layer)
 
 
 def conv_on_tiles(plan: Plan, operation: Operation, unit: Unit) -> Served:

@@ -268,13 +268,18 @@ def _activation_obstacle(before: Operation, layer: Layer | None) -> str:
     return "" if before.kind in ("Conv2d", "BatchNorm2d", "Dense", "Add") else f"{before.kind} takes no activation"
 
 
+def is_depthwise(conv: Conv2d) -> bool:
+    """Whether every channel is a group of its own, with one filter."""
+    return 1 < conv.groups == conv.in_channels == conv.out_channels
+
+
 def _pool_obstacle(before: Operation, operation: Operation) -> str:
     """Why a max-pool cannot be fused."""
     pool, window = cast(MaxPool2d, operation.layer), cast(MaxPool2d, operation.layer).geometry
     if before.kind not in ("Conv2d", "BatchNorm2d") or before.adds:
         return f"{'a residual sum' if before.adds else before.kind} takes no max-pool"
     conv = before.layer
-    if isinstance(conv, Conv2d) and 1 < conv.groups == conv.in_channels == conv.out_channels:
+    if isinstance(conv, Conv2d) and is_depthwise(conv):
         return "depthwise kernels pool nothing"
     if before.kind == "BatchNorm2d" and (window.kernel != window.stride or pool.padding != (0, 0)):
         return "its windows overlap or are padded"

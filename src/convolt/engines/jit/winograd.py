@@ -10,7 +10,7 @@ transform of ``slope_tiles``.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import Any
 
@@ -111,7 +111,7 @@ def input_tiles(spec: TileRow) -> Any:
                     found = (across(piece, planes(left, wide, begin, piece, [])) for begin, piece in rows.seen)
                     return chain.from_iterable(found), []
 
-                if spec.bundle is not None or len(rows.seen) > 1:
+                if len(replace(rows, bundle=None).seen) > 1:
                     _write(floats, spec, target, offset, used, [], in_pieces)
                 else:
                     shared = chain.from_iterable(column(I64(j), *rows.seen[0]) for j in range(columns.reach - 2))
