@@ -18,14 +18,14 @@ from engine_checks import Step, assert_near, executor_of, oracle_of, step_on
 from convolt.engine import Executor
 from convolt.engines import JIT
 from convolt.engines.jit import buffers, plan, units
-from convolt.engines.jit.buffers import Buffer
+from convolt.engines.jit.buffers import SLACK, Buffer
 from convolt.engines.jit.isa import FP32, Units, detect
 from convolt.engines.jit.update import Updater
 from convolt.layers import BatchNorm2d, Conv2d, Dense, Flatten, Layer, LeakyReLU, MaxPool2d, ReLU, Residual, Shape
 from convolt.losses import CrossEntropy
 from convolt.model import Model
 from convolt.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop, init_state, step_flat
-from convolt.params import Params
+from convolt.params import Params, aligned_zeros
 from convolt.recipe import Recipe
 
 # --- bf16 ------------------------------------------------------------------------------------------------------------
@@ -213,17 +213,23 @@ def _sums_are_near(case: Rounded, got: Step, want: Step, first: int, unit: str) 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 UNWRITTEN = ("scratch", "parts of", "sums", "terms of dx", "slope ", "codes ")  # buffers that start without meaning
+FENCE = 1 << 14  # elements
 
 
 @contextmanager
 def poisoned(names: tuple[str, ...] = UNWRITTEN) -> Iterator[None]:
-    """Memory that a kernel must not read before something has written it is full of NaN: these, and what is shared."""
+    """Memory that a kernel must not read before something has written it is full of NaN: these, and what is shared.
+
+    So is what lies before and behind these.
+    """
     allocate, share = Buffer.allocate, buffers.share
 
-    def poison(buffer, array):
-        if buffer.name.startswith(names):
-            array.view(np.uint8)[...] = 255
-        return array
+    def allocated(buffer):
+        if buffer.array is None and buffer.name.startswith(names):
+            whole = aligned_zeros(FENCE + buffer.size + SLACK + FENCE, buffer.dtype)
+            whole.view(np.uint8)[...] = 255
+            buffer.array = whole[FENCE:-FENCE]
+        return allocate(buffer)
 
     def sharing(orders):
         arena = share(orders)
@@ -231,11 +237,7 @@ def poisoned(names: tuple[str, ...] = UNWRITTEN) -> Iterator[None]:
         return arena
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Buffer,
-            "allocate",
-            lambda buffer: poison(buffer, allocate(buffer)) if buffer.array is None else buffer.array,
-        )
+        patch.setattr(Buffer, "allocate", allocated)
         patch.setattr(plan, "share", sharing)
         yield
 
